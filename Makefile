@@ -1,0 +1,58 @@
+# seqzoo. Every target works from nothing: it makes .venv, installs what it needs, then runs.
+#   make train                       trains the default experiment to its target
+#   make test                        the test suite;  PYTHON=python3.12 runs the other stack
+#   make install EXTRA=cuda13        a GPU: installs jax's CUDA wheels into .venv as well
+
+PYTHON ?= python3
+EXTRA ?=
+# A pyenv machine holds other Pythons without putting them on PATH.
+PYTHON_EXE := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || ls -d $$(pyenv root 2>/dev/null)/versions/*/bin/$(PYTHON) 2>/dev/null | tail -n 1)
+PYTHON_VERSION := $(shell $(PYTHON_EXE) -c 'import sys; print("3.11" if sys.version_info[:2] == (3, 11) else "3.12")' 2>/dev/null)
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints/python$(PYTHON_VERSION).txt
+STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
+comma := ,
+EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
+
+ARGS ?=
+
+.PHONY: help install train test test-slow bench measure torture-resume check lint types clean
+
+help:  ## lists the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON_EXE)" || { echo "no $(PYTHON) found: name one that exists, as in 'make test PYTHON=python3.12'"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON_EXE) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
+	@touch $@
+
+install: $(STAMP)  ## makes the environment (EXTRA=cuda12|cuda13|tpu|wandb|hf|slurm adds to it)
+
+train: $(STAMP)  ## trains the default experiment to its target (ARGS="key=value ..." changes it)
+	$(BIN)/seqzoo train $(ARGS)
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-slow: $(STAMP)  ## the long tests as well: more lengths, twenty kills, 262,144 tokens
+	$(BIN)/python -m pytest -q -m 'slow or not slow' $(ARGS)
+
+torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an unbroken one bit by bit
+	$(BIN)/python tests/torture/torture.py $(ARGS)
+
+bench: $(STAMP)  ## measures the operators and the train loop on this machine
+	$(BIN)/seqzoo bench $(ARGS)
+
+check: lint types  ## ruff and the type checker
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+clean:  ## removes environments and caches, never runs/
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
