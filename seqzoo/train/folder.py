@@ -1,0 +1,347 @@
+"""The folder of a run: found again by its identity, held by one process, truthful at any moment.
+
+Imports no jax, so that commands that only read runs start quickly.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from seqzoo.errors import CheckpointError, ConfigError, DataError
+from seqzoo.train import environment, identity
+from seqzoo.train.lock import RunLock
+
+PHASE_VARIABLE = "SEQZOO_PHASE_FILE"
+
+
+class RunFolder:
+    """A run's folder, open for writing. Made by `RunFolder.open`; close it, or use it in `with`.
+
+    Attributes:
+      path: the folder.
+      hash: the identity's hash.
+      attempt: 1 for the first start, 2 for the second, ...
+      warnings: what changed under the run since its last start, one sentence each.
+      bitwise: whether going on here can repeat an unbroken run bit by bit (equal thread count).
+    """
+
+    def __init__(self, path: pathlib.Path, run_hash: str, *, writes: bool = True):
+        self.path = path
+        self.hash = run_hash
+        self.attempt = 0
+        self.warnings: list[str] = []
+        self.bitwise = True
+        self._writes = writes
+        self._lock: RunLock | None = None
+        self._status: dict[str, Any] = {}
+
+    @classmethod
+    def open(
+        cls,
+        config: DictConfig | Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        *,
+        root: str | os.PathLike = "runs",
+        force: bool = False,
+        strict: bool = False,
+        data_fingerprint: str | None = None,
+        process_index: int = 0,
+    ) -> "RunFolder":
+        """Finds the folder of this run, or makes it, and takes hold of it.
+
+        A finished run is returned untouched: ask `finished()` first.
+
+        Args:
+          config: the resolved configuration.
+          overrides: what was typed; it names the folder and is stored.
+          root: the folder that holds all runs.
+          force: begin anew; what is there is moved aside to ``<folder>.1``, ``.2``, ...
+          strict: refuse to go on when code or versions changed since the last start.
+          data_fingerprint: what the data says of itself, a part of the identity.
+          process_index: only process 0 of a run writes and locks.
+
+        Raises:
+          LockedError: another process works in the folder.
+          DataError: the data changed since the run began.
+          ConfigError: with `strict`, something else changed.
+        """
+        run_hash = identity.run_hash(config, data_fingerprint)
+        above = pathlib.Path(root).resolve() / identity.experiment_name(config, overrides)
+        path = _find(above, run_hash)
+        if path is None and not force:
+            _refuse_changed_data(above, config, data_fingerprint)
+        if path is None:
+            path = above / identity.run_name(config, overrides, data_fingerprint)
+        folder = cls(path, run_hash, writes=process_index == 0)
+        if not folder._writes:
+            return folder
+        if force and path.exists():
+            _move_aside(path)
+        if folder.finished():
+            return folder
+        path.mkdir(parents=True, exist_ok=True)
+        folder._lock = RunLock(path)
+        try:
+            folder._start(config, overrides, data_fingerprint, strict=strict)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    def _start(self, config, overrides, data_fingerprint, *, strict: bool) -> None:
+        container = identity.plain(config)
+        records = sorted((self.path / "env").glob("[0-9]*.json"))
+        self.attempt = len(records) + 1
+        now = environment.describe(_targets(container))
+        now["hash"] = self.hash
+        now["command_hash"] = identity.run_hash(config)
+        now["data_fingerprint"] = data_fingerprint
+        if records:
+            self._notice_changes(read_json(records[0]), read_json(records[-1]), now, strict)
+        self._status = read_status(self.path)
+        self._status.update(hash=self.hash, attempt=self.attempt, host=socket.gethostname())
+        (self.path / "env").mkdir(exist_ok=True)
+        write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))
+        write_text(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
+        write_json(self.path / "env" / f"{self.attempt:03d}.json", now)
+        self.write_status(state="running")
+        _link_latest(self.path)
+        self.log(f"start {self.attempt} on {now['host']}, {now['threads']} CPU threads")
+        for warning in self.warnings:
+            self.log(f"warning: {warning}")
+
+    def _notice_changes(self, first: dict, last: dict, now: dict, strict: bool) -> None:
+        changed = environment.changes(last, now)
+        if changed and strict:
+            raise ConfigError(
+                f"--strict: {'; '.join(changed)} since the last start of {self.path}. Go back to "
+                "what the run began with, leave --strict out, or begin anew with --force"
+            )
+        self.warnings += [f"{change} since the last start" for change in changed]
+        if first.get("threads") not in (None, now["threads"]):
+            self.bitwise = False
+            self.warnings.append(
+                f"the run began with {first['threads']} CPU threads and goes on with "
+                f"{now['threads']}: exact in data and state, not bitwise"
+            )
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the folder back to whoever comes next."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    def finished(self) -> str | None:
+        """Returns ``"finished on DATE at commit X; --force runs it again"`` for a finished run."""
+        status = read_status(self.path)
+        if status.get("state") != "finished":
+            return None
+        records = sorted((self.path / "env").glob("[0-9]*.json"))
+        record = read_json(records[-1]) if records else {}
+        commit = (record.get("git") or {}).get("commit")
+        at = f"commit {commit[:10]}" if commit else f"seqzoo {_version(record)}"
+        return f"finished on {status.get('time')} at {at}; --force runs it again"
+
+    def write_status(
+        self,
+        *,
+        state: str | None = None,
+        step: int | None = None,
+        metric: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Updates status.json, written beside and renamed: a reader never sees half of it.
+
+        Args:
+          state: running, finished, preempted, not_finite or failed.
+          step: the step the run has reached.
+          metric: {name, value, target}.
+          **more: further plain values.
+        """
+        new = {"state": state, "step": step, "metric": metric, **more}
+        self._status.update({key: value for key, value in new.items() if value is not None})
+        self._status["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        if self._writes:
+            write_json(self.path / "status.json", self._status)
+
+    def log(self, message: str) -> None:
+        """Adds a line with the time to train.log."""
+        if self._writes:
+            stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+            with open(self.path / "train.log", "a", encoding="utf-8") as file:
+                file.write(f"{stamp} {message}\n")
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        """Says what the run does now (compile, train, save, eval) to whoever set the variable
+        SEQZOO_PHASE_FILE: the torture test, which kills at chosen moments."""
+        if self._writes and (file := os.environ.get(PHASE_VARIABLE)):
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(f"{os.getpid()} {name} {-1 if step is None else step} {time.time()}\n")
+
+    def rewind_metrics(self, n_bytes: int) -> None:
+        """Cuts metrics.jsonl back to what it was at the checkpoint that the run goes on from."""
+        if not self._writes:
+            return
+        size = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+        if size < n_bytes:
+            raise CheckpointError(
+                f"{self.metrics_path} has {size} bytes, the checkpoint was saved at {n_bytes}: "
+                "lines are missing. Put the file back, or begin anew with --force"
+            )
+        if size > n_bytes:
+            os.truncate(self.metrics_path, n_bytes)
+
+
+def apply_threads(
+    config: DictConfig | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    root: str | os.PathLike = "runs",
+) -> int:
+    """Takes the thread count of this run's first start again. Call it before jax starts.
+
+    Returns:
+      The thread count in force. Where the stored one cannot be had any more, `RunFolder.open`
+      says so in the log.
+    """
+    above = pathlib.Path(root).resolve() / identity.experiment_name(config, overrides)
+    for _, record in _first_starts(above, identity.run_hash(config)):
+        if isinstance(record.get("threads"), int):
+            environment.set_threads(record["threads"])
+    return environment.threads()
+
+
+def read_status(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns status.json of a run folder, empty where there is none."""
+    file = pathlib.Path(path) / "status.json"
+    return read_json(file) if file.exists() else {}
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl; a last line that was being written is left out."""
+    file = pathlib.Path(path) / "metrics.jsonl"
+    if not file.exists():
+        return []
+    *lines, _ = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def find_runs(root: str | os.PathLike = "runs") -> list[pathlib.Path]:
+    """Returns every run folder under `root`, oldest status first."""
+    found = [file.parent for file in pathlib.Path(root).glob("*/*/status.json")]
+    found = [path for path in found if not path.is_symlink()]
+    return sorted(found, key=lambda path: (path / "status.json").stat().st_mtime)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns a JSON object; an unreadable one is an empty one (a disk may have been full)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON beside `path` and renames it there."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes text beside `path` and renames it there; on failure `path` stays as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _find(above: pathlib.Path, run_hash: str) -> pathlib.Path | None:
+    found = [path for path in above.glob(f"*-{run_hash}") if path.is_dir()]
+    return min(found, key=lambda path: path.stat().st_ctime) if found else None
+
+
+def _first_starts(
+    above: pathlib.Path, command_hash: str
+) -> Iterable[tuple[pathlib.Path, dict[str, Any]]]:
+    """The runs under `above` that the same configuration began, with their first records."""
+    for file in sorted(above.glob("*/env/001.json")):
+        path = file.parent.parent
+        record = read_json(file)
+        # `latest` is a link to one of them; a folder moved aside no longer ends in its hash.
+        if (
+            not path.is_symlink()
+            and record.get("command_hash") == command_hash
+            and path.name.endswith(f"-{record.get('hash')}")
+        ):
+            yield path, record
+
+
+def _refuse_changed_data(above: pathlib.Path, config, data_fingerprint: str | None) -> None:
+    for path, record in _first_starts(above, identity.run_hash(config)):
+        raise DataError(
+            f"the data changed since the run in {path} began: its fingerprint was "
+            f"{record.get('data_fingerprint')}, is {data_fingerprint}. Put the data back to go on "
+            "with that run, or start a new one on the new data with --force"
+        )
+
+
+def _move_aside(path: pathlib.Path) -> None:
+    lock = RunLock(path)  # a run at work is not moved
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(aside)
+    lock.release()
+
+
+def _link_latest(path: pathlib.Path) -> None:
+    beside = path.parent / f".latest.{os.getpid()}.tmp"
+    try:
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(path.name)
+        os.replace(beside, path.parent / "latest")
+    except OSError:  # a file system without links: `latest` is a convenience
+        beside.unlink(missing_ok=True)
+
+
+def _targets(value: Any) -> Iterable[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key == "_target_" and isinstance(item, str):
+                yield item
+            else:
+                yield from _targets(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _targets(item)
+
+
+def _version(record: Mapping[str, Any]) -> str:
+    return (record.get("versions") or {}).get("seqzoo", "of unknown version")

@@ -1,0 +1,52 @@
+"""Being asked to stop: SIGTERM, SIGUSR1, SIGUSR2 end a run at its next step boundary."""
+
+import signal
+import threading
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Remembers a signal until the train loop comes to a step boundary.
+
+    Make it after jax.distributed.initialize: that call installs its own handler for SIGTERM and
+    would silently replace ours. Use it as a context manager; leaving it puts the earlier handlers
+    back. Outside the main thread Python allows no handlers: then nobody is ever asked to stop.
+
+    Args:
+      agree_every: with several processes, every how many steps they exchange their flags, so that
+        all stop at the same step. One process looks at its own flag at every step.
+    """
+
+    def __init__(self, *, agree_every: int = 10):
+        self.received: str | None = None
+        self._agree_every = agree_every
+        self._earlier: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._earlier[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._earlier.items():
+            # None: the handler was not installed from Python and cannot be put back from it.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._earlier.clear()
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+
+    def should_stop(self, step: int) -> bool:
+        """Returns whether to save and stop now; the same answer on every process of the run."""
+        if jax.process_count() == 1:
+            return self.received is not None
+        if step % self._agree_every:
+            return False
+        flags = multihost_utils.process_allgather(np.array([self.received is not None]))
+        return bool(np.any(flags))
