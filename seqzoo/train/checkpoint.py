@@ -161,7 +161,7 @@ class Checkpointer:
         cause = _first_cause(error)
         return CheckpointError(
             f"step {max(lost, default='?')} could not be saved in {self.directory}: "
-            f"{cause}. The steps {self.steps()} stay. Free disk space if it is full (or the quota), "
+            f"{cause}. The steps {self.steps()} stay. If the disk or the quota is full, make room; "
             "then run the same command again"
         )
 

@@ -142,15 +142,15 @@ def _hash_package(name: str) -> str | None:
         return None
     if spec.submodule_search_locations:
         files = [
-            path
+            (path, str(path.relative_to(location)))
             for location in spec.submodule_search_locations
             for path in sorted(pathlib.Path(location).rglob("*.py"))[:_MOST_FILES]
         ]
     else:
-        files = [pathlib.Path(spec.origin)] if spec.origin else []
+        files = [(pathlib.Path(spec.origin), name)] if spec.origin else []
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0")
+    for path, inside in files:
+        digest.update(inside.encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,82 @@
+"""`seqzoo train`: compose, check, train; the same command again goes on."""
+
+import argparse
+import sys
+
+from omegaconf import DictConfig
+
+from seqzoo.cli.common import add_config_arguments, add_trust_argument
+from seqzoo.config.compose import compose, expand
+from seqzoo.errors import NotFiniteError, SeqzooError
+from seqzoo.train.folder import apply_threads
+
+EPILOG = """examples:
+  seqzoo train                                        the default experiment, to its target
+  seqzoo train model=mamba_small optimizer.lr=3e-3 trainer.seed=1
+  seqzoo train model.pattern='[mamba,mamba,attention]' model.n_layers=6 model.d_model=128
+  seqzoo train experiment=text_mamba trainer.steps=2000
+  seqzoo train data=text data.path=~/books task=next_token model=mamba_small
+  seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3        six runs, one after the other
+  seqzoo train init_from=runs/mqar/latest@best optimizer.lr=1e-4 'reset=[optimizer]'
+  seqzoo train --config-dir mylab/configs model.pattern='[s4d]'
+
+The run's folder is found by what the run is: the same command again goes on where it stopped.
+Exit codes: 0 done, 1 error, 2 bad configuration or data, 3 NaN or Inf, 75 stopped and saved.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="run every combination of a,b,c values"
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs lie (runs)")
+    parser.add_argument("--force", action="store_true", help="begin anew; the old run moves aside")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse to go on if code or versions changed"
+    )
+    add_trust_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.multirun:
+        config = compose(args.overrides, config_dir=args.config_dir)
+        return _train(config, args.overrides, args)
+
+    # All are composed before the first one runs: a typo in the last must not cost a night.
+    jobs = [(compose(words, config_dir=args.config_dir), words) for words in expand(args.overrides)]
+    worst = 0
+    for number, (config, words) in enumerate(jobs, 1):
+        print(f"run {number} of {len(jobs)}: {' '.join(words)}", flush=True)
+        try:
+            code = _train(config, words, args)
+        except NotFiniteError as error:  # a diverged run is a result; the others go on
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
+        except SeqzooError as error:
+            if number < len(jobs):
+                print(f"stopped before run {number + 1} of {len(jobs)}", file=sys.stderr)
+            raise error
+        worst = max(worst, code)
+    return worst
+
+
+def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -> int:
+    apply_threads(config, overrides, root=args.runs)  # before jax starts
+    from seqzoo.train.loop import train
+
+    result = train(
+        config,
+        overrides=overrides,
+        root=args.runs,
+        force=args.force,
+        strict=args.strict,
+        trust=args.trust,
+    )
+    print(summary(result))
+    return 0
+
+
+def summary(result) -> str:
+    """What was reached, where the run lies, and the next command to try."""
+    return str(result)

@@ -1,0 +1,204 @@
+"""From words on a command line to one resolved, checked configuration. Starts no jax."""
+
+import itertools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from seqzoo.config import paths, schema
+from seqzoo.config.build import build
+from seqzoo.errors import ConfigError, suggest
+
+__all__ = ["build", "compose", "expand", "parse"]
+
+DEFAULT_EXPERIMENT = "mqar"
+
+
+def compose(
+    overrides: Sequence[str] = (),
+    *,
+    config_name: str = "train",
+    config_dir: str | None = None,
+) -> DictConfig:
+    """Composes, resolves and checks a configuration.
+
+    Names in `model.pattern` that the model does not list get their mixer from configs/mixer/.
+    Without experiment=, data= or task= the experiment is mqar.
+
+    Args:
+        overrides: words of the command line, ``optimizer.lr=1e-3`` or ``model=mamba_small``.
+        config_name: the root file.
+        config_dir: a user's own folder of groups, searched beside ours.
+
+    Returns:
+        The configuration without interpolations; numbers in the type their key asks for.
+
+    Raises:
+        ConfigError: anything is wrong with it; the text names the key and the nearest valid one.
+    """
+    where = paths.folders(config_dir)
+    typed = parse(overrides)
+    words = _with_default_experiment([_checked(override, where) for override in typed])
+    config = _compose(config_name, words, where)
+    missing = _mixers_to_add(config, where)
+    if missing:
+        config = _compose(config_name, [*missing, *words], where)
+    plain = _resolved(config)
+    _keep_used_mixers(plain, [override.key_or_group for override in typed])
+    checked = schema.check(plain)
+    _check_sizes(checked)
+    return OmegaConf.create(checked)
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """Returns the override lists of a sweep: every combination of ``lr=1e-3,1e-2 seed=1,2``."""
+    choices = []
+    for override in parse(overrides):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([override.input_line])
+    return [list(words) for words in itertools.product(*choices)]
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parses words by Hydra's grammar, with an answer to each that is none."""
+    parser = OverridesParser.create()
+    parsed = []
+    for word in overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"'{word}' is no key=value; as in optimizer.lr=1e-3")
+        try:
+            parsed += parser.parse_overrides([word])
+        except HydraException as error:
+            raise ConfigError(
+                f"'{word}' cannot be read: {_first_line(error)}; quote what holds spaces, "
+                "commas or brackets, as in \"model.pattern='[mamba,attention]'\""
+            ) from error
+    return parsed
+
+
+def _checked(override: Override, where: list[pathlib.Path]) -> str:
+    """Returns one word for Hydra: group choices as they are, values with `++` (the schema judges)."""
+    key, word = override.key_or_group, override.input_line
+    if key.startswith("hydra"):
+        raise ConfigError(f"{key}: hydra's own settings are off here; seqzoo keeps its run folders")
+    if override.is_sweep_override():
+        raise ConfigError(
+            f"'{word}' names several values; -m runs each of them, [..] makes it one list"
+        )
+    if paths.is_group(key, where):
+        value = override.value()
+        allowed = paths.options(key, where)
+        if override.is_delete() or (key == "experiment" and value is None):
+            return word
+        if not isinstance(value, str) or value not in allowed:
+            raise ConfigError(
+                f"{key}={value}: configs/{key}/ has no such file{suggest(str(value), allowed)}; "
+                f"there are {', '.join(allowed)}"
+            )
+        return word
+    group = key.rpartition(".")[2]
+    if paths.is_group(group, where) and override.value() in paths.options(group, where):
+        return f"{group}@{word}"  # model.channel_mixer=swiglu chooses configs/channel_mixer/swiglu
+    plain = not (override.is_add() or override.is_force_add() or override.is_delete())
+    return f"++{word}" if plain else word
+
+
+def _with_default_experiment(words: list[str]) -> list[str]:
+    chosen = {word.lstrip("+~").partition("=")[0].partition("@")[0] for word in words}
+    words = [word for word in words if word not in ("experiment=null", "experiment=")]
+    if not chosen & {"experiment", "data", "task"}:
+        words = [f"experiment={DEFAULT_EXPERIMENT}", *words]
+    return words
+
+
+def _compose(config_name: str, words: list[str], where: list[pathlib.Path]) -> DictConfig:
+    ours, *theirs = where
+    if theirs:
+        searched = ",".join(f"'file://{folder}'" for folder in theirs)
+        words = [f"hydra.searchpath=[{searched}]", *words]
+    try:
+        with initialize_config_dir(str(ours), version_base=None):
+            return hydra_compose(config_name, list(words))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _mixers_to_add(config: DictConfig, where: list[pathlib.Path]) -> list[str]:
+    """``+mixer@model.mixers.NAME=NAME`` for each name of the pattern that has no node yet."""
+    model = config.get("model")
+    if not isinstance(model, DictConfig):
+        return []
+    pattern = OmegaConf.to_container(model).get("pattern")
+    nodes = OmegaConf.to_container(model).get("mixers") or {}
+    if not isinstance(pattern, list) or not isinstance(nodes, Mapping):
+        return []
+    allowed = paths.options("mixer", where)
+    added = []
+    for name in dict.fromkeys(pattern):
+        if "_target_" in (nodes.get(name) or {}):
+            continue
+        if name not in allowed:
+            raise ConfigError(
+                f"model.pattern={_list(pattern)}: there is no mixer '{name}'"
+                f"{suggest(str(name), [*allowed, *nodes])}; there are "
+                f"{', '.join(dict.fromkeys([*allowed, *nodes]))}"
+            )
+        added.append(f"+mixer@model.mixers.{name}={name}")
+    return added
+
+
+def _keep_used_mixers(config: dict[str, Any], typed: Sequence[str]) -> None:
+    """Leaves out mixers that the pattern does not use: they are no part of the run."""
+    model = config.get("model") or {}
+    pattern = model.get("pattern")
+    if pattern is None:
+        return
+    if not isinstance(pattern, list) or not pattern:
+        raise ConfigError(
+            f"model.pattern={pattern} must be a list of mixers, as in model.pattern=[mamba]"
+        )
+    for key in typed:
+        first, second, name = (key.split(".") + ["", "", ""])[:3]
+        if (first, second) == ("model", "mixers") and name and name not in pattern:
+            near = suggest(name, pattern).replace("'?", f"{key.partition(name)[2]}'?")
+            near = near.replace("mean '", "mean 'model.mixers.")
+            raise ConfigError(f"{key}: model.pattern={_list(pattern)} has no '{name}'{near}")
+    if isinstance(model.get("mixers"), Mapping):
+        model["mixers"] = {name: node for name, node in model["mixers"].items() if name in pattern}
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    data, model = config["data"].get("vocab_size"), config["model"].get("vocab_size")
+    if isinstance(data, int) and isinstance(model, int) and model < data:
+        raise ConfigError(
+            f"model.vocab_size={model} is smaller than data.vocab_size={data}: tokens would have "
+            "no embedding; set model.vocab_size to at least that"
+        )
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key")), "")
+    return (f"{key}: " if key else "") + (lines[0] if lines else type(error).__name__)
+
+
+def _list(items: Sequence[Any]) -> str:
+    return "[" + ",".join(str(item) for item in items) + "]"

@@ -1,0 +1,231 @@
+"""Writing text with a model: the prompt in one piece, then token by token through the state.
+
+Nothing here depends on the architecture: a recurrent state stays as large as it is, a cache is
+sized once. Decoding is one compiled program of DECODE_TOKENS steps, called until enough is
+written, so its cost does not depend on how many tokens are asked for.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seqzoo.errors import ConfigError
+
+# Steps in one call of the compiled program: what a stream shows at once, and how long after the
+# end of text it still runs.
+DECODE_TOKENS = 32
+
+
+class Generated(NamedTuple):
+    """What came out.
+
+    Attributes:
+        tokens: int32 `[b, new]`, without the prompt; after `eos`, eos again.
+        prefill_seconds: reading the prompt, compilation excluded.
+        decode_seconds: writing the tokens, compilation excluded.
+        compile_seconds: 0 when both programs were compiled before.
+        tokens_per_second: tokens written by all rows per second of decoding.
+        state_bytes: what the state holds, all rows together.
+    """
+
+    tokens: np.ndarray
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    tokens_per_second: float
+    state_bytes: int
+
+
+def generate(
+    model: nnx.Module,
+    prompt: np.ndarray | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos: int | None = None,
+    on_tokens=None,
+) -> Generated:
+    """Continues each row of a prompt.
+
+    Args:
+        model: a language model (`run`, `step`, `init_state`).
+        prompt: int `[b t]`, or one sequence per row of any lengths, none empty.
+        max_new_tokens: tokens to write per row, at least 1.
+        temperature: logits are divided by it; 0 = always the likeliest token.
+        top_k: keep the k likeliest tokens; 0 = all.
+        top_p: keep the likeliest tokens that together have this probability, in (0, 1].
+        seed: of the draws; the same seed, prompt and settings write the same tokens.
+        eos: token that ends a row; None = none does.
+        on_tokens: called with int32 `[b n]` whenever n more tokens are ready.
+
+    Raises:
+        ConfigError: a setting is out of range.
+    """
+    _check(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, segment_ids = _pad(prompt, model.vocab_size)
+    batch, length = tokens.shape
+    rounds = math.ceil(max_new_tokens / DECODE_TOKENS)
+    graphdef, variables = nnx.split(model)
+    state = model.init_state(batch, max_length=length + rounds * DECODE_TOKENS)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    sampling = Sampling(
+        temperature=jnp.float32(temperature),
+        top_k=jnp.int32(min(top_k, model.vocab_size) or model.vocab_size),
+        top_p=jnp.float32(top_p),
+        eos=jnp.int32(-1 if eos is None else eos),
+    )
+    flags = (temperature == 0, bool(top_k) or top_p < 1)  # greedy, filtered
+    key = jax.random.key(seed)
+
+    arguments = (graphdef, flags, variables, tokens, segment_ids, state, key, sampling)
+    program, compile_prefill = _compiled(_prefill, *arguments)
+    start = time.perf_counter()
+    carry = jax.block_until_ready(program(*arguments[2:]))
+    prefill_seconds = time.perf_counter() - start
+
+    arguments = (graphdef, flags, variables, carry, key, sampling)
+    program, compile_decode = _compiled(_decode, *arguments)
+    written, pieces = 0, []
+    start = time.perf_counter()
+    while written < max_new_tokens:
+        carry, piece = program(variables, carry, key, sampling)
+        piece = np.asarray(piece)[:, : max_new_tokens - written]
+        written += piece.shape[1]
+        pieces.append(piece)
+        if on_tokens is not None:
+            on_tokens(piece)
+        if eos is not None and np.all(piece[:, -1] == eos):
+            break
+    decode_seconds = time.perf_counter() - start
+    # The last round may run a little further than asked.
+    ran = len(pieces) * DECODE_TOKENS
+    return Generated(
+        tokens=np.concatenate(pieces, axis=1),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        compile_seconds=compile_prefill + compile_decode,
+        tokens_per_second=batch * ran / decode_seconds,
+        state_bytes=held,
+    )
+
+
+class Sampling(NamedTuple):
+    """Run-time settings of a draw: changing one compiles nothing."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    eos: jax.Array
+
+
+class Carry(NamedTuple):
+    """Between two tokens: the state, the token to read next, how many were drawn, who is done."""
+
+    state: object
+    token: jax.Array  # [b] int32
+    count: jax.Array  # [] int32
+    done: jax.Array  # [b] bool
+
+
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, flags: tuple[bool, bool]):
+    """Draws one token per row from `[b o]` float32 logits.
+
+    Args:
+        flags: (always take the likeliest, some tokens are filtered), static.
+    """
+    greedy, filtered = flags
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if filtered:
+        ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+        probability = jax.nn.softmax(ranked, axis=-1)
+        # A token stays while the likelier ones together fall short of top_p, so one always stays.
+        before = jnp.cumsum(probability, axis=-1) - probability
+        stays = (before < sampling.top_p) & (jnp.arange(logits.shape[-1]) < sampling.top_k)
+        lowest = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _prefill(graphdef, flags, variables, tokens, segment_ids, state, key, sampling):
+    """Reads the prompt and draws the first token."""
+    model = nnx.merge(graphdef, variables)
+    out = model.run(tokens, segment_ids=segment_ids, state=state, return_state=True)
+    # Padding lies on the left, so the last column is the last token of every row.
+    token = sample(out.logits[:, -1], jax.random.fold_in(key, 0), sampling, flags)
+    return Carry(out.state, token, jnp.int32(1), jnp.zeros(token.shape, bool))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(graphdef, flags, variables, carry, key, sampling):
+    """Emits the token that waits and draws the next, DECODE_TOKENS times."""
+
+    def one(carry, _):
+        written = jnp.where(carry.done, sampling.eos, carry.token)
+        logits, state = nnx.merge(graphdef, variables).step(written, carry.state)
+        token = sample(logits, jax.random.fold_in(key, carry.count), sampling, flags)
+        done = carry.done | (written == sampling.eos)
+        return Carry(state, token, carry.count + 1, done), written
+
+    carry, tokens = jax.lax.scan(one, carry, length=DECODE_TOKENS)
+    return carry, tokens.T
+
+
+_programs: dict = {}
+
+
+def _compiled(function, graphdef, flags, *arguments):
+    """The compiled program for these shapes, and the seconds that compiling took (0 if known)."""
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in map(jnp.asarray, leaves))
+    place = (function, graphdef, flags, structure, shapes)
+    if place in _programs:
+        return _programs[place], 0.0
+    start = time.perf_counter()
+    _programs[place] = function.lower(graphdef, flags, *arguments).compile()
+    return _programs[place], time.perf_counter() - start
+
+
+def _pad(prompt, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Left-pads rows to one length, a power of two of at least 16 so that few shapes compile."""
+    rows = [np.asarray(row, np.int64) for row in prompt]
+    if any(row.ndim != 1 for row in rows):
+        raise ConfigError("the prompt must be one sequence of tokens per row: [[1, 2, 3]]")
+    if not rows or min(map(len, rows)) == 0:
+        raise ConfigError("the prompt is empty; give every row at least one token")
+    for row in rows:
+        if row.min() < 0 or row.max() >= vocab_size:
+            raise ConfigError(
+                f"the prompt holds token {row.max() if row.min() >= 0 else row.min()}; "
+                f"the model knows 0..{vocab_size - 1}"
+            )
+    length = max(16, 2 ** math.ceil(math.log2(max(map(len, rows)))))
+    tokens = np.zeros((len(rows), length), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+        segment_ids[i, length - len(row) :] = 1
+    return jnp.asarray(tokens), jnp.asarray(segment_ids)
+
+
+def _check(*, max_new_tokens, temperature, top_k, top_p) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if top_k < 0:
+        raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p is {top_p}; it must lie above 0 and not above 1")
