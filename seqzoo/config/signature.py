@@ -66,7 +66,7 @@ def _read(module: str, name: str, depth: int = 0) -> Signature | None:
         return None
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            return _of_class(node)
+            return _of_class(node, module, depth)
         if isinstance(node, ast.FunctionDef) and node.name == name and not node.decorator_list:
             return _of_function(node, ast.get_docstring(node), skip=0)
         if isinstance(node, ast.ImportFrom) and not node.level and node.module:
@@ -105,11 +105,12 @@ def _source(module: str) -> pathlib.Path | None:
     return pathlib.Path(spec.origin)
 
 
-def _of_class(node: ast.ClassDef) -> Signature | None:
+def _of_class(node: ast.ClassDef, module: str, depth: int) -> Signature | None:
     documented = ast.get_docstring(node) or ""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name in ("__init__", "__new__"):
-            return _of_function(item, documented + "\n\n" + (ast.get_docstring(item) or ""), skip=1)
+            own = _of_function(item, documented + "\n\n" + (ast.get_docstring(item) or ""), skip=1)
+            return _with_parents(own, node, module, depth) if own.open else own
     if {ast.unparse(base).split("[")[0] for base in node.bases} - _PLAIN_BASES:
         return None  # a parent may add keywords
     if not any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
@@ -131,6 +132,21 @@ def _of_class(node: ast.ClassDef) -> Signature | None:
         said = meanings.get(name) or _text_under(node.body, place)
         keywords[name] = Keyword(annotation=annotation, default=default, meaning=said)
     return Signature(keywords=keywords)
+
+
+def _with_parents(own: Signature, node: ast.ClassDef, module: str, depth: int) -> Signature | None:
+    """Adds what a constructor hands on as **keywords: what its parents take."""
+    keywords = dict(own.keywords)
+    for base in node.bases:
+        if ast.unparse(base) in _PLAIN_BASES:
+            continue
+        parent = _read(module, ast.unparse(base), depth + 1)
+        if parent is None:
+            return None  # only an import can tell
+        if parent.open:
+            return Signature(keywords={**parent.keywords, **keywords}, open=True)
+        keywords = {**parent.keywords, **keywords}
+    return Signature(keywords=keywords, open=keywords == own.keywords)
 
 
 def _field_default(call: ast.expr) -> str | None:
