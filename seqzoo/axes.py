@@ -6,8 +6,8 @@
     e  inner width      v  value width          l  cache slots
     n  state            c  chunk length         r  repeats of a period of layers
 
-Activations are `[b t d]`, heads `[b t h k]`; states `[b e n]` or `[b h k v]`. Gates live in log space
-and end in `_log`. Segment ids are int32 `[b t]`: documents numbered upward, 0 = padding.
+Activations are `[b t d]`, heads `[b t h k]`; states `[b e n]` or `[b h k v]`. Gates live in log
+space and end in `_log`. Segment ids are int32 `[b t]`: documents numbered upward, 0 = padding.
 """
 
 AXES = dict(

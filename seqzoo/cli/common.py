@@ -60,7 +60,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, missing: str = "") -> None
     texts = [[cell(row.get(column), missing) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in [columns, *texts]) for i in range(len(columns))]
     numeric = [
-        all(isinstance(row.get(c), int | float | None) for row in rows) and any(c in r for r in rows)
+        all(isinstance(row.get(c), int | float | None) for row in rows)
+        and any(c in r for r in rows)
         for c in columns
     ]
     for line in [columns, *texts]:

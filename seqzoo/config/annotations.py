@@ -7,7 +7,7 @@ from typing import Any
 
 # None: any value fits.
 _SCALARS = {"int": int, "float": float, "bool": bool, "str": str, "None": type(None)}
-_LISTS = {"list", "List", "tuple", "Tuple", "Sequence", "Iterable", "Collection", "set", "frozenset"}
+_LISTS = {"list", "List", "tuple", "Tuple", "Sequence", "Iterable", "Collection", "set"}
 _MAPS = {"dict", "Dict", "Mapping", "MutableMapping"}
 
 
@@ -22,7 +22,7 @@ def fits(value: Any, annotation: str | None) -> bool:
 
 
 def converted(value: Any, annotation: str | None) -> Any:
-    """Returns the value in the one spelling of its type: 1e4 for an int is 10000, 1 for a float 1.0."""
+    """Returns the value in the spelling of its type: 1e4 for an int is 10000, 1 for a float 1.0."""
     if type(value) not in (int, float):
         return value
     names = _alternatives(_parse(annotation))

@@ -88,7 +88,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _checked(override: Override, where: list[pathlib.Path]) -> str:
-    """Returns one word for Hydra: group choices as they are, values with `++` (the schema judges)."""
+    """Returns a word for Hydra: group choices as they are, values with `++` (the schema judges)."""
     key, word = override.key_or_group, override.input_line
     if key.startswith("hydra"):
         raise ConfigError(f"{key}: hydra's own settings are off here; seqzoo keeps its run folders")

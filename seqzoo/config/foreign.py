@@ -59,7 +59,7 @@ NAMES: dict[str, Names] = {
         "training.seq_len",
         "max_target_length",
         "max_position_embeddings",
-        ("input_seq_len", "seq_length", "context_length", "max_length", "max_seq_len", "block_size"),
+        ("input_seq_len", "seq_length", "context_length", "max_length", "max_seq_len"),
     ),
     "data.path": Names("training.dataset", "dataset_path", "dataset_name", ("data_dir",)),
     "trainer.steps": Names(
@@ -83,9 +83,7 @@ NAMES: dict[str, Names] = {
         "checkpoint.interval", "checkpoint_period", "save_steps", ("save_interval",)
     ),
     "trainer.log_every": Names("metrics.log_freq", "log_period", "logging_steps", ()),
-    "trainer.profile": Names(
-        "profiling.enable_profiling", "profiler", None, ("enable_profiling",)
-    ),
+    "trainer.profile": Names("profiling.enable_profiling", "profiler", None, ("enable_profiling",)),
     "optimizer.lr": Names(
         "optimizer.lr", "learning_rate", "learning_rate", ("max_lr", "base_lr", "peak_lr")
     ),

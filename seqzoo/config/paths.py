@@ -9,7 +9,7 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def shipped() -> pathlib.Path:
-    """Returns the folder of seqzoo's own configs: in the wheel, or beside the package in a checkout."""
+    """Returns the folder of our own configs: in the wheel, or beside the package in a checkout."""
     for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return folder

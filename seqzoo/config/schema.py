@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from seqzoo.config import foreign
-from seqzoo.config.signature import Keyword, Signature, signature_of
 from seqzoo.config.annotations import converted, fits, takes_mapping
+from seqzoo.config.signature import Keyword, Signature, signature_of
 from seqzoo.errors import ConfigError
 
 SETTINGS = {
@@ -84,9 +84,8 @@ def valid_keys(config: Mapping[str, Any]) -> list[str]:
 def _keys_below(path: str, node: Mapping[str, Any]) -> Iterable[str]:
     if isinstance(node.get("_target_"), str):
         try:
-            yield from (
-                f"{path}.{key}" for key in signature_of(node["_target_"]).keywords if key not in _GIVEN
-            )
+            keywords = signature_of(node["_target_"]).keywords
+            yield from (f"{path}.{key}" for key in keywords if key not in _GIVEN)
         except ConfigError:
             return
     for key, value in node.items():

@@ -159,10 +159,9 @@ def _field_default(call: ast.expr) -> str | None:
 def _text_under(body: list[ast.stmt], place: int) -> str:
     """The string that stands under a field, as some write their field's documentation."""
     following = body[place + 1] if place + 1 < len(body) else None
-    if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-        if isinstance(following.value.value, str):
-            return " ".join(following.value.value.split())
-    return ""
+    value = following.value if isinstance(following, ast.Expr) else None
+    text = value.value if isinstance(value, ast.Constant) else None
+    return " ".join(text.split()) if isinstance(text, str) else ""
 
 
 def _of_function(node: ast.FunctionDef, documented: str | None, *, skip: int) -> Signature:

@@ -149,9 +149,7 @@ class Attention(nnx.Module):
             new = new._replace(k=k, v=v)
             y = self._attend(q, k, v, is_causal=True)
         else:
-            new = new._replace(
-                k=_write(state.k, k, slot, valid), v=_write(state.v, v, slot, valid)
-            )
+            new = new._replace(k=_write(state.k, k, slot, valid), v=_write(state.v, v, slot, valid))
             if whole:  # keys stay where they came in: id and order say who sees whom
                 same = segment_ids[:, :, None] == segment_ids[:, None, :]
                 y = self._attend(q, k, v, is_causal=True, mask=same[:, None])
@@ -204,9 +202,7 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _attend(self, q, k, v, **masks):
-        return jax.nn.dot_product_attention(
-            q, k, v, implementation=self.implementation, **masks
-        )
+        return jax.nn.dot_product_attention(q, k, v, implementation=self.implementation, **masks)
 
 
 def _place(segment_ids, state: AttentionState, t: int):

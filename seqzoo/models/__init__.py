@@ -1,4 +1,4 @@
-"""Whole models: embedding, stack, head. Nothing of one architecture; mixers come from the config."""
+"""Whole models: embedding, stack, head. Nothing of one architecture; the config names mixers."""
 
 from seqzoo.models.classifier import Classifier
 from seqzoo.models.language_model import LanguageModel

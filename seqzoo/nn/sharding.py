@@ -17,7 +17,7 @@ from seqzoo.nn.param import axes_of
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
-# Logical name -> mesh axes, as (name, axes) pairs: hashable, so that a compiled step may depend on it.
+# Logical name -> mesh axes, as pairs: hashable, so that a compiled step may depend on it.
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 # Names of parameters (see nn.param) and of activations (batch, length). What is not named is whole.
@@ -105,9 +105,9 @@ def spec_of(
         ways = math.prod(sizes[a] for a in over)
         if size % ways:
             raise ValueError(
-                f"{what}: its dimension '{name}' of {size} is no multiple of {ways}, the product of "
-                f"mesh axes {list(over)}; change mesh.{over[0]} or the dimension, or take '{name}' "
-                "out of mesh.rules"
+                f"{what}: its dimension '{name}' of {size} is no multiple of {ways}, the "
+                f"product of mesh axes {list(over)}; change mesh.{over[0]} or the dimension, or "
+                f"take '{name}' out of mesh.rules"
             )
         taken |= set(over)
         spec.append(over if len(over) > 1 else over[0] if over else None)

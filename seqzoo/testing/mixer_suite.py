@@ -169,7 +169,9 @@ def shapes(subject: Subject) -> str:
 
 def state_structure(subject: Subject) -> str:
     """The state that goes out has the structure, shapes and dtypes of the one that went in."""
-    describe = lambda tree: [(name, leaf.shape, str(leaf.dtype)) for name, leaf in named_leaves(tree)]
+    describe = lambda tree: [
+        (name, leaf.shape, str(leaf.dtype)) for name, leaf in named_leaves(tree)
+    ]
     for dtype in ("float32", "bfloat16"):
         opened = open_mixer(subject, dtype)
         state = jax.eval_shape(lambda opened=opened: new_state(opened.mixer, subject.batch))
@@ -218,7 +220,10 @@ def chunks_equal_whole(subject: Subject) -> str:
     streamed, _ = stream(opened, x)
     whole, _ = opened.call(opened.variables, x)
     error = compare(
-        f"length {LENGTH} in chunks of {CHUNK} against whole", streamed, whole, TOLERANCES["outputs"]
+        f"length {LENGTH} in chunks of {CHUNK} against whole",
+        streamed,
+        whole,
+        TOLERANCES["outputs"],
     )
     return f"length {LENGTH} in chunks of {CHUNK}: error {error:.0e}"
 

@@ -95,9 +95,7 @@ def open_mixer(subject: Subject, dtype: str = "float32") -> Opened:
         rest = jax.tree.map(lambda a: None if is_float(a) else a, variables)
         return jax.grad(objective, argnums=(0, 2))(floats, rest, x, cotangent, n_chunks)
 
-    return Opened(
-        mixer, variables, jax.jit(call), jax.jit(steps), jax.jit(grad, static_argnums=3)
-    )
+    return Opened(mixer, variables, jax.jit(call), jax.jit(steps), jax.jit(grad, static_argnums=3))
 
 
 def build(subject: Subject, dtype: str = "float32", seed: int = 0) -> nnx.Module:

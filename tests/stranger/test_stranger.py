@@ -85,7 +85,9 @@ def test_it_trains_is_killed_resumes_and_evaluates(lab):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (run_folder,) = [p.parent for p in folder.glob("runs/*/*/config.yaml") if not p.parent.is_symlink()]
+    (run_folder,) = [
+        p.parent for p in folder.glob("runs/*/*/config.yaml") if not p.parent.is_symlink()
+    ]
     assert json.loads((run_folder / "status.json").read_text())["state"] != "finished"
 
     run(lab, "train", *TRAIN, "--trust", "mylab")

@@ -35,7 +35,9 @@ def seconds_to_first_step(folder: pathlib.Path, cache: pathlib.Path, seed: int) 
                 if lines and json.loads(lines[0]):
                     return time.perf_counter() - started
             if child.poll() is not None and child.returncode != 0:
-                raise RuntimeError(f"seqzoo train ended with {child.returncode}: {child.stderr.read()}")
+                raise RuntimeError(
+                    f"seqzoo train ended with {child.returncode}: {child.stderr.read()}"
+                )
             time.sleep(0.02)
     finally:
         child.kill()
@@ -50,6 +52,16 @@ def run(quick: bool = False) -> list[dict[str, object]]:
         cold = seconds_to_first_step(folder, folder / "cache", seed=1)
         warm = seconds_to_first_step(folder, folder / "cache", seed=2)
     return [
-        {"bench": "first_step", "case": "24 layers, no cache", "seconds": round(cold, 1), "to reach": "<= 20"},
-        {"bench": "first_step", "case": "24 layers, cached", "seconds": round(warm, 1), "to reach": "<= 8"},
+        {
+            "bench": "first_step",
+            "case": "24 layers, no cache",
+            "seconds": round(cold, 1),
+            "to reach": "<= 20",
+        },
+        {
+            "bench": "first_step",
+            "case": "24 layers, cached",
+            "seconds": round(warm, 1),
+            "to reach": "<= 8",
+        },
     ]

@@ -1,6 +1,6 @@
 """S4D-Real, as a stranger would add it: written from docs/add_a_mixer.md alone.
 
-    h_t = exp(dt A) h_{t-1} + dt B x_t,    y_t = C h_t + D x_t,    A_n = -(n + 1), per channel.
+h_t = exp(dt A) h_{t-1} + dt B x_t,    y_t = C h_t + D x_t,    A_n = -(n + 1), per channel.
 """
 
 import jax
@@ -22,9 +22,7 @@ class S4D(nnx.Module):
         rngs: source of the initial values.
     """
 
-    def __init__(
-        self, d_model: int, *, d_state: int = 16, dtype: str = "float32", rngs: nnx.Rngs
-    ):
+    def __init__(self, d_model: int, *, d_state: int = 16, dtype: str = "float32", rngs: nnx.Rngs):
         if d_state < 1:
             raise ValueError(f"d_state is {d_state}; it must be at least 1")
         self.d_model, self.d_state, self.dtype = d_model, d_state, dtype
