@@ -1,4 +1,4 @@
-"""The stage for every test: the CPU, eight simulated devices, quick compiles, and the golden files."""
+"""The stage for every test: eight simulated CPU devices, quick compiles, the golden files."""
 
 import os
 import pathlib
