@@ -1,0 +1,61 @@
+"""Some positions ask and only they are scored: recall, copying, induction."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from seqzoo.data.source import Dataset
+from seqzoo.tasks import task
+from seqzoo.tasks.task import Mode, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedAnswers:
+    """Cross entropy and accuracy where a target is given.
+
+    The loss is the mean over all answers. Accuracy is the mean over rows of the fraction of the
+    row's answers that are right (Zoology's measure), and the same for each group of rows.
+
+    Attributes:
+      metric: accuracy, loss, or accuracy/GROUP; the best checkpoint is chosen by it.
+      target: a value of the metric at which a run may stop early.
+      groups: names of the groups of rows; filled in from the data.
+    """
+
+    metric: str = "accuracy"
+    target: float | None = None
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        task.check_metric(self.metric, ("accuracy", "loss"))
+        object.__setattr__(self, "groups", tuple(self.groups))
+
+    @property
+    def mode(self) -> Mode:
+        return "min" if self.metric == "loss" else "max"
+
+    def for_data(self, dataset: Dataset) -> Self:
+        return dataclasses.replace(self, groups=tuple(dataset.group_names))
+
+    def sums(
+        self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+    ) -> Sums:
+        """Runs the model on a batch and adds up what it got right."""
+        out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
+        scores = task.score(out.logits, batch["targets"])
+        asked = scores.asked.sum(-1)
+        fraction = scores.right.sum(-1) / jnp.maximum(asked, 1.0)
+        counts = (asked > 0).astype(fraction.dtype)
+        return Sums(
+            loss=scores.loss.sum(),
+            weight=asked.sum(),
+            metrics=task.by_group("accuracy", fraction, counts, batch.get("group"), self.groups),
+            reports=out.reports,
+        )
+
+    def finish(self, totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+        """Turns added-up sums into what is shown: loss, accuracy, accuracy/GROUP."""
+        return task.averages(totals)

@@ -1,0 +1,69 @@
+"""Predict the next token, everywhere: language modelling."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+
+from seqzoo.data.source import Dataset
+from seqzoo.errors import ConfigError
+from seqzoo.tasks import task
+from seqzoo.tasks.task import Mode, Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Cross entropy of each target, in nats, and what is made of it.
+
+    Reports loss, perplexity, accuracy and, where tokens are bytes, bits_per_byte.
+
+    Attributes:
+      metric: loss, perplexity, bits_per_byte or accuracy; the best checkpoint is chosen by it.
+      target: a value of the metric at which a run may stop early.
+      bytes_per_token: for bits_per_byte; filled in from the data.
+    """
+
+    metric: str = "loss"
+    target: float | None = None
+    bytes_per_token: float | None = None
+
+    def __post_init__(self) -> None:
+        task.check_metric(self.metric, ("loss", "perplexity", "bits_per_byte", "accuracy"))
+
+    @property
+    def mode(self) -> Mode:
+        return "max" if self.metric == "accuracy" else "min"
+
+    def for_data(self, dataset: Dataset) -> Self:
+        known = self.bytes_per_token or dataset.bytes_per_token
+        if self.metric == "bits_per_byte" and not known:
+            raise ConfigError(
+                "task.metric=bits_per_byte, but the tokens of this data are not bytes; use loss, "
+                "or set task.bytes_per_token to the mean number of bytes behind a token"
+            )
+        return dataclasses.replace(self, bytes_per_token=known)
+
+    def sums(
+        self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+    ) -> Sums:
+        """Runs the model on a batch and adds up the losses."""
+        out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
+        scores = task.score(out.logits, batch["targets"])
+        weight = scores.asked.sum()
+        return Sums(
+            loss=scores.loss.sum(),
+            weight=weight,
+            metrics={"accuracy": (scores.right.sum(), weight)},
+            reports=out.reports,
+        )
+
+    def finish(self, totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+        """Turns added-up sums into what is shown."""
+        found = task.averages(totals)
+        loss = found["loss"]
+        found["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+        if self.bytes_per_token:
+            found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        return found
