@@ -3,7 +3,30 @@
 Imports numpy and grain, never jax, models or train.
 """
 
+from seqzoo.data.associative_recall import AssociativeRecall
+from seqzoo.data.induction_heads import InductionHeads
 from seqzoo.data.mqar import MQAR
+from seqzoo.data.mqar_segments import MQARSegments
+from seqzoo.data.selective_copying import SelectiveCopying
 from seqzoo.data.source import ENDLESS, IGNORE, SPLITS, Batch, Dataset, Source, Split
+from seqzoo.data.stdlib import StdlibText
+from seqzoo.data.text import Text
+from seqzoo.data.tokens import Tokens
 
-__all__ = ["ENDLESS", "IGNORE", "MQAR", "SPLITS", "Batch", "Dataset", "Source", "Split"]
+__all__ = [
+    "ENDLESS",
+    "IGNORE",
+    "MQAR",
+    "SPLITS",
+    "AssociativeRecall",
+    "Batch",
+    "Dataset",
+    "InductionHeads",
+    "MQARSegments",
+    "SelectiveCopying",
+    "Source",
+    "Split",
+    "StdlibText",
+    "Text",
+    "Tokens",
+]

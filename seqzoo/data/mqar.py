@@ -18,8 +18,9 @@ from seqzoo.data.source import (
     Source,
     Split,
     at_least,
+    check_samples,
     fingerprint_of,
-    known_split,
+    samples_of,
 )
 from seqzoo.errors import ConfigError
 
@@ -63,22 +64,15 @@ class MQAR:
     bytes_per_token = None
 
     def __post_init__(self) -> None:
-        _check_shape(self.vocab_size, self.seq_len, self.num_kv_pairs)
-        _check_power(self.power_a)
-        at_least("train_samples", self.train_samples, 1)
-        at_least("valid_samples", self.valid_samples, 1)
-        at_least("test_samples", self.test_samples, 1)
+        check_shape(self.vocab_size, self.seq_len, self.num_kv_pairs)
+        check_power(self.power_a)
+        check_samples(self)
 
     @property
     def group_names(self) -> tuple[str, ...]:
         return (f"pairs_{self.num_kv_pairs}",)
 
     def source(self, split: Split) -> Source:
-        samples = {
-            "train": self.train_samples,
-            "valid": self.valid_samples,
-            "test": self.test_samples,
-        }[known_split(split)]
         make = functools.partial(
             recall_rows,
             vocab_size=self.vocab_size,
@@ -87,7 +81,7 @@ class MQAR:
             power_a=self.power_a,
             noise=self.random_non_queries,
         )
-        return Generated(make, self.seed, split, samples, self.group_names)
+        return Generated(make, self.seed, split, samples_of(self, split), self.group_names)
 
     def fingerprint(self) -> str:
         return fingerprint_of("mqar", _VERSION, dataclasses.asdict(self))
@@ -128,7 +122,7 @@ def recall_rows(
     return {"tokens": tokens, "targets": targets, "group": np.full(b, group, np.int32)}
 
 
-def _check_shape(vocab_size: int, seq_len: int, num_kv_pairs: int) -> None:
+def check_shape(vocab_size: int, seq_len: int, num_kv_pairs: int) -> None:
     at_least("num_kv_pairs", num_kv_pairs, 1)
     if seq_len % 2 or seq_len < 4 * num_kv_pairs:
         raise ConfigError(
@@ -143,6 +137,6 @@ def _check_shape(vocab_size: int, seq_len: int, num_kv_pairs: int) -> None:
         )
 
 
-def _check_power(power_a: float) -> None:
+def check_power(power_a: float) -> None:
     if not power_a >= 0:
         raise ConfigError(f"data.power_a={power_a}; it must be 0 or more (1 = uniform)")

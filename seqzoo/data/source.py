@@ -6,6 +6,7 @@ its rows come from. Row i of a source is a pure function of i.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -114,13 +115,56 @@ class Generated:
         return self.make(counter.keys(self.seed, number, stream=self.stream))
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Sources one after the other, each with rows of its own shape.
+
+    Attributes:
+      parts: the sources.
+      seed: of the order.
+      shuffle: give blocks of rows in another order in each epoch; false = as listed, every time.
+      block: rows that stay together, a divisor of each part's length; 0 where nobody trains on it.
+      group_names: see Source.
+    """
+
+    parts: tuple[Source, ...]
+    seed: int
+    shuffle: bool = True
+    block: int = 0
+    group_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        stops = list(itertools.accumulate(len(part) for part in self.parts))
+        return tuple(zip([0, *stops], stops, strict=False))
+
+    def order(self, position: np.ndarray) -> np.ndarray:
+        if not self.shuffle:
+            return position
+        block, row = np.divmod(np.asarray(position, np.int64), self.block or 1)
+        return shuffled(block, len(self) // (self.block or 1), self.seed) * (self.block or 1) + row
+
+    def batch(self, index: np.ndarray) -> Batch:
+        row = np.asarray(index, np.int64) % len(self)
+        for part, (start, stop) in zip(self.parts, self.spans, strict=True):
+            inside = (row >= start) & (row < stop)
+            if inside.all():
+                return part.batch(row - start)
+            if inside.any():
+                raise ValueError("rows of different shapes were asked for in one batch")
+        raise ValueError("no rows were asked for")
+
+
 def shuffled(position: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Maps places in an endless order to epoch * n + row: each epoch has its own permutation."""
     epoch, place = np.divmod(np.asarray(position, np.int64), n)
     out = epoch * n
     for one in np.unique(epoch):
         of_epoch = epoch == one
-        out[of_epoch] += counter.permute(place[of_epoch], n, seed=seed, stream=int(one) + 1)
+        out[of_epoch] += counter.permute(place[of_epoch], n, seed=seed, stream=-1 - int(one))
     return out
 
 
@@ -135,6 +179,17 @@ def known_split(split: str) -> Split:
     if split not in SPLITS:
         raise ConfigError(f"there is no split '{split}'; there are {', '.join(SPLITS)}")
     return split
+
+
+def samples_of(dataset: Any, split: str) -> int | None:
+    """Returns train_samples, valid_samples or test_samples of a generator."""
+    return getattr(dataset, f"{known_split(split)}_samples")
+
+
+def check_samples(dataset: Any) -> None:
+    """Refuses a generator with a split of no samples."""
+    for split in SPLITS:
+        at_least(f"{split}_samples", samples_of(dataset, split), 1)
 
 
 def at_least(name: str, value: int | None, least: int) -> None:
