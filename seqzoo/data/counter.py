@@ -181,6 +181,7 @@ def _first_of_order(scores: np.ndarray, count: int) -> np.ndarray:
     packed |= np.arange(n, dtype=np.uint64)
     if count * 2 < n:
         packed.partition(count - 1, axis=1)
+        packed = packed[:, :count]
+    packed.sort(axis=1)
     first = packed[:, :count]
-    first.sort(axis=1)
     return (first & ((np.uint64(1) << shift) - np.uint64(1))).astype(np.int32)
