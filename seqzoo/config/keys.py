@@ -34,9 +34,9 @@ the class behind it, and these are their docstrings. On the command line they ar
 `seqzoo train optimizer.lr=3e-3`. `seqzoo show` prints what a command line amounts to.
 
 - `group=file` chooses a file of `configs/group/`: `model=mamba_small`, `data=text`.
-- `model.pattern='[mamba,attention]'` names mixers; the keys of each stand under `model.mixers.NAME`,
-  as in `model.mixers.mamba.d_state=32`. `model.channel_mixer=swiglu` chooses a channel mixer,
-  `model.channel_mixer=null` none.
+- `model.pattern='[mamba,attention]'` names mixers; the keys of each stand under
+  `model.mixers.NAME`, as in `model.mixers.mamba.d_state=32`. `model.channel_mixer=swiglu` chooses
+  what stands after each mixer, `model.channel_mixer=null` nothing.
 - Values are YAML: `null`, `true`, `1e-3`, `[1,2]`. Quote what holds spaces, commas or brackets for
   your shell.
 - A key of another framework (fla and flame, MaxText, Hugging Face) is refused with ours; the table

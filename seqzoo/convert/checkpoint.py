@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -73,26 +73,34 @@ def parameters(checkpoint: Checkpoint, *, dtype: str = "float32") -> dict[Path, 
     """
     shell = nnx.eval_shape(lambda: build(checkpoint.node, rngs=nnx.Rngs(0)))
     wanted = {
-        path: jax.ShapeDtypeStruct(variable[...].shape, variable[...].dtype)
+        path: variable.get_value()
         for path, variable in nnx.to_flat_state(nnx.state(shell, nnx.Param))
     }
     leaves = checkpoint.format.leaves
     return to_ours(checkpoint.weights, wanted, shell.stack.plan, leaves, dtype=dtype)
 
 
-def load_model(path: str, *, dtype: str = "float32", **changes: Any) -> nnx.Module:
+def load_model(path: str, *, dtype: str = "float32") -> nnx.Module:
     """Builds our model from a checkpoint folder.
 
     Args:
         path: the folder.
-        dtype: of the parameters.
-        **changes: keys of the model node to set otherwise, such as remat="full".
+        dtype: what to compute in; parameters are float32, or float64 with it.
     """
     checkpoint = open_checkpoint(path)
-    found = parameters(checkpoint, dtype=dtype)
-    model = nnx.eval_shape(lambda: build({**checkpoint.node, **changes}, rngs=nnx.Rngs(0)))
-    nnx.update(model, nnx.from_flat_state([(p, jax.numpy.asarray(a)) for p, a in found.items()]))
+    found = parameters(checkpoint, dtype="float64" if dtype == "float64" else "float32")
+    node = with_dtype(checkpoint.node, dtype)
+    model = nnx.eval_shape(lambda: build(node, rngs=nnx.Rngs(0)))
+    nnx.update(model, nnx.from_flat_state([(p, jnp.asarray(a)) for p, a in found.items()]))
     return model
+
+
+def with_dtype(node: Any, dtype: str) -> Any:
+    """Returns a model node that computes in `dtype` everywhere; float64 sets the residual too."""
+    if not isinstance(node, Mapping):
+        return node
+    keys = ("dtype", "residual_dtype") if dtype == "float64" else ("dtype",)
+    return {key: dtype if key in keys else with_dtype(value, dtype) for key, value in node.items()}
 
 
 class _Without(Mapping[str, np.ndarray]):

@@ -26,8 +26,10 @@ class LanguageModel(Trunk):
         self, vocab_size: int, *, tie_embeddings: bool = True, rngs: nnx.Rngs, **trunk: Any
     ):
         super().__init__(vocab_size, rngs=rngs, **trunk)
-        self.head = None
-        if not tie_embeddings:
+        # Assigned once: an attribute that was None first would be static.
+        if tie_embeddings:
+            self.head = None
+        else:
             self.head = nnx.Embed(
                 self.embed.num_embeddings,
                 self.d_model,

@@ -59,7 +59,7 @@ class RMSNorm(nnx.RMSNorm):
         super().__init__(
             d_model,
             epsilon=eps,
-            dtype=jnp.float32,
+            dtype=jnp.promote_types(dtype, jnp.float32),
             scale_metadata=metadata("embed", decay=False),
             rngs=rngs,
         )
@@ -83,7 +83,7 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(
             d_model,
             epsilon=eps,
-            dtype=jnp.float32,
+            dtype=jnp.promote_types(dtype, jnp.float32),
             use_fast_variance=False,
             scale_metadata=metadata("embed", decay=False),
             bias_metadata=metadata("embed", decay=False),
