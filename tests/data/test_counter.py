@@ -10,16 +10,8 @@ from seqzoo.data import counter
 ROWS = np.arange(40_000)
 
 
-def chi_square(counts, expected):
-    """How many standard deviations the statistic lies above what is expected of it."""
-    counts, expected = np.asarray(counts, float), np.asarray(expected, float)
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    freedom = len(counts) - 1
-    return (statistic - freedom) / np.sqrt(2 * freedom)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 256, 1000])
-def test_integers_are_uniform(n):
+def test_integers_are_uniform(n, chi_square):
     drawn = counter.integers(counter.keys(0, ROWS), 1, 5, n)
     assert drawn.dtype == np.int32 and drawn.min() >= 0 and drawn.max() == n - 1
     if n > 1:
@@ -28,7 +20,7 @@ def test_integers_are_uniform(n):
             assert abs(chi_square(counts, np.full(n, len(ROWS) / n))) < 5
 
 
-def test_slots_rows_purposes_seeds_and_streams_are_independent():
+def test_slots_rows_purposes_seeds_and_streams_are_independent(chi_square):
     base = counter.integers(counter.keys(0, ROWS), 1, 2, 16)
     others = [
         base[:, 1],
@@ -44,7 +36,7 @@ def test_slots_rows_purposes_seeds_and_streams_are_independent():
 
 
 @pytest.mark.parametrize(("n", "count"), [(5, 3), (13, 3)], ids=["dense", "sparse"])
-def test_every_ordered_choice_of_distinct_integers_is_equally_likely(n, count):
+def test_every_ordered_choice_of_distinct_integers_is_equally_likely(n, count, chi_square):
     drawn = counter.distinct(counter.keys(3, np.arange(200_000)), 1, count, n)
     code = (drawn.astype(int) * n ** np.arange(count)).sum(1)
     possible = [
@@ -56,7 +48,7 @@ def test_every_ordered_choice_of_distinct_integers_is_equally_likely(n, count):
     assert abs(chi_square(counts[possible], np.full(len(possible), 200_000 / len(possible)))) < 5
 
 
-def test_weighted_order_is_drawing_without_replacement():
+def test_weighted_order_is_drawing_without_replacement(chi_square):
     weights = np.array([4.0, 2.0, 1.0, 0.5])
     drawn = counter.weighted_order(counter.keys(5, np.arange(200_000)), 1, 4, weights)
     orders = list(itertools.permutations(range(4)))
@@ -101,7 +93,7 @@ def test_permute_maps_numbers_onto_themselves(n):
         )
 
 
-def test_permute_reaches_every_place_equally_often():
+def test_permute_reaches_every_place_equally_often(chi_square):
     n, epochs = 20, 4000
     first = [counter.permute(np.array([3]), n, seed=0, stream=epoch)[0] for epoch in range(epochs)]
     assert abs(chi_square(np.bincount(first, minlength=n), np.full(n, epochs / n))) < 5

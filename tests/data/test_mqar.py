@@ -5,7 +5,6 @@ import pytest
 
 from seqzoo.data import IGNORE, MQAR, MQARSegments, pipeline
 from seqzoo.errors import ConfigError
-from tests.data.test_counter import chi_square
 
 
 def places_of(tokens, targets, vocab_size, pairs):
@@ -68,7 +67,7 @@ def test_rows_are_built_as_those_of_the_original(name, golden):
         assert (tokens[:, 2 * pairs :][targets[:, 2 * pairs :] == IGNORE] == 0).all()
 
 
-def test_gaps_keys_values_and_noise_follow_the_law():
+def test_gaps_keys_values_and_noise_follow_the_law(chi_square):
     n, pairs = 60_000, 4
     batch = MQAR(vocab_size=64, seq_len=64, num_kv_pairs=pairs).source("train").batch(np.arange(n))
     tokens, targets = batch["tokens"], batch["targets"]
@@ -86,7 +85,7 @@ def test_gaps_keys_values_and_noise_follow_the_law():
     assert abs(chi_square(np.bincount(noise, minlength=64), np.full(64, n / 64))) < 5
 
 
-def test_full_rows_and_power_one():
+def test_full_rows_and_power_one(chi_square):
     data = MQAR(vocab_size=512, seq_len=256, num_kv_pairs=64, power_a=1.0)
     batch = data.source("test").batch(np.arange(2000))
     slots = places_of(batch["tokens"], batch["targets"], 512, 64)

@@ -1,0 +1,66 @@
+"""configs/data and configs/task: each builds, explains its keys, and repeats the defaults."""
+
+import dataclasses
+import importlib
+import pathlib
+
+import numpy as np
+import pytest
+import yaml
+
+from seqzoo.config.build import build
+from seqzoo.data import SPLITS
+from seqzoo.data.source import Dataset
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+FILES = sorted([*(CONFIGS / "data").glob("*.yaml"), *(CONFIGS / "task").glob("*.yaml")])
+# Presets: another size of a class whose defaults stand in the file of its own name.
+PRESETS = {"mqar_zoology", "mqar_based"}
+# Filled in from the data.
+GIVEN = {"groups"}
+
+
+def target_of(node):
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_a_config_names_every_key_with_its_default_and_its_meaning(file):
+    text = file.read_text()
+    node = yaml.safe_load(text)
+    fields = {field.name: field for field in dataclasses.fields(target_of(node))}
+    assert text.startswith("# ") and max(map(len, text.splitlines())) <= 100
+    assert list(node) == ["_target_", *(name for name in fields if name not in GIVEN)]
+    for line in text.splitlines():
+        if line and line[0].isalpha():
+            assert line.startswith("_target_") or "#" in line, f"{line} says nothing of its meaning"
+    for name, field in fields.items():
+        if name in GIVEN or file.stem in PRESETS:
+            continue
+        if field.default is dataclasses.MISSING:
+            assert node[name] == "???"
+        else:
+            plain = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert node[name] == plain, name
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent.name == "data"], ids=lambda file: file.stem
+)
+def test_a_data_config_builds_and_gives_rows(file, tmp_path):
+    node = yaml.safe_load(file.read_text())
+    (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 400)
+    if "path" in node:
+        node["path"] = str(tmp_path / "a.bin")
+        node.update({"encoding": "bytes"} if "encoding" in node else {"vocab_size": 2**16})
+    data = build(node)
+    assert isinstance(data, Dataset)
+    hash(data)
+    for split in SPLITS:
+        batch = data.source(split).batch(np.arange(2))
+        assert batch["tokens"].shape == batch["targets"].shape
+        assert batch["tokens"].min() >= 0 and batch["tokens"].max() < data.vocab_size
+        assert batch["targets"].max() < data.vocab_size
+        if "group" in batch:
+            assert batch["group"].max() < len(data.group_names)
