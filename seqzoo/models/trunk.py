@@ -143,7 +143,7 @@ EMBEDDING_INIT = nnx.initializers.normal(0.02)
 
 
 def logits_of(h: jax.Array, weight: jax.Array, n: int) -> jax.Array:
-    """Products of `[... d]` with the first n rows of `[rows d]`, accumulated in float32 or wider."""
+    """Products of `[... d]` with the first n rows of `[rows d]`, added up in float32 or wider."""
     weight = weight[:n].astype(h.dtype)
     dtype = jnp.promote_types(h.dtype, jnp.float32)
     return jnp.einsum("...d,od->...o", h, weight, preferred_element_type=dtype)
