@@ -1,8 +1,9 @@
-"""Writing text with a model: the prompt in one piece, then token by token through the state.
+"""Writing with a language model: the prompt piece by piece, then token by token through the state.
 
 Nothing here depends on the architecture: a recurrent state stays as large as it is, a cache is
-sized once. Decoding is one compiled program of DECODE_TOKENS steps, called until enough is
-written, so its cost does not depend on how many tokens are asked for.
+sized once. Reading is one compiled program of at most PREFILL_TOKENS tokens, writing one of
+DECODE_TOKENS steps; both are called as often as it takes, so neither memory nor what is compiled
+depends on how much is read or written.
 """
 
 import functools
@@ -17,6 +18,9 @@ import numpy as np
 from flax import nnx
 
 from seqzoo.errors import ConfigError
+
+# Tokens of the prompt in one call of the compiled program.
+PREFILL_TOKENS = 512
 
 # Steps in one call of the compiled program: what a stream shows at once, and how long after the
 # end of text it still runs.
@@ -87,14 +91,18 @@ def generate(
     flags = (temperature == 0, bool(top_k) or top_p < 1)  # greedy, filtered
     key = jax.random.key(seed)
 
-    arguments = (graphdef, flags, variables, tokens, segment_ids, state, key, sampling)
-    program, compile_prefill = _compiled(_prefill, *arguments)
+    pieces = _pieces(tokens, segment_ids)
+    program, compile_prefill = _compiled(
+        _prefill, graphdef, flags, variables, *pieces[0], state, key, sampling
+    )
     start = time.perf_counter()
-    carry = jax.block_until_ready(program(*arguments[2:]))
+    for piece in pieces:
+        carry = program(variables, *piece, state, key, sampling)
+        state = carry.state
+    jax.block_until_ready(carry)
     prefill_seconds = time.perf_counter() - start
 
-    arguments = (graphdef, flags, variables, carry, key, sampling)
-    program, compile_decode = _compiled(_decode, *arguments)
+    program, compile_decode = _compiled(_decode, graphdef, flags, variables, carry, key, sampling)
     written, pieces = 0, []
     start = time.perf_counter()
     while written < max_new_tokens:
@@ -160,7 +168,7 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, flags: tuple[b
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def _prefill(graphdef, flags, variables, tokens, segment_ids, state, key, sampling):
-    """Reads the prompt and draws the first token."""
+    """Reads a piece of the prompt and draws the token after it (used after the last piece)."""
     model = nnx.merge(graphdef, variables)
     out = model.run(tokens, segment_ids=segment_ids, state=state, return_state=True)
     # Padding lies on the left, so the last column is the last token of every row.
@@ -186,6 +194,12 @@ def _decode(graphdef, flags, variables, carry, key, sampling):
 _programs: dict = {}
 
 
+def executables() -> dict[str, int]:
+    """How many programs were compiled in this process: {prefill, decode}."""
+    kinds = [place[0] for place in _programs]
+    return {"prefill": kinds.count(_prefill), "decode": kinds.count(_decode)}
+
+
 def _compiled(function, graphdef, flags, *arguments):
     """The compiled program for these shapes, and the seconds that compiling took (0 if known)."""
     leaves, structure = jax.tree.flatten(arguments)
@@ -198,8 +212,18 @@ def _compiled(function, graphdef, flags, *arguments):
     return _programs[place], time.perf_counter() - start
 
 
-def _pad(prompt, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Left-pads rows to one length, a power of two of at least 16 so that few shapes compile."""
+def _pieces(tokens: np.ndarray, segment_ids: np.ndarray) -> list[tuple[jax.Array, jax.Array]]:
+    """Cuts `[b t]` into calls of equal length."""
+    count = max(1, tokens.shape[1] // PREFILL_TOKENS)
+    cut = lambda a: [jnp.asarray(part) for part in np.split(a, count, axis=1)]
+    return list(zip(cut(tokens), cut(segment_ids), strict=True))
+
+
+def _pad(prompt, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pads rows to one length.
+
+    It is a power of two of at least 16, or a multiple of PREFILL_TOKENS: few shapes compile.
+    """
     rows = [np.asarray(row, np.int64) for row in prompt]
     if any(row.ndim != 1 for row in rows):
         raise ConfigError("the prompt must be one sequence of tokens per row: [[1, 2, 3]]")
@@ -211,13 +235,16 @@ def _pad(prompt, vocab_size: int) -> tuple[jax.Array, jax.Array]:
                 f"the prompt holds token {row.max() if row.min() >= 0 else row.min()}; "
                 f"the model knows 0..{vocab_size - 1}"
             )
-    length = max(16, 2 ** math.ceil(math.log2(max(map(len, rows)))))
+    longest = max(map(len, rows))
+    length = max(16, 2 ** math.ceil(math.log2(longest)))
+    if longest > PREFILL_TOKENS:
+        length = math.ceil(longest / PREFILL_TOKENS) * PREFILL_TOKENS
     tokens = np.zeros((len(rows), length), np.int32)
     segment_ids = np.zeros_like(tokens)
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :] = row
         segment_ids[i, length - len(row) :] = 1
-    return jnp.asarray(tokens), jnp.asarray(segment_ids)
+    return tokens, segment_ids
 
 
 def _check(*, max_new_tokens, temperature, top_k, top_p) -> None:
