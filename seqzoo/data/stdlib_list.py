@@ -59,7 +59,7 @@ FAMILIES = {
 }
 
 
-def main() -> None:
+def _write() -> None:
     root = library_folder()
     found = {}
     for path in sorted(root.rglob("*.py")):
@@ -119,4 +119,4 @@ def _split_of_families(sizes: dict[str, int]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    _write()
