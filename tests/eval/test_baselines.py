@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from seqzoo.data import MQAR
 from seqzoo.eval import baselines
@@ -117,3 +118,34 @@ def test_a_table_has_a_line_per_row():
         "a         1.5000",
         "longer    12.0000",
     ]
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Lets `main` see one data node, whatever else a configuration needs."""
+
+    def only(node):
+        monkeypatch.setattr(baselines, "compose", lambda words: OmegaConf.create({"data": node}))
+
+    return only
+
+
+def test_the_command_prints_the_table_of_its_data(composed, capsys, tmp_path):
+    composed({"_target_": "seqzoo.data.mqar.MQAR", "test_samples": 50})
+    assert baselines.main([]) == 0
+    assert "guessing a value out of the context" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("one two three " * 300)
+    composed({"_target_": "seqzoo.data.text.Text", "path": str(tmp_path / "a.txt")})
+    assert baselines.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "train 3,780 bytes, valid 210 bytes, test 210 bytes" in printed
+    assert "order-6 count model" in printed
+
+
+def test_the_command_says_what_it_cannot_do(composed, capsys, tmp_path):
+    composed({"_target_": "seqzoo.data.selective_copying.SelectiveCopying"})
+    assert baselines.main([]) == 2
+    assert "no baselines for SelectiveCopying" in capsys.readouterr().err
+    composed({"_target_": "seqzoo.data.text.Text", "path": str(tmp_path / "nothing")})
+    assert baselines.main([]) == 2
+    assert "there is no such file" in capsys.readouterr().err
