@@ -57,19 +57,27 @@ def load_untrusted(
       ConfigError: it holds an interpolation, a YAML alias or tag, or names a target that is not
         allowed; the message names it and the flag that would allow it.
     """
-    if isinstance(source, Mapping):
-        container, where = source, "the configuration in the checkpoint"
-    else:
-        where = str(source)
-        container = _read(pathlib.Path(source))
-    if not isinstance(container, Mapping):
-        raise ConfigError(f"{where} holds no configuration (a mapping was expected)")
-    plain = _plain(container, where, "", 0)
+    plain = read_plain(source)
     try:
         check_targets(plain, trust)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error.__cause__
+        raise ConfigError(f"{_where(source)}: {error}") from error.__cause__
     return plain
+
+
+def read_plain(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration from a file to be shown or compared, never to be built.
+
+    Imports nothing that it names. Raises ConfigError for what is no plain mapping.
+    """
+    container = source if isinstance(source, Mapping) else _read(pathlib.Path(source))
+    if not isinstance(container, Mapping):
+        raise ConfigError(f"{_where(source)} holds no configuration (a mapping was expected)")
+    return _plain(container, _where(source), "", 0)
+
+
+def _where(source: str | os.PathLike | Mapping[str, Any]) -> str:
+    return "the configuration in the checkpoint" if isinstance(source, Mapping) else str(source)
 
 
 def check_targets(container: Any, trust: Iterable[str] = ()) -> None:
