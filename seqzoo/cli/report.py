@@ -1,0 +1,68 @@
+"""`seqzoo report`: plots and tables of runs."""
+
+import argparse
+import os
+import pathlib
+
+from seqzoo.cli.common import (
+    add_run_arguments,
+    add_trust_argument,
+    print_json,
+    print_table,
+    run_path,
+)
+
+EPILOG = """examples:
+  seqzoo report runs/mqar/latest                     curves of one run, in its report/ folder
+  seqzoo report runs/mqar/*                          a table that ranks runs, and their curves
+  seqzoo report RUN RUN --out /tmp/compared --format json
+
+index.html opens without a network; the PNG and CSV files beside it are what it shows. Runs that
+saw different data do not share a table. Runs that differ in their seeds alone are one row.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser, many=True)
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write (RUN/report, or report/ above several runs)"
+    )
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    add_trust_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    names = args.runs if len(args.runs) == 1 else [n for n in args.runs if not _aside(n)]
+    runs = list(dict.fromkeys(map(run_path, names)))
+    from seqzoo.eval.report import table, write_comparison, write_report  # starts jax
+
+    if len(runs) == 1:
+        page = write_report(runs[0], folder=args.out, trust=args.trust)
+        if args.format == "json":
+            print_json({"page": str(page)})
+        else:
+            for file in (page, *sorted(page.parent.glob("*.png")), page.with_name("metrics.csv")):
+                print(file)
+        return 0
+    above = pathlib.Path(os.path.commonpath(runs))
+    page, found = write_comparison(runs, args.out or above / "report", trust=args.trust)
+    rows = table(found)
+    if args.format == "json":
+        print_json(
+            {"page": str(page), "rows": rows, "matched": found.matched, "remarks": found.remarks}
+        )
+        return 0
+    shown = ("place", "run", "runs", found.metric, "min - max", "95 %", "solved", "diverged", "lr")
+    costs = ("without embeddings", "state bytes, recurrent", "state bytes, all")
+    print_table([{key: row.get(key) for key in (*shown, *costs)} for row in rows])
+    print(f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing")
+    for remark in found.remarks:
+        print(remark)
+    print(page)
+    return 0
+
+
+def _aside(name: str) -> bool:
+    """`runs/mqar/*` also names the link `latest` and the reports of earlier calls."""
+    path = pathlib.Path(name)
+    return path.is_symlink() and path.name == "latest" or path.name == "report"

@@ -1,0 +1,104 @@
+"""Curves of runs as PNG files."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from seqzoo.eval.records import Record, Series, series
+
+_MOST_POINTS = 2000
+# Told apart without colour vision (Okabe and Ito).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", ":", "-.")
+
+
+class Panel(NamedTuple):
+    """One plot: which series belong on it."""
+
+    file: str
+    title: str
+    names: tuple[str, ...]  # the last parts of the names of series
+    log: bool = False
+
+
+def panels(metric: str | None) -> list[Panel]:
+    """What is drawn of every run; `metric` is what the task is scored by."""
+    found = [Panel("loss", "loss", ("loss",))]
+    if metric and metric != "loss":
+        found.append(Panel("metric", metric, (metric,)))
+    return [
+        *found,
+        Panel("lr", "learning rate", ("lr",)),
+        Panel("grad_norm", "gradient norm", ("grad_norm",), log=True),
+        Panel("tokens_per_second", "tokens per second", ("tokens_per_second",)),
+    ]
+
+
+def draw(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Draws every panel for which there are numbers, and returns the files."""
+    metrics = {record.metric.get("name") for record in records} - {None}
+    everything = {
+        record.label: {**series(record.timing), **series(record.metrics)} for record in records
+    }
+    files = []
+    for panel in panels(next(iter(sorted(metrics)), None)):
+        lines = {
+            label: {name: one for name, one in found.items() if belongs(name, panel.names)}
+            for label, found in everything.items()
+        }
+        if any(lines.values()):
+            files.append(_plot(panel, lines, folder / f"{panel.file}.png"))
+    return files
+
+
+def belongs(name: str, wanted: tuple[str, ...]) -> bool:
+    """Whether a series (train/loss, valid/accuracy/pairs_4) is one of the wanted."""
+    return any(name == one or name.endswith("/" + one) or f"/{one}/" in name for one in wanted)
+
+
+def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path) -> pathlib.Path:
+    figure = Figure(figsize=(7.2, 4.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (label, found) in enumerate(lines.items()):
+        for position, (name, one) in enumerate(sorted(found.items())):
+            steps, values = _thin(one)
+            text = name if len(lines) == 1 else label if len(found) == 1 else f"{label}  {name}"
+            colour = _COLOURS[(position if len(lines) == 1 else number) % len(_COLOURS)]
+            style = "-" if len(lines) == 1 else _STYLES[position % len(_STYLES)]
+            marker = "o" if len(steps) < 12 else None
+            axes.plot(
+                steps,
+                values,
+                style,
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                lw=1.4,
+                label=text,
+            )
+    if panel.log and all(v > 0 for f in lines.values() for _, vs in f.values() for v in vs):
+        axes.set_yscale("log")
+    axes.set_title(panel.title, loc="left", fontsize=11)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if sum(map(len, lines.values())) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file)
+    return file
+
+
+def _thin(one: Series) -> Series:
+    """At most so many points as a screen shows; the last one stays."""
+    steps, values = one
+    pairs = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+    stride = math.ceil(len(pairs) / _MOST_POINTS) or 1
+    kept = pairs[::stride]
+    if pairs and kept[-1] != pairs[-1]:
+        kept.append(pairs[-1])
+    return [s for s, _ in kept], [v for _, v in kept]

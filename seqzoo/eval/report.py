@@ -1,0 +1,297 @@
+"""Plots and tables of runs: PNG, CSV, and one HTML page that opens without a network."""
+
+import base64
+import csv
+import html
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from seqzoo.config.trust import load_untrusted
+from seqzoo.errors import ConfigError
+from seqzoo.eval import describe, plots
+from seqzoo.eval.compare import LEARNED, Comparison, Row, Size, check_same_data, compare
+from seqzoo.eval.records import Record, read, read_all, series
+
+
+def write_report(
+    run: str | pathlib.Path,
+    *,
+    folder: str | pathlib.Path | None = None,
+    trust: Iterable[str] = (),
+) -> pathlib.Path:
+    """Writes the report of one run: curves, metrics.csv and index.html, whose path it returns.
+
+    Args:
+        run: the run folder.
+        folder: where to write; None = report/ in the run folder.
+        trust: packages that the stored configuration may name, to count the model's parameters.
+    """
+    record = read(pathlib.Path(run))
+    folder = record.path / "report" if folder is None else pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = plots.draw([record], folder)
+    _write_series([record], folder / "metrics.csv")
+    size, why = size_of(record, trust)
+    body = [
+        _table([facts(record, size)], across=False),
+        *([f"<p class=note>{html.escape(why)}</p>"] if why else []),
+        *(_note(text) for text in _warnings(record)),
+        *_evaluations([record]),
+        *map(_image, images),
+        _details("configuration", _flat_rows(record.config)),
+    ]
+    return _write_page(folder / "index.html", f"{record.path.parent.name}/{record.label}", body)
+
+
+def write_comparison(
+    runs: Sequence[str | pathlib.Path], folder: str | pathlib.Path, *, trust: Iterable[str] = ()
+) -> tuple[pathlib.Path, Comparison]:
+    """Writes a report of several runs into `folder`: one table, curves on shared axes.
+
+    Returns:
+        The path of index.html, and what the table holds.
+
+    Raises:
+        ConfigError: the runs saw different data, or are scored by different metrics.
+    """
+    records = read_all([pathlib.Path(run) for run in runs])
+    check_same_data(records)
+    sizes, notes = {}, []
+    for record in records:
+        size, why = size_of(record, trust)
+        if size is not None:
+            sizes[record.path] = size
+        if why:
+            notes.append(why)
+    found = compare(records, sizes)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = plots.draw(records, folder)
+    _write_series(records, folder / "metrics.csv")
+    rows = table(found)
+    _write_rows(rows, folder / "comparison.csv")
+    body = [
+        _table(rows),
+        _note(
+            f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing"
+        )
+        if len(found.rows) > 1
+        else "",
+        *(_note(text) for text in (*found.remarks, *dict.fromkeys(notes))),
+        *_evaluations(records),
+        *map(_image, images),
+    ]
+    title = f"{len(records)} runs compared"
+    return _write_page(folder / "index.html", title, body), found
+
+
+def size_of(record: Record, trust: Iterable[str] = ()) -> tuple[Size | None, str | None]:
+    """Counts what a run's model costs; (None, why) where it cannot be built here."""
+    try:
+        config = load_untrusted(record.path / "config.yaml", trust)
+        model = describe.abstract_model(config["model"])
+        length = config["data"].get("seq_len") or 1024
+        counted, state = describe.parameters(model), model.state_bytes(length)
+        flops = describe.flops_per_token(config, length)
+    except (ConfigError, KeyError, NotImplementedError) as error:
+        return None, f"{record.label}: the size of its model could not be had: {error}"
+    return Size(
+        counted.total,
+        counted.without_embeddings,
+        state["recurrent"],
+        state["total"],
+        flops.training,
+    ), None
+
+
+def facts(record: Record, size: Size | None) -> dict[str, Any]:
+    """What is said of one run."""
+    start, metric = record.last_start, record.metric
+    git = start.get("git") or {}
+    devices = start.get("devices") or {}
+    commit = (git.get("commit") or "")[:10] + (" (changed)" if git.get("dirty") else "")
+    return {
+        "state": record.status.get("state"),
+        "step": record.status.get("step"),
+        f"best {metric.get('name', 'metric')} (valid)": metric.get("value"),
+        "target": metric.get("target"),
+        "parameters": size and size.parameters,
+        "without embeddings": size and size.without_embeddings,
+        "state bytes, recurrent": size and size.state_recurrent,
+        "state bytes, all": size and size.state_total,
+        "training FLOPs per token": size and round(size.flops_per_token),
+        "tokens read": record.tokens,
+        "seed": record.seed,
+        "commit": commit or None,
+        "hash": record.status.get("hash"),
+        "data fingerprint": record.fingerprint,
+        "device": " ".join(str(devices[k]) for k in ("kind", "count") if k in devices) or None,
+        "versions": ", ".join(f"{k} {v}" for k, v in (start.get("versions") or {}).items()),
+        "implementation": implementation(record.config),
+        "precision": (record.config.get("model") or {}).get("dtype"),
+        "starts": len(record.starts),
+    }
+
+
+def implementation(config: Mapping[str, Any]) -> str:
+    """The implementations that a configuration asks for; auto = the best at the time."""
+    mixers = (config.get("model") or {}).get("mixers") or {}
+    found = {str(m.get("implementation") or "auto") for m in mixers.values() if m}
+    return ", ".join(sorted(found)) or "auto"
+
+
+def table(found: Comparison) -> list[dict[str, Any]]:
+    """The rows of a comparison as they are shown and written as CSV."""
+    return [_shown(found, place, row) for place, row in enumerate(found.rows, 1)]
+
+
+def _shown(found: Comparison, place: int, row: Row) -> dict[str, Any]:
+    n = len(row.values)
+    many = n > 1
+    targets = {record.metric.get("target") for record in row.records} - {None}
+    solved = None
+    if len(targets) == 1:
+        target = next(iter(targets))
+        better = (lambda v: v >= target) if found.mode == "max" else (lambda v: v <= target)
+        solved = f"{sum(map(better, row.values))}/{n}"
+    shared = facts(row.records[0], row.size)
+    config = row.records[0].config
+    for one in ("state", "step", "target", "seed", "starts", f"best {found.metric} (valid)"):
+        shared.pop(one, None)
+    return {
+        "place": place,
+        "run": row.label,
+        "runs": n,
+        found.metric: row.median,
+        "min - max": f"{min(row.values):.4g} - {max(row.values):.4g}" if many else None,
+        "95 %": f"{row.low:.4g} - {row.high:.4g}" if many else None,
+        "solved": solved,
+        "diverged": sum(record.diverged for record in row.records),
+        "lr": (config.get("optimizer") or {}).get("lr"),
+        **shared,
+    }
+
+
+def _evaluations(records: Sequence[Record]) -> list[str]:
+    """Tables of `seqzoo eval`; slices are shown only where the easy form was learned."""
+    parts = []
+    for record in records:
+        for name, one in record.evaluations.items():
+            metrics = one.get("metrics") or {}
+            learned = record.metric.get("name") != "accuracy" or (
+                (record.metric.get("value") or 0) >= LEARNED
+            )
+            rows = [
+                {"metric": key, "value": value if learned or "/" not in key else "not learned"}
+                for key, value in metrics.items()
+            ]
+            title = f"{record.label}: {name} ({one.get('split', '')}, step {one.get('step')})"
+            parts += [f"<h2>{html.escape(title)}</h2>", _table(rows)]
+    return parts
+
+
+def _warnings(record: Record) -> list[str]:
+    log = record.path / "train.log"
+    if not log.exists():
+        return []
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.partition("warning: ")[2] for line in lines if "warning: " in line]
+    return [f"warning: {text}" for text in dict.fromkeys(found)][-20:]
+
+
+def _write_series(records: Sequence[Record], file: pathlib.Path) -> None:
+    rows = (
+        {"run": record.label, "name": name, "step": step, "value": value}
+        for record in records
+        for name, (steps, values) in {**series(record.timing), **series(record.metrics)}.items()
+        for step, value in zip(steps, values, strict=True)
+    )
+    _write_rows(rows, file, ("run", "name", "step", "value"))
+
+
+def _write_rows(
+    rows: Iterable[Mapping[str, Any]], file: pathlib.Path, columns: Sequence[str] | None = None
+) -> None:
+    rows = list(rows)
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    with open(file, "w", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_page(file: pathlib.Path, title: str, body: Iterable[str]) -> pathlib.Path:
+    made = datetime.now().astimezone().isoformat(timespec="minutes")
+    page = _PAGE.format(title=html.escape(title), body="\n".join(filter(None, body)), made=made)
+    file.write_text(page, encoding="utf-8")
+    return file
+
+
+def _table(rows: Sequence[Mapping[str, Any]], *, across: bool = True) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if across:
+        lines = ["".join(f"<th>{html.escape(c)}</th>" for c in columns)]
+        lines += ["".join(_cell(row.get(c)) for c in columns) for row in rows]
+    else:
+        lines = [
+            f"<th class=left>{html.escape(c)}</th>" + "".join(_cell(row.get(c)) for row in rows)
+            for c in columns
+        ]
+    inside = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class=wide><table>{inside}</table></div>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "<td></td>"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"<td>{html.escape(str(value))}</td>"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+    return f"<td class=number>{text}</td>"
+
+
+def _flat_rows(tree: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flat_rows(value, f"{prefix}{key}.")
+        else:
+            rows.append({"key": f"{prefix}{key}", "value": "null" if value is None else str(value)})
+    return rows
+
+
+def _details(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{_table(rows)}</details>"
+
+
+def _note(text: str) -> str:
+    return f"<p class=note>{html.escape(text)}</p>"
+
+
+def _image(file: pathlib.Path) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{data}">'
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1b1b; background: #fff; }}
+h1 {{ font-size: 1.35rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.05rem; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; margin: .6rem 0; }}
+th, td {{ padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: left;
+  white-space: nowrap; }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+th.left {{ font-weight: 500; color: #555; }}
+.note {{ border-left: 3px solid #d55e00; padding-left: .7rem; margin: .4rem 0; }}
+img {{ max-width: 100%; display: block; margin: 1rem 0; }} footer {{ color: #777; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<footer>seqzoo report, {made}</footer>
+</body></html>
+"""
