@@ -1,0 +1,1 @@
+"""What every operator shares: dispatch, documents, costs, the test suite, the benchmark harness."""
