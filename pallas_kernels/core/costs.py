@@ -1,7 +1,7 @@
 """What a computation costs: operations, bytes, exponentials; and the least time it can take.
 
-Two sources: each operator states its own minimum (`op.cost(...)`), and `count_flops` walks the jaxpr of
-any function. XLA's own estimates are not used: they count a loop's body once.
+Two sources: each operator states its own minimum (`op.cost(...)`), and `count_flops` walks the
+jaxpr of any function. XLA's own estimates are not used: they count a loop's body once.
 """
 
 import math

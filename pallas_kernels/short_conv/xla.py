@@ -17,7 +17,7 @@ def refuses(shapes, device_kind) -> None:
 
 
 def run(x, weight, bias, before, last_id, segment_ids, *, activation, config):
-    """See `short_conv`; before `[b w-1 e]` in the dtype to compute in. Returns y, before, last_id."""
+    """See `short_conv`; before `[b w-1 e]` in the dtype to compute in; gives y, before, last_id."""
     del config
     t, keep = x.shape[1], before.shape[1]
     dtype = before.dtype
