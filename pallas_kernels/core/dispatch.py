@@ -2,7 +2,7 @@
 
 An operator has forms by name, modules with
 
-    run(*arrays, **options) -> results       its own jax.custom_vjp inside
+    run(*arrays, config, **options) -> results       its own jax.custom_vjp inside
     refuses(shapes, device_kind) -> reason or None
 
 `implementation=None` takes the best form that serves the call on the platform it is lowered for
@@ -10,12 +10,10 @@ An operator has forms by name, modules with
 """
 
 import contextlib
-import contextvars
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -25,17 +23,34 @@ _LOG = logging.getLogger(__name__)
 KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
 NAMES = ("reference", "xla", *KERNELS)
 
-_FORCED: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
+
+class Form(Protocol):
+    """What a module of an operator's folder offers."""
+
+    def run(self, *arrays: Any, **options: Any) -> Any: ...
+
+    def refuses(self, shapes: Any, device_kind: str) -> str | None: ...
+
+
+Reasons = dict[str, str | None]
+
+
+class _Record:
+    """Holds what `explain` asks for; compared by identity, so that each one is traced anew."""
+
+    reasons: Reasons | None = None
+
+
+# Contexts that jit's caches know of: what was traced outside one is traced anew inside.
+_FORCED = jax.make_user_context(default_value=None)
+_RECORD = jax.make_user_context(default_value=None)
 
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
     """Every operator called inside with implementation=None takes exactly the form `name`."""
-    token = _FORCED.set(_known(name))
-    try:
+    with _FORCED(_known(name)):
         yield
-    finally:
-        _FORCED.reset(token)
 
 
 def device_kind(config: Any = None) -> str:
@@ -46,13 +61,13 @@ def device_kind(config: Any = None) -> str:
     """
     if getattr(config, "device_kind", None):
         return config.device_kind
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = _abstract_device()
     return device.device_kind if device is not None else jax.local_devices()[0].device_kind
 
 
 def call(
     op: str,
-    forms: Mapping[str, ModuleType],
+    forms: Mapping[str, Form],
     arrays: tuple,
     *,
     implementation: str | None = None,
@@ -62,7 +77,7 @@ def call(
     """Runs an operator by the form that serves.
 
     Args:
-        op: its name, for messages.
+        op: its name, for messages and profiles.
         forms: its forms by name.
         arrays: pytree arguments of `run`; optional ones are made concrete or None beforehand.
         implementation: None = the best, else a name.
@@ -73,51 +88,71 @@ def call(
         ValueError: there is no such form.
         NotImplementedError: the form that was named refuses this call; the text says why.
     """
-    name = implementation or _FORCED.get()
+    name = implementation or _FORCED.value
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     kind = device_kind(config)
-    if name is not None:
-        reason = _why_not(forms, _known(name), shapes, kind, config)
-        if reason:
-            raise NotImplementedError(f"{op}: implementation='{name}' is refused: {reason}")
-        return _bound(forms[name], options, config)(*arrays)
-    branches: dict[str, Callable] = {}
-    for kernel, platform in KERNELS.items():
-        reason = forms[kernel].refuses(shapes, kind)
-        if reason:
-            _LOG.debug("%s: %s does not serve this call: %s", op, kernel, reason)
-        else:
-            branches[platform] = _bound(forms[kernel], options, config)
-    xla = _bound(forms["xla"], options, config)
-    if not branches:
-        return xla(*arrays)
-    return jax.lax.platform_dependent(*arrays, **branches, default=xla)
+    if _RECORD.value is not None:
+        _RECORD.value.reasons = {
+            form: _why_not(forms[form], form, shapes, kind, config) for form in forms
+        }
+
+    def bound(form: str) -> Callable:
+        return functools.partial(forms[form].run, config=config, **options)
+
+    with jax.named_scope(op):
+        if name is not None:
+            reason = _why_not(forms[_known(name)], name, shapes, kind, config)
+            if reason:
+                raise NotImplementedError(
+                    f"{op}: implementation='{name}' is refused: {reason}; "
+                    "implementation=None takes the best form that serves"
+                )
+            return bound(name)(*arrays)
+        branches: dict[str, Callable] = {}
+        for kernel, platform in KERNELS.items():
+            reason = forms[kernel].refuses(shapes, kind)
+            if reason:
+                _LOG.debug("%s: %s does not serve this call: %s", op, kernel, reason)
+            else:
+                branches[platform] = bound(kernel)
+        if not branches:
+            return bound("xla")(*arrays)
+        return jax.lax.platform_dependent(*arrays, **branches, default=bound("xla"))
 
 
-def explain(forms: Mapping[str, ModuleType], shapes: tuple) -> dict[str, str | None]:
-    """Why each form would not serve these shapes on this machine; None = it would.
+def explain(op: Callable, *arguments: Any, **keywords: Any) -> Reasons:
+    """Which forms would serve a call of an operator here, and why others would not.
 
     Args:
-        forms: the operator's.
-        shapes: its arrays or their ShapeDtypeStructs.
+        op: the operator.
+        *arguments: its arrays or their jax.ShapeDtypeStructs; nothing is computed.
+        **keywords: its keywords.
+
+    Returns:
+        Name of the form to None (it would serve) or the reason against it, the slowest form first.
+        `implementation=None` takes the last one without a reason.
     """
-    return {name: _why_not(forms, name, shapes, device_kind(), None) for name in forms}
+    record = _Record()
+    with _RECORD(record):
+        jax.eval_shape(functools.partial(op, **keywords), *arguments)
+    if record.reasons is None:
+        raise ValueError(f"{op} made no operator call; explain takes one of pallas_kernels")
+    return record.reasons
 
 
-def _why_not(forms, name: str, shapes, kind: str, config) -> str | None:
-    reason = forms[name].refuses(shapes, kind)
+def _why_not(form: Form, name: str, shapes: Any, kind: str, config: Any) -> str | None:
+    reason = form.refuses(shapes, kind)
     platform = KERNELS.get(name)
     if reason or platform is None or getattr(config, "interpret", False):
         return reason
-    here = jax.default_backend()
-    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is None and {"gpu": "cuda"}.get(here, here) != platform:
-        return f"it needs a {platform} device and this is a {here}"
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if _abstract_device() is None and here != platform:
+        return f"it needs a {platform} device and this is a {here}; config.interpret runs it anyway"
     return None
 
 
-def _bound(form: ModuleType, options: Mapping[str, Any], config: Any) -> Callable:
-    return functools.partial(form.run, config=config, **options)
+def _abstract_device() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def _known(name: str) -> str:

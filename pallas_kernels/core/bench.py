@@ -1,0 +1,103 @@
+"""Measuring operators: candidates take turns, so that a busy machine slows all of them alike."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Measured(NamedTuple):
+    """What a compiled program took.
+
+    Attributes:
+        seconds: of each call, in the order of the rounds.
+        temp_bytes: temporaries that the compiler plans for.
+        argument_bytes: of the arguments.
+        output_bytes: of the results.
+        compile_seconds: to lower and compile.
+    """
+
+    seconds: tuple[float, ...]
+    temp_bytes: int
+    argument_bytes: int
+    output_bytes: int
+    compile_seconds: float
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+def forward_and_gradients(op: Callable, *, has_state: bool = True) -> Callable:
+    """A function of (cotangent, *arrays) that runs op and gives y and the gradient of each array.
+
+    Args:
+        op: `op(*arrays) -> (y, state)`, or y alone without a state.
+        has_state: whether there is one.
+    """
+
+    def program(cotangent, *arrays):
+        def run(*arrays):
+            return op(*arrays)[0] if has_state else op(*arrays)
+
+        y, pull = jax.vjp(run, *arrays)
+        return y, pull(cotangent.astype(y.dtype))
+
+    return program
+
+
+def compile_(function: Callable, *arguments: Any) -> tuple[Any, Measured]:
+    """Compiles for these arguments (arrays or ShapeDtypeStructs) and asks what memory it needs."""
+    started = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    return compiled, Measured(
+        (),
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        seconds,
+    )
+
+
+def take_turns(
+    candidates: Mapping[str, Callable], arguments: tuple, *, rounds: int = 9
+) -> dict[str, Measured]:
+    """Compiles the candidates, warms them up, then runs each once per round.
+
+    Args:
+        candidates: functions of the same arguments, by name.
+        arguments: arrays.
+        rounds: how many; nine at least give a median worth quoting.
+
+    Returns:
+        What each took, by name.
+    """
+    compiled = {name: compile_(function, *arguments) for name, function in candidates.items()}
+    for program, _ in compiled.values():
+        jax.block_until_ready(program(*arguments))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, (program, _) in compiled.items():
+            started = time.perf_counter()
+            jax.block_until_ready(program(*arguments))
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        name: measured._replace(seconds=tuple(seconds[name]))
+        for name, (_, measured) in compiled.items()
+    }
+
+
+def times_faster(slow: Measured, fast: Measured) -> float:
+    """Median over the rounds of slow's time by fast's."""
+    return float(np.median(np.divide(slow.seconds, fast.seconds)))
+
+
+def copy_bandwidth(*, megabytes: int = 256, rounds: int = 5) -> float:
+    """Bytes per second that this machine reads and writes while copying one large array."""
+    array = jax.numpy.ones((megabytes * 2**20 // 4,), jax.numpy.float32)
+    measured = take_turns({"copy": lambda x: x + 1}, (array,), rounds=rounds)["copy"]
+    return 2 * array.nbytes / min(measured.seconds)
