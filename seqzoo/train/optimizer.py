@@ -1,0 +1,217 @@
+"""Optimizers by config, out of optax: what varies in a sweep is an argument, not a constant.
+
+An optimizer is a frozen dataclass. `hyper()` gives its run-time values (lr, weight_decay,
+clip_norm); `transform(hyper, decay)` builds the optax chain inside the traced step from their
+traced values; `structure()` is the optimizer without them, the key of the compiled step.
+Weight decay is decoupled everywhere: p <- p - lr * (update + weight_decay * p).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+import jax
+import optax
+
+from seqzoo.errors import ConfigError
+
+Hyper = Mapping[str, Any]
+
+
+class Optimizer(Protocol):
+    """A node of configs/optimizer/; see the module."""
+
+    lr: float
+
+    def hyper(self) -> dict[str, float]: ...
+
+    def structure(self) -> Self: ...
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """Adam with decoupled weight decay.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: on the parameters that declare it.
+        clip_norm: gradients are scaled down to this global norm; null = never.
+        b1: decay of the mean of gradients.
+        b2: decay of the mean of their squares.
+        eps: added to the root of the latter.
+        nesterov: look ahead (NAdam).
+
+    Source: Loshchilov and Hutter (arXiv 1711.05101).
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "b1", "b2")
+
+    def hyper(self) -> dict[str, float]:
+        return _hyper(self)
+
+    def structure(self) -> Self:
+        return _structure(self)
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation:
+        scale = optax.scale_by_adam(self.b1, self.b2, self.eps, nesterov=self.nesterov)
+        return _chain(scale, hyper, decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Gradient descent with momentum.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: on the parameters that declare it.
+        clip_norm: gradients are scaled down to this global norm; null = never.
+        momentum: decay of the sum of gradients; 0 = none.
+        nesterov: look ahead.
+    """
+
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "momentum")
+
+    def hyper(self) -> dict[str, float]:
+        return _hyper(self)
+
+    def structure(self) -> Self:
+        return _structure(self)
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation:
+        scale = optax.identity()
+        if self.momentum:
+            scale = optax.trace(self.momentum, nesterov=self.nesterov)
+        return _chain(scale, hyper, decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion:
+    """The sign of a mean of gradients.
+
+    Attributes:
+        lr: peak learning rate; a third to a tenth of AdamW's.
+        weight_decay: on the parameters that declare it; three to ten times AdamW's.
+        clip_norm: gradients are scaled down to this global norm; null = never.
+        b1: weight of the mean in the update.
+        b2: decay of the mean.
+
+    Source: Chen et al. (arXiv 2302.06675).
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 1.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self) -> None:
+        _check(self, "b1", "b2")
+
+    def hyper(self) -> dict[str, float]:
+        return _hyper(self)
+
+    def structure(self) -> Self:
+        return _structure(self)
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation:
+        return _chain(optax.scale_by_lion(self.b1, self.b2), hyper, decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor:
+    """Adam whose second moment is kept as row and column sums: half the memory.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: on the parameters that declare it.
+        clip_norm: gradients are scaled down to this global norm; null = never.
+        b1: decay of the mean of gradients; 0 = none is kept.
+        decay_rate: exponent of the second moment's decay.
+        min_dim_size_to_factor: smaller matrices keep a full second moment.
+
+    Source: Shazeer and Stern (arXiv 1804.04235), with a given learning rate.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    b1: float = 0.9
+    decay_rate: float = 0.8
+    min_dim_size_to_factor: int = 128
+
+    def __post_init__(self) -> None:
+        _check(self, "b1", "decay_rate")
+
+    def hyper(self) -> dict[str, float]:
+        return _hyper(self)
+
+    def structure(self) -> Self:
+        return _structure(self)
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation:
+        scale = optax.chain(
+            optax.scale_by_factored_rms(
+                decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_dim_size_to_factor
+            ),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(self.b1, debias=False) if self.b1 else optax.identity(),
+        )
+        return _chain(scale, hyper, decay)
+
+
+def _chain(
+    scale: optax.GradientTransformation, hyper: Hyper, decay: Any
+) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(hyper["clip_norm"]),
+        scale,
+        optax.add_decayed_weights(hyper["weight_decay"], decay),
+        optax.scale_by_learning_rate(hyper["lr"]),
+    )
+
+
+def _hyper(optimizer: Any) -> dict[str, float]:
+    clip = math.inf if optimizer.clip_norm is None else optimizer.clip_norm
+    return {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay, "clip_norm": clip}
+
+
+def _structure(optimizer: Any) -> Any:
+    return dataclasses.replace(optimizer, lr=1.0, weight_decay=0.0, clip_norm=None)
+
+
+def _check(optimizer: Any, *decays: str) -> None:
+    if not optimizer.lr > 0:
+        raise ConfigError(f"optimizer.lr={optimizer.lr}; it must be above 0")
+    if not optimizer.weight_decay >= 0:
+        raise ConfigError(f"optimizer.weight_decay={optimizer.weight_decay}; it must be 0 or more")
+    if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm}; it must be above 0, or null")
+    for name in decays:
+        value = getattr(optimizer, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"optimizer.{name}={value}; it must lie in [0, 1)")
+
+
+def init(optimizer: Optimizer, params: Any, decay: Any) -> optax.OptState:
+    """The state before the first update; it does not depend on the run-time values."""
+    hyper = jax.tree.map(float, optimizer.hyper())
+    return optimizer.transform(hyper, decay).init(params)
