@@ -126,15 +126,16 @@ def explain(op: Callable, *arguments: Any, **keywords: Any) -> Reasons:
     Args:
         op: the operator.
         *arguments: its arrays or their jax.ShapeDtypeStructs; nothing is computed.
-        **keywords: its keywords.
+        **keywords: its keywords; segment_ids and initial_state may be abstract too.
 
     Returns:
         Name of the form to None (it would serve) or the reason against it, the slowest form first.
         `implementation=None` takes the last one without a reason.
     """
     record = _Record()
+    traced = {k: keywords.pop(k) for k in ("initial_state", "segment_ids") if k in keywords}
     with _RECORD(record):
-        jax.eval_shape(functools.partial(op, **keywords), *arguments)
+        jax.eval_shape(functools.partial(op, **keywords), *arguments, **traced)
     if record.reasons is None:
         raise ValueError(f"{op} made no operator call; explain takes one of pallas_kernels")
     return record.reasons
