@@ -1,6 +1,7 @@
 """selective_scan passes the operators' suite."""
 
 import pytest
+
 from pallas_kernels import selective_scan
 from pallas_kernels.core import testing
 from pallas_kernels.selective_scan.arg_specs import named

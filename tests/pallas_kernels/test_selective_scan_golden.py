@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from pallas_kernels import selective_scan
 
 CASES = ("full", "noz_noD", "raw_delta", "grouped", "model_like", "big_delta")

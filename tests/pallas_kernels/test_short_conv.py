@@ -1,6 +1,7 @@
 """short_conv passes the operators' suite."""
 
 import pytest
+
 from pallas_kernels import short_conv
 from pallas_kernels.core import testing
 from pallas_kernels.short_conv.arg_specs import named
