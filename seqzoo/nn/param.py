@@ -41,10 +41,10 @@ def declare(module: nnx.Module) -> None:
 def decays(variable: nnx.Variable) -> bool:
     """Whether weight decay applies: as declared, else to parameters of two or more dimensions."""
     declared = variable.get_metadata().get("decay")
-    return variable[...].ndim >= 2 if declared is None else declared
+    return variable.get_value().ndim >= 2 if declared is None else declared
 
 
 def axes_of(variable: nnx.Variable) -> Axes:
     """One logical name per dimension; None (replicated) for leading ones that stacking added."""
     declared = variable.get_metadata().get("axes") or ()
-    return (None,) * (variable[...].ndim - len(declared)) + tuple(declared)
+    return (None,) * (variable.get_value().ndim - len(declared)) + tuple(declared)

@@ -53,10 +53,10 @@ def make_rules(table: Mapping[str, str | Iterable[str] | None]) -> Rules:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """Puts a mesh and its rules in force for everything traced or run inside."""
+    """Puts a mesh and its rules in force, for what is traced inside; may stand in a trace itself."""
     token = _RULES.set(rules)
     try:
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield
     finally:
         _RULES.reset(token)
@@ -136,6 +136,6 @@ def param_shardings(variables: nnx.State, mesh: Mesh, rules: Rules | None = None
     found = []
     for path, variable in nnx.to_flat_state(variables):
         name = "parameter " + ".".join(map(str, path))
-        spec = spec_of(axes_of(variable), variable[...].shape, mesh, rules, what=name)
+        spec = spec_of(axes_of(variable), variable.get_value().shape, mesh, rules, what=name)
         found.append((path, NamedSharding(mesh, spec)))
     return nnx.from_flat_state(found)

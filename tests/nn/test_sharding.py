@@ -54,7 +54,9 @@ def test_the_mesh_in_force():
     assert mesh_in_force() is None
     x = jnp.ones((8, 2, 2))
     assert constrain(x, "batch", "length", None) is x
-    with use_mesh(mesh_of(data=8)):
+    mesh = mesh_of(data=8)
+    x = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec()))
+    with use_mesh(mesh):
         assert mesh_in_force().size == 8
         y = jax.jit(lambda x: constrain(x, "batch", "length", None))(x)
         assert {shard.data.shape for shard in y.addressable_shards} == {(1, 2, 2)}
