@@ -171,15 +171,10 @@ def cuda_extra() -> str:
 
 def compile_cache() -> str:
     """Where compiled programs are kept, and how many there are."""
-    import jax
+    from seqzoo.train.programs import cache_folder
 
-    from seqzoo.train.programs import use_disk_cache
-
-    use_disk_cache()
-    folder = jax.config.jax_compilation_cache_dir
-    if not folder:
-        return "off: no folder can be written; set SEQZOO_CACHE"
-    files = [path for path in pathlib.Path(folder).glob("*") if path.is_file()]
+    folder = cache_folder()
+    files = [path for path in folder.glob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     return f"{folder}: {len(files)} files, {bytes_text(size)}"
 

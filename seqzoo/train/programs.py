@@ -20,12 +20,17 @@ class OutOfMemory(SeqzooError):
     """The step needs more memory than there is."""
 
 
+def cache_folder() -> pathlib.Path:
+    """Where executables are kept between processes: under SEQZOO_CACHE, else the user's cache."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    return pathlib.Path(os.environ.get(CACHE_VARIABLE, default / "seqzoo")) / "xla"
+
+
 def use_disk_cache() -> None:
     """Keeps XLA's executables between processes, under SEQZOO_CACHE or the user's cache folder."""
     if jax.config.jax_compilation_cache_dir:
         return
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    folder = pathlib.Path(os.environ.get(CACHE_VARIABLE, default / "seqzoo")) / "xla"
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written: every start compiles
