@@ -1,4 +1,4 @@
-"""From the command to the first training step: a fresh process, without and with the compile cache."""
+"""From the command to the first training step: fresh processes, without and with the cache."""
 
 import json
 import os

@@ -1,12 +1,13 @@
 """The peer of `seqzoo bench training`: transformers' Mamba with mambapy, on PyTorch.
 
-A script of its own, run by the Python of an environment that has torch, transformers and mambapy (none of
-them is a dependency of seqzoo). Prints one line of JSON.
+A script of its own, run by the Python of an environment that has torch, transformers and mambapy:
+none of them is a dependency of seqzoo. It trains one update for each line that it reads, and
+answers with a line of JSON.
 """
 
 import argparse
 import json
-import statistics
+import sys
 import time
 
 
@@ -18,12 +19,12 @@ def main() -> None:
         ("d_state", 16),
         ("batch", 4),
         ("length", 512),
-        ("steps", 5),
         ("threads", 2),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
 
+    import mambapy  # noqa: F401  (without it transformers would fall back silently)
     import torch
     import transformers
 
@@ -34,13 +35,17 @@ def main() -> None:
         hidden_size=args.d_model,
         num_hidden_layers=args.n_layers,
         state_size=args.d_state,
+        use_bias=False,
         use_mambapy=True,
         use_cache=False,
     )
     model = transformers.MambaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    seconds = []
-    for _ in range(args.steps + 1):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    name = f"transformers {transformers.__version__} + mambapy, torch {torch.__version__}"
+    print(json.dumps({"name": name, "parameters": sum(p.numel() for p in model.parameters())}))
+    sys.stdout.flush()
+
+    for _ in sys.stdin:
         tokens = torch.randint(0, 256, (args.batch, args.length))
         started = time.perf_counter()
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -48,18 +53,7 @@ def main() -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seconds.append(time.perf_counter() - started)
-    per_step = statistics.median(seconds[1:])
-    print(
-        json.dumps(
-            {
-                "tokens_per_s": args.batch * args.length / per_step,
-                "seconds_per_step": per_step,
-                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-                "parameters": sum(p.numel() for p in model.parameters()),
-            }
-        )
-    )
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 if __name__ == "__main__":

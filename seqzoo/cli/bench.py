@@ -1,0 +1,83 @@
+"""`seqzoo bench`: measures operators and the train loop on this machine."""
+
+import argparse
+import importlib
+import inspect
+import os
+import pkgutil
+import platform
+
+from seqzoo.cli.common import print_json, print_table
+from seqzoo.errors import ConfigError, suggest
+from seqzoo.train import environment
+
+EPILOG = """examples:
+  seqzoo bench                       everything (some minutes)
+  seqzoo bench decode compile --quick
+  seqzoo bench training --peer-python ../peer/bin/python
+  seqzoo bench feeding --json > feeding.json
+
+"to reach" is the project's own figure. Candidates that are compared take turns, so that a busy
+machine slows all of them alike; still, measure on a quiet one.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(modules())}")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller, for a first look")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--peer-python",
+        metavar="PYTHON",
+        help="of an environment with torch, transformers and mambapy, to train beside (training)",
+    )
+
+
+def modules() -> list[str]:
+    """The benches that there are; what begins with _ or is a script of its own is none."""
+    import seqzoo.eval.bench as package
+
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return [name for name in names if not name.startswith(("_", "peer_"))]
+
+
+def run(args: argparse.Namespace) -> int:
+    there = modules()
+    for name in args.names:
+        if name not in there:
+            raise ConfigError(
+                f"there is no bench '{name}'{suggest(name, there)} There are {', '.join(there)}"
+            )
+    machine = describe_machine()
+    if not args.json:
+        print("\n".join(f"{key:<10}{value}" for key, value in machine.items()))
+    results = {}
+    for name in args.names or there:
+        measure = importlib.import_module(f"seqzoo.eval.bench.{name}").run
+        options = {"peer_python": args.peer_python} if args.peer_python else {}
+        taken = inspect.signature(measure).parameters
+        rows = measure(args.quick, **{k: v for k, v in options.items() if k in taken})
+        results[name] = rows
+        if not args.json:
+            print()
+            print_table(rows)
+    if args.json:
+        print_json({"machine": machine, "quick": args.quick, "results": results})
+    return 0
+
+
+def describe_machine() -> dict[str, str]:
+    """What a figure must be quoted with."""
+    import jax
+
+    versions = environment.versions()
+    git = environment.git_state()
+    commit = (git["commit"] or "no checkout")[:10] + (" (changed)" if git["dirty"] else "")
+    devices = jax.devices()
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return {
+        "machine": f"{platform.machine()}, {environment.threads()} CPU threads{busy}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": commit,
+    }
