@@ -2,21 +2,49 @@
 
 The forward pass keeps the state at the start of each chunk and nothing else; the backward pass
 computes the states inside a chunk again and walks back through it. The state is held as
-`[b n e]`: channels are contiguous, so that a step is a few wide vector operations. What was tried
-and measured is in README.md.
+`[b n e]`: channels are contiguous, so that a step is a few wide vector operations. Everything but
+the recurrence itself is done for a whole chunk at once. README.md has the maths, and what was tried
+and measured.
 """
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core import dispatch, numerics
+from pallas_kernels.core.config import Config
+from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.segments import boundaries
 
-# Tokens per chunk. Longer ones keep fewer states and need more room while walking back; 16 to 64
-# were equally fast on a CPU.
-CHUNK = 32
+# A state of this many numbers stays near a CPU core while a chunk is worked on.
+_NEAR = 2**16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class XlaConfig(Config):
+    """How the work is cut.
+
+    Attributes:
+        chunk: tokens per chunk. One state per chunk is kept for the backward pass, and two per
+            token of the chunk in hand.
+        rows: sequences of the batch worked on at a time; None = all.
+    """
+
+    chunk: int = 32
+    rows: int | None = None
+
+    @classmethod
+    def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
+        """All rows at once, on a CPU as many as stay near a core."""
+        rows = None
+        if device_kind == "cpu":
+            fit = max(1, _NEAR // (sizes["e"] * sizes["n"]))
+            rows = max(r for r in range(1, sizes["b"] + 1) if sizes["b"] % r == 0 and r <= fit)
+        return cls(rows=rows, device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> None:
@@ -26,41 +54,75 @@ def refuses(shapes, device_kind) -> None:
 
 def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_softplus, config):
     """See `selective_scan`; h `[b e n]` in the dtype to compute in. Returns y, h, last_id."""
-    del config
-    t = u.shape[1]
+    b, t, e = u.shape
+    sizes = dict(b=b, t=t, e=e, n=A.shape[1])
+    config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
     if segment_ids is None:
         reset = valid = None
     else:
         reset, valid, last_id = boundaries(segment_ids, last_id)
-    chunk = min(CHUNK, t)
+    chunk = min(config.chunk, t)
     padding = -t % chunk
     if padding:
         if valid is None:
-            valid = jnp.ones(u.shape[:2], bool)
+            valid = jnp.ones((b, t), bool)
         else:
             reset = jnp.pad(reset, ((0, 0), (0, padding)))
         valid = jnp.pad(valid, ((0, 0), (0, padding)))
         pad = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
         u, delta, B, C, z = map(pad, (u, delta, B, C, z))
     y, h = _scan(
-        (u, delta, A, B, C, D, z, delta_bias, jnp.swapaxes(h, 1, 2)),
+        (u, delta, B, C, z),
+        (A, D, delta_bias),
+        jnp.swapaxes(h, 1, 2),
         (reset, valid),
-        chunk,
-        delta_softplus,
+        (chunk, config.rows or b, delta_softplus),
     )
     return y[:, :t], jnp.swapaxes(h, 1, 2), last_id
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _scan(inputs, masks, chunk: int, softplus: bool):
-    """y `[b t e]` and the last state `[b n e]`; t is a multiple of chunk."""
-    return _forward(inputs, masks, chunk, softplus)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _scan(inputs, weights, h, masks, how):
+    """y `[b t e]` and the last state `[b n e]`; t is a multiple of the chunk."""
+    return _scan_forward(inputs, weights, h, masks, how)[0]
 
 
-def _forward(inputs, masks, chunk, softplus):
-    u, delta, A, B, C, D, z, delta_bias, h0 = inputs
-    reset, valid = masks
-    dtype = h0.dtype
+def _scan_forward(inputs, weights, h, masks, how):
+    chunk, rows, softplus = how
+    block = lambda batched: _forward(batched, weights, chunk, softplus)
+    y, last, starts = _by_rows(block, rows, (inputs, masks, h))
+    return (y, last), (inputs, weights, masks, starts)
+
+
+def _scan_backward(how, residuals, cotangents):
+    chunk, rows, softplus = how
+    inputs, weights, masks, starts = residuals
+    dy, dlast = cotangents
+    block = lambda batched: _backward(batched, weights, chunk, softplus)
+    dinputs, dweights, dh = _by_rows(block, rows, (inputs, masks, starts, dy, dlast))
+    total = lambda x, like: None if x is None else jnp.sum(x, axis=0).astype(like.dtype)
+    dA, dD, dbias = map(total, dweights, weights)
+    return dinputs, (dA, dD, dbias), dh, (None, None)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _by_rows(function, rows: int, batched):
+    """Applies a function of `[b ...]` arrays to as many rows at a time, one block after another."""
+    blocks = jax.tree.leaves(batched)[0].shape[0] // rows
+    if blocks == 1:
+        return function(batched)
+    cut = lambda x: x.reshape(blocks, rows, *x.shape[1:])
+    join = lambda x: x.reshape(blocks * rows, *x.shape[2:])
+    return jax.tree.map(join, jax.lax.map(function, jax.tree.map(cut, batched)))
+
+
+def _forward(batched, weights, chunk: int, softplus: bool):
+    """y `[b t e]`, the last state and those at the starts of chunks `[b t/c n e]`."""
+    (u, delta, B, C, z), (reset, valid), h = batched
+    A, D, delta_bias = weights
+    dtype = h.dtype
     At = A.astype(dtype).T  # [n e]
 
     def one_chunk(carry, i):
@@ -68,130 +130,141 @@ def _forward(inputs, masks, chunk, softplus):
         u_c, delta_c, B_c, C_c, z_c, reset_c, valid_c = _chunks(
             i, chunk, dtype, u, delta, B, C, z, reset, valid
         )
-        u_c, B_c, C_c = (_keep(x, valid_c) for x in (u_c, B_c, C_c))
-        d_c = _step_sizes(delta_c, delta_bias, softplus, valid_c)
+        u_c, B_c, C_c, z_c = (_keep(x, valid_c) for x in (u_c, B_c, C_c, z_c))
+        d_c, _ = _step_sizes(delta_c, delta_bias, softplus, valid_c)
+        decay_c = _decays(d_c, At, reset_c)
 
         def token(h, x):
-            d_t, u_t, B_t, C_t, reset_t = x
-            h = _advance(h, At, d_t, u_t, B_t, reset_t)
-            return h, jnp.sum(h * C_t[:, :, None], axis=1)
+            decay, du, B, C = x
+            h = decay * h + _n(du) * _e(B)
+            return h, einsum("bne,bn->be", h, C)
 
-        last, y_c = jax.lax.scan(token, h, (d_c, u_c, B_c, C_c, reset_c))
+        last, y_c = jax.lax.scan(token, h, (decay_c, d_c * u_c, B_c, C_c))
         if D is not None:
-            y_c += D.astype(dtype) * u_c
-        if z is not None:
-            y_c *= jax.nn.silu(_keep(z_c, valid_c))
-        y_c = _keep(y_c, valid_c)  # the D path is 0 there already; the state's is not
+            y_c = y_c + D.astype(dtype) * u_c
+        if z_c is not None:
+            y_c = y_c * jax.nn.silu(z_c)
         return (last, _write(y, y_c, i, chunk)), h
 
     steps = jnp.arange(u.shape[1] // chunk)
-    (h, y), starts = jax.lax.scan(one_chunk, (h0, jnp.zeros_like(u)), steps)
-    return (y, h), starts
+    (last, y), starts = jax.lax.scan(one_chunk, (h, jnp.zeros_like(u)), steps)
+    return y, last, jnp.swapaxes(starts, 0, 1)
 
 
-def _scan_forward(inputs, masks, chunk, softplus):
-    outputs, starts = _forward(inputs, masks, chunk, softplus)
-    return outputs, (inputs, masks, starts)
-
-
-def _scan_backward(chunk, softplus, residuals, cotangents):
-    inputs, masks, starts = residuals
-    u, delta, A, B, C, D, z, delta_bias, h0 = inputs
-    reset, valid = masks
-    dy, dh = cotangents
-    dtype = h0.dtype
+def _backward(batched, weights, chunk: int, softplus: bool):
+    """Gradients of the inputs, of the weights row by row, and of the state before."""
+    (u, delta, B, C, z), (reset, valid), starts, dy, dlast = batched
+    A, D, delta_bias = weights
+    dtype = starts.dtype
     At = A.astype(dtype).T
+    b = u.shape[0]
 
     def one_chunk(carry, x):
-        lam, sums, outs = carry
+        # lam is the gradient by h_t, the part that comes from later tokens.
+        lam, (dA, dD, dbias), outs = carry
         i, start = x
         u_c, delta_c, B_c, C_c, z_c, dy_c, reset_c, valid_c = _chunks(
             i, chunk, dtype, u, delta, B, C, z, dy, reset, valid
         )
-        u_c, B_c, C_c, dy_c = (_keep(x, valid_c) for x in (u_c, B_c, C_c, dy_c))
-        sizes, pull_sizes = jax.vjp(
-            lambda delta_c, bias: _step_sizes(delta_c, bias, softplus, valid_c), delta_c, delta_bias
-        )
+        u_c, B_c, C_c, z_c, dy_c = (_keep(x, valid_c) for x in (u_c, B_c, C_c, z_c, dy_c))
+        d_c, slope_c = _step_sizes(delta_c, delta_bias, softplus, valid_c)
+        du_c = d_c * u_c  # what B brings into the state
+        decay_c = _decays(d_c, At, reset_c)
 
         def again(h, x):
-            d_t, u_t, B_t, reset_t = x
-            return _advance(h, At, d_t, u_t, B_t, reset_t), h
+            decay, du, B = x
+            kept = decay * h
+            return kept + _n(du) * _e(B), kept
 
-        last, before = jax.lax.scan(again, start, (sizes, u_c, B_c, reset_c))
+        _, kept_c = jax.lax.scan(again, start, (decay_c, du_c, B_c))  # [c b n e]
         dz_c = None
-        if z is not None:
-            after = jnp.concatenate([before[1:], last[None]])
-            y_c = jnp.einsum("cbne,cbn->cbe", after, C_c)
+        if z_c is not None:
+            y_c = einsum("cbne,cbn->cbe", kept_c, C_c)
+            y_c = y_c + du_c * einsum("cbn,cbn->cb", B_c, C_c)[..., None]
             y_c = y_c if D is None else y_c + D.astype(dtype) * u_c
-            gate, pull_gate = jax.vjp(jax.nn.silu, _keep(z_c, valid_c))
+            gate, pull_gate = jax.vjp(jax.nn.silu, z_c)
             (dz_c,) = pull_gate(dy_c * y_c)
             dy_c = dy_c * gate
 
         def back(carry, x):
-            lam, dA = carry  # lam: the gradient by h_t, the part that comes from later tokens
-            h, d_t, u_t, B_t, C_t, dy_t, reset_t = x
-            h = h if reset_t is None else jnp.where(reset_t[:, None, None], 0, h)
-            decay = jnp.exp(d_t[:, None, :] * At)
-            kept, du = decay * h, d_t * u_t
-            lam = lam + dy_t[:, None, :] * C_t[:, :, None]
-            dC_t = jnp.einsum("be,bne->bn", dy_t, kept + du[:, None, :] * B_t[:, :, None])
-            dB_t = jnp.einsum("be,bne->bn", du, lam)
-            by_input = jnp.sum(lam * B_t[:, :, None], axis=1)
+            lam, dA = carry
+            decay, kept, d, du, B, C, dy = x
+            dB = einsum("bne,be->bn", lam, du)  # less the part of dy, which is below
+            lam = lam + _n(dy) * _e(C)
             by_decay = lam * kept
-            dd_t = u_t * by_input + jnp.sum(by_decay * At, axis=1)
-            lam = lam * decay
-            lam = lam if reset_t is None else jnp.where(reset_t[:, None, None], 0, lam)
-            return (lam, dA + by_decay * d_t[:, None, :]), (d_t * by_input, dd_t, dB_t, dC_t)
+            by_input, by_size = _two_sums(lam * _e(B), by_decay * At, axis=1)
+            return (lam * decay, dA + by_decay * _n(d)), (by_input, by_size, dB)
 
-        dA, dD, d_bias = sums
-        (lam, dA), (du_c, dd_c, dB_c, dC_c) = jax.lax.scan(
-            back, (lam, dA), (before, sizes, u_c, B_c, C_c, dy_c, reset_c), reverse=True
+        (lam, dA), (by_input, by_size, dB_c) = jax.lax.scan(
+            back, (lam, dA), (decay_c, kept_c, d_c, du_c, B_c, C_c, dy_c), reverse=True
         )
+        both = einsum("cbe,cbe->cb", dy_c, du_c)[..., None]
+        dB_c = dB_c + C_c * both
+        dC_c = einsum("cbne,cbe->cbn", kept_c, dy_c) + B_c * both
+        ddelta_c = u_c * by_input + by_size
+        ddelta_c = ddelta_c if slope_c is None else ddelta_c * slope_c
+        dinput_c = d_c * by_input
         if D is not None:
-            du_c += D.astype(dtype) * dy_c
-            dD = dD + jnp.einsum("cbe,cbe->e", dy_c, u_c)
-        ddelta_c, bias_c = pull_sizes(dd_c)
-        d_bias = None if delta_bias is None else d_bias + bias_c.astype(dtype)
-        parts = (du_c, ddelta_c, dB_c, dC_c, dz_c)
+            dinput_c = dinput_c + D.astype(dtype) * dy_c
+            dD = dD + einsum("cbe,cbe->be", dy_c, u_c)
+        if delta_bias is not None:
+            dbias = dbias + jnp.sum(_keep(ddelta_c, valid_c), axis=0)
+        parts = (dinput_c, ddelta_c, dB_c, dC_c, dz_c)
         outs = tuple(
             None if out is None else _write(out, _keep(part, valid_c), i, chunk)
             for out, part in zip(outs, parts, strict=True)
         )
-        return (lam, (dA, dD, d_bias), outs), None
+        return (lam, (dA, dD, dbias), outs), None
 
     zeros_like = lambda x: None if x is None else jnp.zeros_like(x)
-    sums = (
-        jnp.zeros_like(h0),
-        None if D is None else jnp.zeros(D.shape, dtype),
-        None if delta_bias is None else jnp.zeros(delta_bias.shape, dtype),
-    )
-    steps = jnp.arange(u.shape[1] // chunk)
-    (lam, (dA, dD, d_bias), (du, ddelta, dB, dC, dz)), _ = jax.lax.scan(
+    by_row = lambda x: None if x is None else jnp.zeros((b, *x.shape), dtype)
+    (lam, (dA, dD, dbias), dinputs), _ = jax.lax.scan(
         one_chunk,
-        (dh.astype(dtype), sums, tuple(map(zeros_like, (u, delta, B, C, z)))),
-        (steps, starts),
+        (
+            dlast.astype(dtype),
+            (jnp.zeros_like(dlast, dtype), by_row(D), by_row(delta_bias)),
+            tuple(map(zeros_like, (u, delta, B, C, z))),
+        ),
+        (jnp.arange(u.shape[1] // chunk), jnp.swapaxes(starts, 0, 1)),
         reverse=True,
     )
-    dA = jnp.sum(dA, axis=0).T.astype(A.dtype)
-    dD = None if D is None else dD.astype(D.dtype)
-    d_bias = None if delta_bias is None else d_bias.astype(delta_bias.dtype)
-    return (du, ddelta, dA, dB, dC, dD, dz, d_bias, lam), (None, None)
+    return dinputs, (jnp.swapaxes(dA, 1, 2), dD, dbias), lam
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+def _n(x):
+    """`[... e]` with an axis for the states: `[... 1 e]`."""
+    return x[..., None, :]
 
 
-def _advance(h, At, d_t, u_t, B_t, reset_t):
-    """One token: h `[b n e]` from d_t, u_t `[b e]` and B_t `[b n]`."""
-    h = h if reset_t is None else jnp.where(reset_t[:, None, None], 0, h)
-    return jnp.exp(d_t[:, None, :] * At) * h + (d_t * u_t)[:, None, :] * B_t[:, :, None]
+def _e(x):
+    """`[... n]` with an axis for the channels: `[... n 1]`."""
+    return x[..., None]
 
 
-def _step_sizes(delta_c, delta_bias, softplus, valid_c):
-    """The step sizes of a chunk `[c b e]`; 0 at padding, where the state then stays as it was."""
-    d_c = _keep(delta_c, valid_c)
-    d_c = d_c if delta_bias is None else d_c + delta_bias.astype(d_c.dtype)
-    return _keep(jax.nn.softplus(d_c) if softplus else d_c, valid_c)
+def _decays(d_c, At, reset_c):
+    """exp(d A) of a chunk, `[c b n e]`; 0 where a document begins."""
+    decay_c = jnp.exp(_n(d_c) * At)
+    return decay_c if reset_c is None else jnp.where(reset_c[..., None, None], 0, decay_c)
+
+
+def _step_sizes(delta_c, delta_bias, softplus: bool, valid_c):
+    """The step sizes of a chunk `[c b e]`, and their slope by delta (None = 1).
+
+    At padding the size is 0: the state then stays as it was.
+    """
+    x = _keep(delta_c, valid_c)
+    x = x if delta_bias is None else x + delta_bias.astype(x.dtype)
+    if not softplus:
+        return _keep(x, valid_c), None
+    size, slope = numerics.softplus(x)
+    return _keep(size, valid_c), slope
+
+
+def _two_sums(x, y, *, axis: int):
+    """Both sums over an axis in one pass (two of XLA's own are many times slower on a CPU)."""
+    add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+    zero = jnp.zeros((), x.dtype)
+    return jax.lax.reduce((x, y), (zero, zero), add, (axis,))
 
 
 def _chunks(i, chunk: int, dtype, *arrays: Any) -> list:
