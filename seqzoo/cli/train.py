@@ -17,7 +17,7 @@ EPILOG = """examples:
   seqzoo train experiment=text_mamba trainer.steps=2000
   seqzoo train data=text data.path=~/books task=next_token model=mamba_small
   seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3        six runs, one after the other
-  seqzoo train init_from=runs/mqar/latest@best optimizer.lr=1e-4 'reset=[optimizer]'
+  seqzoo train init_from=runs/mqar/RUN@best optimizer.lr=1e-4 'reset=[optimizer]'
   seqzoo train --config-dir mylab/configs model.pattern='[s4d]'
 
 The run's folder is found by what the run is: the same command again goes on where it stopped.
@@ -62,21 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -> int:
-    apply_threads(config, overrides, root=args.runs)  # before jax starts
+    if not args.force:
+        apply_threads(config, overrides, root=args.runs)  # before jax starts
     from seqzoo.train.loop import train
 
     result = train(
-        config,
-        overrides=overrides,
-        root=args.runs,
-        force=args.force,
-        strict=args.strict,
-        trust=args.trust,
+        config, overrides=overrides, root=args.runs, force=args.force, strict=args.strict
     )
-    print(summary(result))
+    print(f"\n{result}")
     return 0
-
-
-def summary(result) -> str:
-    """What was reached, where the run lies, and the next command to try."""
-    return str(result)

@@ -282,6 +282,31 @@ def pick(
     return int(step)
 
 
+def find_step(directory: pathlib.Path, step: int | str | None) -> pathlib.Path:
+    """Returns the folder of a step of any run, as one who only reads: changes nothing on disk.
+
+    Args:
+      directory: the checkpoints of a run.
+      step: None or "last", "best" (the newest where none has a metric), or a number.
+
+    Raises:
+      CheckpointError: there is no such step.
+    """
+    metrics: dict[int, float | None] = {}
+    mode = "max"
+    for number in list_steps(directory):
+        try:
+            document = read_meta(directory / str(number))
+        except Damaged as error:
+            _LOG.warning("checkpoint %d in %s is damaged (%s)", number, directory, error)
+            continue
+        metrics[number] = document["metric"]
+        mode = document["meta"]["metric"]["mode"]
+    if step == "best" and best_of(metrics, mode) is None:
+        step = "last"
+    return directory / str(pick(step, metrics, mode, directory))
+
+
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
     """Returns the document of a step: format, step, metric, meta, arrays.
 

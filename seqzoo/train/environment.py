@@ -83,7 +83,7 @@ def set_threads(count: int) -> bool:
     """Pins the CPU thread count (it changes bits). Returns False when jax has started already."""
     if count == threads():
         return True
-    if _jax_started():
+    if jax_started():
         return False
     os.environ["NPROC"] = str(count)
     return True
@@ -155,7 +155,8 @@ def _hash_package(name: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def _jax_started() -> bool:
+def jax_started() -> bool:
+    """Whether jax has chosen its devices, after which flags change nothing."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     if bridge is None:
         return False
@@ -165,7 +166,7 @@ def _jax_started() -> bool:
 
 def devices() -> dict[str, Any] | None:
     """Returns what jax computes on, or None while jax has not started."""
-    if not _jax_started():
+    if not jax_started():
         return None
     jax = sys.modules["jax"]
     found = jax.devices()

@@ -1,46 +1,59 @@
 """The one metric loop: training, `seqzoo eval` and tests all count with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from seqzoo.data import pipeline
+from seqzoo.data.source import Split
 from seqzoo.train import mesh as meshes
 from seqzoo.train import programs
+from seqzoo.train.metrics_log import Totals, add
 from seqzoo.train.setup import Setup
 from seqzoo.train.step import eval_step
+
+_AHEAD = 4  # batches that may be computed before the oldest is added up
+
+
+class Interrupted(Exception):
+    """An evaluation was given up half-way."""
 
 
 def evaluate(
     run: Setup,
     params: Any,
     rest: Any,
-    split: str,
+    split: Split,
     *,
     max_samples: int | None = None,
     batch_size: int | None = None,
-    say=lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
+    interrupt: Callable[[int], bool] = lambda batch: False,
 ) -> dict[str, float]:
     """Returns the task's metrics over a split, every row counted once.
 
     Args:
         run: what is evaluated and on what data.
-        params, rest: the model's arrays.
+        params: the model's parameters (or their moving average).
+        rest: whatever else the model holds.
         split: "train", "valid" or "test".
         max_samples: at most so many rows, spread evenly over the split; None = all.
         batch_size: rows per batch; None = trainer.eval_batch_size, else those of a microbatch.
         say: gets announcements of compilation.
+        interrupt: asked before each batch whether to give up.
+
+    Raises:
+        Interrupted: `interrupt` said so.
     """
     spec, trainer = run.spec, run.trainer
-    micro = trainer.global_batch_size // trainer.grad_accum_steps
-    rows = batch_size or trainer.eval_batch_size or micro
+    rows = batch_size or trainer.eval_batch_size or run.microbatch
     meshes.check_batch(rows, spec.mesh, spec.rules, "trainer.eval_batch_size")
-    function = eval_step(spec)
     sharding = meshes.batch_sharding(spec.mesh, spec.rules)
     stream = pipeline.eval_batches(
         run.data,
-        split,  # type: ignore[arg-type]
+        split,
         batch_size=rows,
         max_samples=max_samples,
         process_index=jax.process_index(),
@@ -49,30 +62,31 @@ def evaluate(
         prefetch=trainer.prefetch,
     )
     pending: list[dict[str, tuple[Any, Any]]] = []
-    totals: dict[str, tuple[float, float]] = {}
+    totals: Totals = {}
     try:
-        for host_batch in stream:
+        for number, host_batch in enumerate(stream):
+            if interrupt(number):
+                raise Interrupted
             batch = meshes.put_batch(host_batch, sharding)
-            what = f"{rows} rows of {batch['tokens'].shape[1]} tokens"
-            arguments = (params, rest, batch)
+            length = host_batch["tokens"].shape[1]
             program = programs.compiled(
-                function, *arguments, name="evaluation", say=say, what=what
+                eval_step(spec),
+                params,
+                rest,
+                batch,
+                name="evaluation",
+                say=say,
+                what=f"{rows} rows of {length} tokens",
             )
-            pending.append(program(*arguments))
-            if len(pending) > 4:  # a few batches run ahead of what is added up
-                _add(totals, pending.pop(0))
+            pending.append(program(params, rest, batch))
+            if len(pending) > _AHEAD:
+                add(totals, _fetched(pending.pop(0)))
+        for sums in pending:
+            add(totals, _fetched(sums))
     finally:
         stream.close()
-    for sums in pending:
-        _add(totals, sums)
     return run.task.finish(totals)
 
 
-def _add(totals: dict[str, tuple[float, float]], sums: dict[str, tuple[Any, Any]]) -> None:
-    """Adds in float64: over many batches float32 would lose the last digits."""
-    for name, (value, weight) in sums.items():
-        before = totals.get(name, (0.0, 0.0))
-        totals[name] = (
-            before[0] + float(np.asarray(value, np.float64)),
-            before[1] + float(np.asarray(weight, np.float64)),
-        )
+def _fetched(sums: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), sums)

@@ -52,6 +52,7 @@ class RunFolder:
         force: bool = False,
         strict: bool = False,
         data_fingerprint: str | None = None,
+        layout: Mapping[str, Any] | None = None,
         process_index: int = 0,
     ) -> "RunFolder":
         """Finds the folder of this run, or makes it, and takes hold of it.
@@ -65,6 +66,7 @@ class RunFolder:
           force: begin anew; what is there is moved aside to ``<folder>.1``, ``.2``, ...
           strict: refuse to go on when code or versions changed since the last start.
           data_fingerprint: what the data says of itself, a part of the identity.
+          layout: how the work is cut (mesh, microbatches): changes rounding, not the run.
           process_index: only process 0 of a run writes and locks.
 
         Raises:
@@ -72,14 +74,11 @@ class RunFolder:
           DataError: the data changed since the run began.
           ConfigError: with `strict`, something else changed.
         """
-        run_hash = identity.run_hash(config, data_fingerprint)
-        above = pathlib.Path(root).resolve() / identity.experiment_name(config, overrides)
-        path = _find(above, run_hash)
-        if path is None and not force:
-            _refuse_changed_data(above, config, data_fingerprint)
-        if path is None:
-            path = above / identity.run_name(config, overrides, data_fingerprint)
-        folder = cls(path, run_hash, writes=process_index == 0)
+        folder = cls.locate(config, overrides, root=root, data_fingerprint=data_fingerprint)
+        path = folder.path
+        if not path.exists() and not force:
+            _refuse_changed_data(path.parent, config, data_fingerprint)
+        folder._writes = process_index == 0
         if not folder._writes:
             return folder
         if force and path.exists():
@@ -89,13 +88,30 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         folder._lock = RunLock(path)
         try:
-            folder._start(config, overrides, data_fingerprint, strict=strict)
+            folder._start(config, overrides, data_fingerprint, layout, strict=strict)
         except BaseException:
             folder.close()
             raise
         return folder
 
-    def _start(self, config, overrides, data_fingerprint, *, strict: bool) -> None:
+    @classmethod
+    def locate(
+        cls,
+        config: DictConfig | Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        *,
+        root: str | os.PathLike = "runs",
+        data_fingerprint: str | None = None,
+    ) -> "RunFolder":
+        """Returns the folder of this run, or where it will be, without opening it."""
+        run_hash = identity.run_hash(config, data_fingerprint)
+        above = pathlib.Path(root).resolve() / identity.experiment_name(config, overrides)
+        path = _find(above, run_hash)
+        if path is None:
+            path = above / identity.run_name(config, overrides, data_fingerprint)
+        return cls(path, run_hash, writes=False)
+
+    def _start(self, config, overrides, data_fingerprint, layout, *, strict: bool) -> None:
         container = identity.plain(config)
         records = sorted((self.path / "env").glob("[0-9]*.json"))
         self.attempt = len(records) + 1
@@ -103,6 +119,7 @@ class RunFolder:
         now["hash"] = self.hash
         now["command_hash"] = identity.run_hash(config)
         now["data_fingerprint"] = data_fingerprint
+        now["layout"] = dict(layout or {})
         if records:
             self._notice_changes(read_json(records[0]), read_json(records[-1]), now, strict)
         self._status = read_status(self.path)
@@ -125,12 +142,17 @@ class RunFolder:
                 "what the run began with, leave --strict out, or begin anew with --force"
             )
         self.warnings += [f"{change} since the last start" for change in changed]
-        if first.get("threads") not in (None, now["threads"]):
-            self.bitwise = False
-            self.warnings.append(
-                f"the run began with {first['threads']} CPU threads and goes on with "
-                f"{now['threads']}: exact in data and state, not bitwise"
-            )
+        for name, kind in (
+            ("threads", "CPU threads"),
+            ("devices", "devices"),
+            ("layout", "layout"),
+        ):
+            if first.get(name) not in (None, now[name]):
+                self.bitwise = False
+                self.warnings.append(
+                    f"the run began with {kind} {_words(first[name])} and goes on with "
+                    f"{_words(now[name])}: exact in data and state, not bitwise"
+                )
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -341,6 +363,12 @@ def _targets(value: Any) -> Iterable[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _targets(item)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+    return str(value)
 
 
 def _version(record: Mapping[str, Any]) -> str:

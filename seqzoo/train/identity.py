@@ -33,9 +33,10 @@ _NAME_BYTES = 100
 
 def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """Returns a resolved configuration as plain dicts, lists and scalars."""
+    found: Any = config
     if isinstance(config, DictConfig):
-        config = OmegaConf.to_container(config, resolve=True)
-    return {str(key): value for key, value in config.items()}
+        found = OmegaConf.to_container(config, resolve=True)
+    return {str(key): value for key, value in found.items()}
 
 
 def identity(

@@ -47,7 +47,7 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor() as pool:  # crc32 lets other threads run
         sums = list(pool.map(lambda job: _crc32(job[2]), jobs))
     local = [[name, bounds, crc] for (name, bounds, _), crc in zip(jobs, sums, strict=True)]
-    table = {
+    table: dict[str, dict[str, Any]] = {
         name: {"shape": list(np.shape(array)), "dtype": str(array.dtype), "shards": []}
         for name, array in arrays.items()
     }

@@ -41,7 +41,9 @@ def make_mesh(settings: MeshSettings, devices: list | None = None) -> Mesh:
             f"{len(devices)}"
         )
     if wanted < len(devices) and jax.process_count() > 1:
-        raise ConfigError(f"mesh uses {wanted} of {len(devices)} devices: with several processes all")
+        raise ConfigError(
+            f"mesh uses {wanted} of {len(devices)} devices: with several processes all"
+        )
     return jax.make_mesh(
         sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:wanted]
     )

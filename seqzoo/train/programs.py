@@ -1,10 +1,10 @@
-"""Compiled programs: announced, kept on disk between runs, and refused before they run out of memory."""
+"""Compiled programs: announced, kept on disk between runs, refused before memory runs out."""
 
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,12 +12,32 @@ from seqzoo.errors import SeqzooError
 
 CACHE_VARIABLE = "SEQZOO_CACHE"
 
-# Executables of this process by (program, shapes): runs of a sweep share them.
-_COMPILED: dict[Any, Any] = {}
+# Programs of this process by (function, shapes): runs of a sweep share them.
+_COMPILED: dict[Any, "Program"] = {}
+_MOST_PROGRAMS = 64
 
 
 class OutOfMemory(SeqzooError):
-    """The step needs more memory than there is."""
+    """A program needs more memory than there is."""
+
+
+class Program(NamedTuple):
+    """An executable, and what it works on for the message if its memory does not suffice.
+
+    Attributes:
+        executable: what XLA made.
+        name: "train step", ...
+        what: batch and length.
+        seconds: that compiling took.
+    """
+
+    executable: Any
+    name: str
+    what: str
+    seconds: float
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.executable(*arguments)
 
 
 def cache_folder() -> pathlib.Path:
@@ -27,8 +47,8 @@ def cache_folder() -> pathlib.Path:
 
 
 def use_disk_cache() -> None:
-    """Keeps XLA's executables between processes, under SEQZOO_CACHE or the user's cache folder."""
-    if jax.config.jax_compilation_cache_dir:
+    """Keeps XLA's executables in the cache folder."""
+    if jax.config.read("jax_compilation_cache_dir"):
         return
     folder = cache_folder()
     try:
@@ -41,44 +61,51 @@ def use_disk_cache() -> None:
 
 
 def compiled(
-    function: Callable,
+    function: Any,
     *arguments: Any,
-    name: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    name: str,
     what: str = "",
-) -> Any:
-    """The executable of a jitted function for the shapes of these arguments.
+    say: Callable[[str], None] = lambda text: None,
+) -> Program:
+    """The program of a jitted function for the shapes of these arguments.
 
     Args:
         function: what jax.jit gave; the same object means the same program.
         *arguments: arrays or ShapeDtypeStructs with shardings.
         name: of the program, for the announcement.
-        say: gets "compiling NAME ..." and how long it took.
         what: batch and length, for the message when memory does not suffice.
+        say: gets "compiling NAME ..." and how long it took.
 
     Raises:
         OutOfMemory: the program needs more than the device has; the text has the estimate.
     """
     leaves, tree = jax.tree.flatten(arguments)
-    place = (function, tree, tuple((a.shape, a.dtype, _sharding(a)) for a in leaves))
-    if place not in _COMPILED:
-        say(f"compiling {name} ...")
-        started = time.perf_counter()
-        try:
-            program = function.lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise OutOfMemory(_too_large(name, what, None)) from error
-            raise
-        say(f"compiled {name} in {time.perf_counter() - started:.1f} s")
-        _check_memory(program, name, what)
-        _COMPILED[place] = program
-    return _COMPILED[place]
+    shapes = tuple((a.shape, a.dtype, getattr(a, "sharding", None)) for a in leaves)
+    place = (function, tree, shapes)
+    if place in _COMPILED:
+        return _COMPILED[place]
+    say(f"compiling {name} ...")
+    began = time.perf_counter()
+    try:
+        executable = function.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if _is_about_memory(error):
+            raise OutOfMemory(_too_large(name, what)) from error
+        raise
+    program = Program(executable, name, what, time.perf_counter() - began)
+    say(f"compiled {name} in {program.seconds:.1f} s")
+    needed, there = needed_bytes(program), device_bytes()
+    if there is not None and needed > there:
+        raise OutOfMemory(_too_large(name, what, needed, there))
+    while len(_COMPILED) >= _MOST_PROGRAMS:
+        del _COMPILED[next(iter(_COMPILED))]
+    _COMPILED[place] = program
+    return program
 
 
-def needed_bytes(program: Any) -> int:
+def needed_bytes(program: Program) -> int:
     """What a program needs on each device while it runs, by XLA's own account."""
-    memory = program.memory_analysis()
+    memory = program.executable.memory_analysis()
     if memory is None:
         return 0
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -86,7 +113,7 @@ def needed_bytes(program: Any) -> int:
 
 
 def device_bytes() -> int | None:
-    """What a device has; on a CPU what the machine has free."""
+    """What a device has; on a CPU what the machine has free. None where nobody says."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         try:
@@ -99,22 +126,22 @@ def device_bytes() -> int | None:
     return stats.get("bytes_limit")
 
 
-def out_of_memory(error: Exception, name: str, what: str, program: Any) -> Exception:
+def out_of_memory(error: Exception, program: Program | None) -> OutOfMemory | None:
     """What the user must read when a program that was thought to fit did not."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return error
-    return OutOfMemory(_too_large(name, what, needed_bytes(program)))
+    if not _is_about_memory(error):
+        return None
+    if program is None:
+        return OutOfMemory(f"the model does not fit into memory: {error}")
+    return OutOfMemory(_too_large(program.name, program.what, needed_bytes(program)))
 
 
-def _check_memory(program: Any, name: str, what: str) -> None:
-    needed, there = needed_bytes(program), device_bytes()
-    if there is not None and needed > there:
-        raise OutOfMemory(_too_large(name, what, needed, there))
+def _is_about_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _too_large(name: str, what: str, needed: int | None, there: int | None = None) -> str:
-    estimate = "" if needed is None else f": it needs about {needed / 2**30:.1f} GiB per device"
-    limit = "" if there is None else f", there are {there / 2**30:.1f} GiB"
+def _too_large(name: str, what: str, needed: int | None = None, there: int | None = None) -> str:
+    estimate = "" if needed is None else f": it needs about {_gib(needed)} on each device"
+    limit = "" if there is None else f", there are {_gib(there)}"
     return (
         f"{name} with {what} does not fit into memory{estimate}{limit}. Make "
         "trainer.grad_accum_steps larger (the result stays the same), set model.remat=full, or "
@@ -122,5 +149,5 @@ def _too_large(name: str, what: str, needed: int | None, there: int | None = Non
     )
 
 
-def _sharding(a: Any) -> Any:
-    return getattr(a, "sharding", None)
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB"

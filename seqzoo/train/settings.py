@@ -1,4 +1,4 @@
-"""The settings of a run that build no object: sections trainer, mesh and logger of a configuration."""
+"""The settings of a run that build no object: sections trainer, mesh and logger."""
 
 import dataclasses
 
@@ -25,7 +25,8 @@ class TrainerSettings:
         log_every: steps per line of metrics.jsonl, which holds their means.
         save_every: steps between checkpoints; 0 = by the clock and at the end only.
         save_minutes: minutes between checkpoints; 0 = by steps and at the end only.
-        ema_decay: keep a moving average of the parameters with this decay and evaluate it; null = no.
+        ema_decay: keep a moving average of the parameters with this decay, and evaluate it;
+            null = no.
         precision: of float32 matrix products on accelerators: default, high, highest.
         deterministic: the same bits every time on an accelerator too, at some cost in speed.
         profile: "10:15" traces these steps into profile/; null = none.

@@ -7,36 +7,48 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from omegaconf import DictConfig, OmegaConf
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from omegaconf import DictConfig
 
 from seqzoo.config.build import build
 from seqzoo.data.source import Dataset
 from seqzoo.errors import ConfigError
-from seqzoo.nn.sharding import param_shardings, use_mesh
+from seqzoo.nn.sharding import Rules, param_shardings, use_mesh
 from seqzoo.tasks.task import Task
 from seqzoo.train import manifest
 from seqzoo.train import mesh as meshes
 from seqzoo.train import optimizer as optimizers
+from seqzoo.train.identity import plain
 from seqzoo.train.settings import LoggerSettings, MeshSettings, TrainerSettings
-from seqzoo.train.state import TrainState, decay_mask, decayed_paths, structure_of
-from seqzoo.train.step import INIT, Spec, run_key
+from seqzoo.train.state import (
+    Abstract,
+    Structure,
+    TrainState,
+    arrays_of,
+    decay_mask,
+    decayed_paths,
+    structure_of,
+)
+from seqzoo.train.step import INIT, Spec, hyper_array, run_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The objects of a run.
+    """The objects of a run; no arrays yet.
 
     Attributes:
         config: plain, resolved.
-        trainer, logger: settings.
+        trainer: settings of the section of that name.
+        logger: the same.
         data: where rows come from.
         task: what is asked of them.
         optimizer: with its run-time values.
         schedule: `schedule(step, steps)` is the factor of the learning rate.
         structure: the model without arrays.
-        spec: what the compiled step depends on.
+        spec: what compiled programs depend on.
     """
 
     config: Mapping[str, Any]
@@ -46,31 +58,32 @@ class Setup:
     task: Task
     optimizer: optimizers.Optimizer
     schedule: Any
-    structure: Any
+    structure: Structure
     spec: Spec
 
     @property
-    def mesh(self):
-        return self.spec.mesh
+    def microbatch(self) -> int:
+        """Rows that are computed at once, of all devices together."""
+        return self.trainer.global_batch_size // self.trainer.grad_accum_steps
 
-    def hyper(self, step: int) -> dict[str, float]:
-        """The run-time values of one update."""
-        hyper = self.optimizer.hyper()
-        hyper["lr"] *= self.schedule(step, self.trainer.steps)
-        hyper["ema_decay"] = self.trainer.ema_decay or 0.0
-        return hyper
+    @property
+    def state(self) -> TrainState:
+        """The state as ShapeDtypeStructs that say where each array lies."""
+        return self.spec.state.tree
+
+    def lr(self, step: int) -> float:
+        """The learning rate of update number `step`, from 0."""
+        return self.optimizer.lr * self.schedule(step, self.trainer.steps)
+
+    def hyper(self, step: int) -> np.ndarray:
+        """The run-time values of update number `step`, as the compiled step takes them."""
+        values = self.optimizer.hyper() | {"lr": self.lr(step)}
+        return hyper_array(self.spec, values | {"ema_decay": self.trainer.ema_decay or 0.0})
 
 
-def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain dicts and lists."""
-    if isinstance(config, DictConfig):
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-    return dict(config)
-
-
-def build_data(config: Mapping[str, Any]) -> Dataset:
+def build_data(config: DictConfig | Mapping[str, Any]) -> Dataset:
     """The data set alone: needs no jax."""
-    return build(config["data"])
+    return build(plain(config)["data"])
 
 
 def setup(
@@ -96,16 +109,20 @@ def setup(
     task = build(config["task"]).for_data(data)
     optimizer = build(config["optimizer"])
     mesh, rules = meshes.make_mesh(mesh_settings, devices), meshes.rules_of(mesh_settings)
-    micro = trainer.global_batch_size // trainer.grad_accum_steps
-    meshes.check_batch(micro, mesh, rules, "global_batch_size / grad_accum_steps")
-    with use_mesh(mesh, rules):
-        structure = structure_of(functools.partial(build, config["model"]))
+    rows = trainer.global_batch_size // trainer.grad_accum_steps
+    meshes.check_batch(rows, mesh, rules, "trainer.global_batch_size / trainer.grad_accum_steps")
+    structure = structure_of(functools.partial(build, config["model"]))
+    decayed = decayed_paths(structure)
+    state = _abstract_state(
+        structure, optimizer, decayed, trainer.ema_decay is not None, mesh, rules
+    )
     spec = Spec(
         graphdef=structure.graphdef,
         task=task,
         optimizer=optimizer.structure(),
-        decayed=decayed_paths(structure),
+        decayed=decayed,
         grad_accum_steps=trainer.grad_accum_steps,
+        state=Abstract(state),
         mesh=mesh,
         rules=rules,
         precision=trainer.precision,
@@ -123,66 +140,54 @@ def setup(
     )
 
 
-def abstract_state(run: Setup) -> TrainState:
-    """The state as ShapeDtypeStructs that say where each array lies."""
-    mesh, rules = run.spec.mesh, run.spec.rules
+def _abstract_state(
+    structure: Structure,
+    optimizer: optimizers.Optimizer,
+    decayed: tuple,
+    with_ema: bool,
+    mesh: Mesh,
+    rules: Rules,
+) -> TrainState:
     whole = NamedSharding(mesh, PartitionSpec())
     try:
-        shardings = param_shardings(run.structure.params, mesh, rules)
+        shardings = nnx.to_pure_dict(param_shardings(structure.params, mesh, rules))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    params = jax.tree.map(_struct, nnx.as_pure(run.structure.params), shardings)
-    rest = jax.tree.map(lambda a: _struct(a, whole), nnx.as_pure(run.structure.rest))
-    mask = decay_mask(params, run.spec.decayed)
-    opt_state = jax.eval_shape(lambda p: optimizers.init(run.optimizer, p, mask), params)
-    opt_state = _like_params(opt_state, params, whole)
+    params = jax.tree.map(_struct, nnx.to_pure_dict(structure.params), shardings)
+    rest = jax.tree.map(lambda a: _struct(a, whole), nnx.to_pure_dict(structure.rest))
+    mask = decay_mask(params, decayed)
+    opt_state = jax.eval_shape(lambda p: optimizers.init(optimizer, p, mask), params)
     return TrainState(
-        step=jax.ShapeDtypeStruct((), "int32", sharding=whole),
+        step=jax.ShapeDtypeStruct((), np.dtype("int32"), sharding=whole),
         params=params,
         rest=rest,
-        opt_state=opt_state,
-        ema=None if run.trainer.ema_decay is None else params,
+        opt_state=_like_params(opt_state, params, whole),
+        ema=params if with_ema else None,
     )
 
 
-def initial_state(run: Setup, abstract: TrainState) -> TrainState:
+def initial_state(run: Setup) -> TrainState:
     """Draws the initial values, each where it will lie."""
-    program = _initializer(json.dumps(run.config["model"], sort_keys=True), run.spec, _Tree(abstract))
-    state = program(jax.numpy.uint32(run.trainer.seed))
-    if abstract.ema is not None:  # arrays of its own: the step donates both
-        state = state._replace(ema=jax.tree.map(jax.numpy.copy, state.params))
-    return state
+    return initializer(run)(np.uint32(run.trainer.seed))
+
+
+def initializer(run: Setup):
+    """The jitted program `seed -> state`; runs that differ in seeds and rates share it."""
+    return _initializer(json.dumps(run.config["model"], sort_keys=True), run.spec)
 
 
 @functools.lru_cache(maxsize=64)
-def _initializer(model_json: str, spec: Spec, abstract: "_Tree"):
-    """The program that draws a state; runs that differ in seeds and rates share it."""
-
+def _initializer(model_json: str, spec: Spec):
     def draw(seed):
         with use_mesh(spec.mesh, spec.rules):
             model = build(json.loads(model_json), rngs=nnx.Rngs(run_key(seed, INIT)))
-        _, params, rest = nnx.split(model, nnx.Param, ...)
-        params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+        params, rest = arrays_of(model)
         opt_state = optimizers.init(spec.optimizer, params, decay_mask(params, spec.decayed))
-        return TrainState(jax.numpy.int32(0), params, rest, opt_state, None)
+        # The average is an array of its own: the step donates both.
+        ema = None if spec.state.tree.ema is None else jax.tree.map(jnp.copy, params)
+        return TrainState(jnp.int32(0), params, rest, opt_state, ema)
 
-    shardings = jax.tree.map(lambda a: a.sharding, abstract.tree._replace(ema=None))
-    return jax.jit(draw, out_shardings=shardings)
-
-
-class _Tree:
-    """A tree of ShapeDtypeStructs as a key: equal where structure and shardings are."""
-
-    def __init__(self, tree: Any):
-        self.tree = tree
-        leaves, structure = jax.tree.flatten(tree)
-        self._key = (structure, tuple((a.shape, a.dtype, a.sharding) for a in leaves))
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Tree) and self._key == other._key
+    return jax.jit(draw, out_shardings=spec.state.shardings)
 
 
 def _struct(a: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

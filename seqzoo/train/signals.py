@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,8 @@ class StopRequest:
     def __init__(self, *, agree_every: int = 10):
         self.received: str | None = None
         self._agree_every = agree_every
-        self._earlier: dict[int, object] = {}
+        self._agreed = False
+        self._earlier: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -42,11 +44,18 @@ class StopRequest:
     def _receive(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
 
-    def should_stop(self, step: int) -> bool:
-        """Returns whether to save and stop now; the same answer on every process of the run."""
+    def agree(self, step: int, save: bool = False) -> tuple[bool, bool]:
+        """Returns (stop now, save now); the same answer on every process of the run.
+
+        Args:
+            step: the step boundary that all processes have come to.
+            save: whether this process finds, by its own clock, that it is time to save.
+        """
+        stop = self.received is not None
         if jax.process_count() == 1:
-            return self.received is not None
-        if step % self._agree_every:
-            return False
-        flags = multihost_utils.process_allgather(np.array([self.received is not None]))
-        return bool(np.any(flags))
+            return stop, save
+        if self._agreed or step % self._agree_every:
+            return self._agreed, False
+        flags = np.reshape(multihost_utils.process_allgather(np.array([stop, save])), (-1, 2))
+        self._agreed = bool(flags[:, 0].any())
+        return self._agreed, bool(flags[:, 1].any())

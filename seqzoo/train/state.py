@@ -1,11 +1,15 @@
-"""What a run carries from step to step, as pure trees of arrays with clean names."""
+"""What a run carries from step to step, as plain nested dicts of arrays with clean names."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from seqzoo.nn.param import decays
+
+Path = tuple[Any, ...]
 
 
 class TrainState(NamedTuple):
@@ -19,7 +23,7 @@ class TrainState(NamedTuple):
         ema: moving average of the parameters, or None.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     rest: Any
     opt_state: Any
@@ -36,8 +40,27 @@ class Structure(NamedTuple):
     """
 
     graphdef: Any
-    params: Any
-    rest: Any
+    params: nnx.State
+    rest: nnx.State
+
+
+class Abstract:
+    """A tree of ShapeDtypeStructs as a key: equal where structure, shapes and shardings are."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+        leaves, structure = jax.tree.flatten(tree)
+        self._key = (structure, tuple((a.shape, a.dtype, a.sharding) for a in leaves))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Abstract) and self._key == other._key
+
+    @property
+    def shardings(self) -> Any:
+        return jax.tree.map(lambda a: a.sharding, self.tree)
 
 
 def structure_of(make_model) -> Structure:
@@ -50,20 +73,24 @@ def structure_of(make_model) -> Structure:
     return Structure(*nnx.split(model, nnx.Param, ...))
 
 
-def decayed_paths(structure: Structure) -> tuple[tuple, ...]:
-    """The paths of the parameters under weight decay: hashable, unlike a tree."""
-    flat = nnx.to_flat_state(structure.params)
-    return tuple(path for path, variable in flat if decays(variable))
-
-
-def decay_mask(params: Any, decayed: tuple[tuple, ...]) -> Any:
-    """A tree like params of True and False."""
-    chosen = set(decayed)
-    return nnx.from_flat_state(
-        [(path, path in chosen) for path, _ in nnx.to_flat_state(params)]
-    )
+def arrays_of(model: nnx.Module) -> tuple[Any, Any]:
+    """The parameters of a model and everything else that it holds, as plain dicts."""
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
 def merge(graphdef: Any, params: Any, rest: Any) -> nnx.Module:
-    """The model with these arrays; changes to it stay in it."""
-    return nnx.merge(graphdef, params, rest, copy=True)
+    """The model with these arrays."""
+    return nnx.merge(graphdef, params, rest)
+
+
+def decayed_paths(structure: Structure) -> tuple[Path, ...]:
+    """The paths of the parameters under weight decay: hashable, unlike a tree."""
+    flat: Any = nnx.to_flat_state(structure.params)
+    return tuple(path for path, variable in flat if decays(variable))
+
+
+def decay_mask(params: Mapping[str, Any], decayed: tuple[Path, ...]) -> Any:
+    """A tree like params of True and False."""
+    chosen = set(decayed)
+    return unflatten_dict({path: path in chosen for path in flatten_dict(params)})

@@ -5,26 +5,28 @@ step: a sweep over them compiles once. Losses are summed over microbatches and d
 by the total weight, so that a batch gives the same update however it is cut.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqzoo.nn.sharding import Rules, use_mesh
 from seqzoo.tasks.task import Sums, Task
 from seqzoo.train import optimizer as optimizers
-from seqzoo.train.state import TrainState, decay_mask, merge
+from seqzoo.train.state import Abstract, Path, TrainState, decay_mask, merge
 
 # Purposes of random keys: key = fold_in(fold_in(seed, purpose), step ...).
 INIT, DROPOUT = 0, 1
 
 
 class Spec(NamedTuple):
-    """What a compiled step depends on; hashable.
+    """What a compiled program depends on; hashable.
 
     Attributes:
         graphdef: the model's static part.
@@ -32,6 +34,7 @@ class Spec(NamedTuple):
         optimizer: without its run-time values.
         decayed: paths of the parameters under weight decay.
         grad_accum_steps: microbatches per update.
+        state: shapes and places of the state.
         mesh: where it runs.
         rules: what is spread over the mesh.
         precision: of float32 matrix products.
@@ -40,35 +43,57 @@ class Spec(NamedTuple):
     graphdef: Any
     task: Task
     optimizer: optimizers.Optimizer
-    decayed: tuple[tuple, ...]
+    decayed: tuple[Path, ...]
     grad_accum_steps: int
+    state: Abstract
     mesh: Mesh
     rules: Rules
     precision: str
 
+    @property
+    def hyper_names(self) -> tuple[str, ...]:
+        """The run-time values of an update, in the order in which they are passed."""
+        return ("ema_decay", *sorted(self.optimizer.hyper()))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["pairs", "finite"], meta_fields=["names"]
+)
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What an update tells, in one small array.
+
+    Attributes:
+        names: of the rows of pairs.
+        pairs: float32 [k, 2], a sum and its weight each.
+        finite: bool [], whether the loss and the gradients are.
+    """
+
+    names: tuple[str, ...]
+    pairs: jax.Array
+    finite: jax.Array
+
 
 def run_key(seed: jax.Array, purpose: int) -> jax.Array:
-    """The key of one purpose in a run with this seed (uint32 or int32 [])."""
+    """The key of one purpose in a run with this seed (uint32 [])."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
 @functools.lru_cache(maxsize=64)
 def train_step(spec: Spec):
-    """The jitted step: `(state, batch, hyper, seed) -> (state, metrics)`; state is donated.
+    """The jitted step: `(state, batch, hyper, seed) -> (state, Metrics)`; state is donated.
 
-    hyper holds lr (of this step), weight_decay, clip_norm and ema_decay, float32 []; metrics maps
-    names to float32 [].
+    hyper is float32 [k], the values of `spec.hyper_names`; seed uint32 [].
     """
 
     def objective(params, rest, batch, key):
-        model = merge(spec.graphdef, params, rest)
-        sums = spec.task.sums(model, batch, key=key)
+        sums = spec.task.sums(merge(spec.graphdef, params, rest), batch, key=key)
         auxiliary = sum(sums.reports.losses.values()) if sums.reports is not None else 0.0
-        return sums.loss + sums.weight * auxiliary, sums
+        return sums.loss + sums.weight * auxiliary, _totals(sums)
 
     def gradients(params, rest, batch, key):
-        (_, sums), grads = jax.value_and_grad(objective, has_aux=True)(params, rest, batch, key)
-        return grads, _totals(sums)
+        grads, totals = jax.grad(objective, has_aux=True)(params, rest, batch, key)
+        return grads, totals
 
     def accumulated(params, rest, batch, key):
         n = spec.grad_accum_steps
@@ -85,32 +110,39 @@ def train_step(spec: Spec):
             return jax.tree.map(jnp.add, carry, new), None
 
         first = jax.tree.map(lambda a: a[0], parts)
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(gradients, params, rest, first, key),
-        )
+        shapes = jax.eval_shape(gradients, params, rest, first, key)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return jax.lax.scan(one, zeros, (parts, jnp.arange(n)))[0]
 
     def step(state: TrainState, batch, hyper, seed):
+        values = dict(zip(spec.hyper_names, hyper, strict=True))
         key = jax.random.fold_in(run_key(seed, DROPOUT), state.step)
         grads, totals = accumulated(state.params, state.rest, batch, key)
         weight = jnp.maximum(totals["loss"][1], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         mask = decay_mask(state.params, spec.decayed)
-        transform = spec.optimizer.transform(hyper, mask)
+        transform = spec.optimizer.transform(values, mask)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            keep = hyper["ema_decay"]
+            keep = values["ema_decay"]
             ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
-        metrics = {name: value / jnp.maximum(w, 1.0) for name, (value, w) in totals.items()}
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["param_norm"] = optax.global_norm(params)
-        metrics["weight"] = totals["loss"][1]
-        return TrainState(state.step + 1, params, state.rest, opt_state, ema), metrics
+        grad_norm = optax.global_norm(grads)
+        totals |= {
+            "grad_norm": (grad_norm, 1.0),
+            "update_norm": (optax.global_norm(updates), 1.0),
+            "param_norm": (optax.global_norm(params), 1.0),
+        }
+        finite = jnp.isfinite(totals["loss"][0]) & jnp.isfinite(grad_norm)
+        pairs = jnp.stack([jnp.stack([jnp.float32(v), jnp.float32(w)]) for v, w in totals.values()])
+        new = TrainState(state.step + 1, params, state.rest, opt_state, ema)
+        return new, Metrics(tuple(totals), pairs, finite)
 
-    return jax.jit(_in_force(spec, step), donate_argnums=0)
+    whole = NamedSharding(spec.mesh, PartitionSpec())
+    return jax.jit(
+        _in_force(spec, step), donate_argnums=0, out_shardings=(spec.state.shardings, whole)
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -120,7 +152,8 @@ def eval_step(spec: Spec):
     def evaluate(params, rest, batch):
         return _totals(spec.task.sums(merge(spec.graphdef, params, rest), batch))
 
-    return jax.jit(_in_force(spec, evaluate))
+    whole = NamedSharding(spec.mesh, PartitionSpec())
+    return jax.jit(_in_force(spec, evaluate), out_shardings=whole)
 
 
 def _totals(sums: Sums) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -146,3 +179,8 @@ def _in_force(spec: Spec, function):
             return function(*args)
 
     return inside
+
+
+def hyper_array(spec: Spec, values: Mapping[str, float]) -> np.ndarray:
+    """Run-time values as the step takes them."""
+    return np.array([values[name] for name in spec.hyper_names], np.float32)

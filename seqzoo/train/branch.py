@@ -1,0 +1,122 @@
+"""Beginning a run from a step of another one: init_from=RUN@STEP, reset=[optimizer,schedule,data].
+
+Without reset everything goes on: the step count (and with it the schedule), the optimizer's
+moments, the position in the data. What reset names starts afresh.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqzoo.errors import CheckpointError, ConfigError, suggest
+from seqzoo.train import checkpoint, manifest
+from seqzoo.train.setup import Setup, initial_state
+from seqzoo.train.state import TrainState
+
+RESETS = ("optimizer", "schedule", "data")
+
+
+class Branch(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        path: the run folder of the trunk.
+        step: the step there.
+        reset: what it leaves behind.
+    """
+
+    path: pathlib.Path
+    step: int
+    reset: tuple[str, ...]
+
+
+class Beginning(NamedTuple):
+    """What a run begins with: a state, and the next sample of its data."""
+
+    state: TrainState
+    next_sample: int
+
+
+def find(config: Mapping[str, Any]) -> Branch | None:
+    """Reads init_from and reset and finds the step that they mean.
+
+    Raises:
+        ConfigError: there is no such run or step, or reset names something else.
+    """
+    text, reset = config.get("init_from"), tuple(config.get("reset") or ())
+    for word in reset:
+        if word not in RESETS:
+            raise ConfigError(
+                f"reset={list(reset)} names '{word}'; allowed: {', '.join(RESETS)}"
+                f"{suggest(str(word), RESETS)}"
+            )
+    if not text:
+        return None
+    name, at, step = str(text).rpartition("@")
+    name, step = (name, step) if at else (step, "last")
+    path = pathlib.Path(name)
+    if path.is_symlink():
+        raise ConfigError(
+            f"init_from={text}: '{path.name}' moves from run to run, and the same command must "
+            f"begin at the same place; write init_from={path.resolve()}@{step}"
+        )
+    if not (path / "checkpoints").is_dir():
+        raise ConfigError(f"init_from={text}: {name} is no run folder with checkpoints")
+    try:
+        found = checkpoint.find_step(path / "checkpoints", step)
+    except CheckpointError as error:
+        raise ConfigError(f"init_from={text}: {error}") from error
+    return Branch(path, int(found.name), reset)
+
+
+def begin(branch: Branch, run: Setup, data_fingerprint: str) -> Beginning:
+    """Reads the step of the trunk into a state of this run.
+
+    Raises:
+        ConfigError: the two do not fit together; the text says what to reset.
+        CheckpointError: the step is damaged, or of another model.
+    """
+    place = branch.path / "checkpoints" / str(branch.step)
+    try:
+        stored = checkpoint.read_meta(place)["arrays"]
+        restored = checkpoint.read_step(place, _wanted(branch, run, stored), partial=True)
+    except checkpoint.Damaged as error:
+        raise CheckpointError(f"init_from: {place} is damaged: {error}") from error
+    position = restored.meta["data"]
+    if "data" not in branch.reset and position["fingerprint"] != data_fingerprint:
+        raise ConfigError(
+            f"init_from={branch.path}: that run read other data ({position['fingerprint']}; here "
+            f"it is {data_fingerprint}); start the data anew with reset=[data]"
+        )
+    step = 0 if "schedule" in branch.reset else restored.step
+    if step >= run.trainer.steps:
+        raise ConfigError(
+            f"trainer.steps={run.trainer.steps} is over at step {step}, where the branch begins; "
+            "raise it, or start the schedule anew with reset=[schedule]"
+        )
+    state = initial_state(run)._replace(**restored.state)
+    if state.ema is not None and "ema" not in restored.state:
+        state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
+    state = state._replace(step=jax.device_put(np.int32(step), run.state.step.sharding))
+    return Beginning(state, 0 if "data" in branch.reset else position["next_sample"])
+
+
+def _wanted(branch: Branch, run: Setup, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of the state that the trunk gives."""
+    wanted = {"params": run.state.params, "rest": run.state.rest}
+    if run.state.ema is not None and any(name.startswith("ema/") for name in stored):
+        wanted["ema"] = run.state.ema
+    if "optimizer" in branch.reset:
+        return wanted
+    moments = {"opt_state": run.state.opt_state}
+    difference = manifest.differences(stored, manifest.flatten(moments))
+    if difference and not manifest.differences(stored, manifest.flatten(wanted)):
+        raise ConfigError(
+            f"init_from={branch.path}: its optimizer does not fit ({difference}); start anew with "
+            "reset=[optimizer]"
+        )
+    return wanted | moments

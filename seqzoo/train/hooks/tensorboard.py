@@ -1,0 +1,40 @@
+"""Curves for TensorBoard, under tb/ in the run folder."""
+
+import pathlib
+from typing import Any
+
+from seqzoo.train.hooks.hook import Hook, Values
+
+
+class TensorBoard(Hook):
+    """Writes what metrics.jsonl and timing.jsonl hold.
+
+    A run that goes on from step S tells TensorBoard to forget what an earlier start wrote after S.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._writer: Any = None
+
+    def start(self, step: int) -> None:
+        from tensorboardX import SummaryWriter  # not before somebody wants curves
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def line(self, step: int, values: Values, timing: Values) -> None:
+        self._write(step, "train", values)
+        self._write(step, "timing", timing)
+
+    def evaluated(self, step: int, split: str, values: Values) -> None:
+        self._write(step, split, values)
+
+    def _write(self, step: int, section: str, values: Values) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._writer.add_scalar(f"{section}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()

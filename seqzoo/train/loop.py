@@ -1,0 +1,167 @@
+"""Training, from a configuration to a result; the same call again goes on where it stopped."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from omegaconf import DictConfig
+
+from seqzoo.errors import NotFiniteError, Preempted, SeqzooError
+from seqzoo.train import branch as branches
+from seqzoo.train import checkpoint, precision, processes, programs
+from seqzoo.train.evaluate import Interrupted
+from seqzoo.train.folder import RunFolder
+from seqzoo.train.hooks import make_hooks
+from seqzoo.train.hooks.progress import Progress
+from seqzoo.train.identity import plain
+from seqzoo.train.result import Result, finished_before
+from seqzoo.train.session import Session
+from seqzoo.train.setup import build_data, setup
+from seqzoo.train.signals import StopRequest
+
+_STATES: dict[type[BaseException], str] = {
+    Preempted: "preempted",
+    NotFiniteError: "not_finite",
+    KeyboardInterrupt: "interrupted",
+}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def train(
+    config: DictConfig | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    root: str | os.PathLike = "runs",
+    force: bool = False,
+    strict: bool = False,
+) -> Result:
+    """Trains, or goes on with a run; returns what was reached.
+
+    Args:
+        config: composed and checked (seqzoo.config.compose).
+        overrides: what was typed: names the folder.
+        root: the folder of all runs.
+        force: begin anew; what is there moves aside.
+        strict: refuse to go on if code or versions changed.
+
+    Raises:
+        Preempted: it was asked to stop, and saved.
+        NotFiniteError: the loss or a gradient is not finite.
+        ConfigError: something does not fit together; nothing was started.
+        LockedError: another process works on this run.
+        SeqzooError: anything else that the user can act on.
+    """
+    began = time.monotonic()
+    config = plain(config)
+    data = build_data(config)
+    fingerprint = data.fingerprint()
+    place = RunFolder.locate(config, overrides, root=root, data_fingerprint=fingerprint)
+    if not force and place.finished():
+        return finished_before(place)
+    processes.start()
+    warning = precision.prepare(config["trainer"], place.path)
+    programs.use_disk_cache()
+    run = setup(config, data=data)
+    saved = not force and checkpoint.list_steps(place.checkpoints)
+    branch = None if saved else branches.find(config)
+    opened = _open(
+        config,
+        overrides,
+        root=root,
+        force=force,
+        strict=strict,
+        data_fingerprint=fingerprint,
+        layout={"mesh": dict(run.spec.mesh.shape), "microbatches": run.spec.grad_accum_steps},
+    )
+    with opened as folder, StopRequest() as stop:
+        if folder.finished():  # by somebody else, a moment ago
+            return finished_before(folder)
+        progress = Progress(
+            run.logger.progress, steps=run.trainer.steps, metric=run.task.metric, log=folder.log
+        )
+        for text in (*folder.warnings, warning):
+            if text and jax.process_index() == 0:
+                progress.say(f"warning: {text}")
+        session = None
+        try:
+            hooks = make_hooks(run, folder) if jax.process_index() == 0 else []
+            session = Session(run, folder, progress=progress, hooks=hooks, stop=stop)
+            session.begin(branch)
+            tested = _fit(session)
+            session.close()
+        except BaseException as error:
+            known = _known(error, session)
+            _leave(folder, session, known or error)
+            if known is None:
+                raise
+            raise known from error
+        return Result.of(run, folder, session, tested, time.monotonic() - began)
+
+
+def _fit(session: Session) -> dict[str, float]:
+    """Trains to the end and tests: at each step boundary stop, evaluate, save where due."""
+    while True:
+        stop, save = session.asked()
+        if stop:
+            break
+        if session.must_evaluate:
+            with contextlib.suppress(Interrupted):
+                session.evaluate()
+            continue
+        if save or (session.done and not session.saved):
+            session.save()
+        if session.done:
+            break
+        session.advance()
+    if stop and save:
+        session.save()
+    session.wait()
+    if stop:
+        raise Interrupted
+    tested = session.test()
+    session.write_status(state="finished", test=tested)
+    return tested
+
+
+def _open(config: Mapping[str, Any], overrides: Sequence[str], **options: Any) -> RunFolder:
+    """Opens the run folder, process 0 before the others."""
+    if jax.process_index() != 0:
+        processes.barrier("run folder")
+    folder = RunFolder.open(config, overrides, process_index=jax.process_index(), **options)
+    if jax.process_index() == 0:
+        processes.barrier("run folder")
+    return folder
+
+
+def _known(error: BaseException, session: Session | None) -> SeqzooError | None:
+    """What the user must read, where the error itself does not say it."""
+    if isinstance(error, Interrupted) and session is not None:
+        kept = "saved" if session.saved else "there was nothing to save yet"
+        return Preempted(
+            f"stopped by {session.stop.received or 'a signal'} at step {session.step}, {kept}; the "
+            "same command goes on"
+        )
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return SeqzooError(
+            f"the disk or the quota is full: {error}. What was saved stays; make room, then run "
+            "the same command again"
+        )
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return programs.out_of_memory(error, None if session is None else session.doing)
+    return None
+
+
+def _leave(folder: RunFolder, session: Session | None, error: BaseException) -> None:
+    """Says in status.json and train.log how the run ended, as far as that still works."""
+    state = next((name for kind, name in _STATES.items() if isinstance(error, kind)), "failed")
+    with contextlib.suppress(Exception):
+        if session is not None:
+            session.close()
+    with contextlib.suppress(OSError):
+        folder.log(f"{state}: {error}")
+        step = None if session is None else session.step
+        folder.write_status(state=state, step=step, error=str(error))

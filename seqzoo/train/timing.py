@@ -1,0 +1,143 @@
+"""timing.jsonl: tokens per second, model-FLOP utilisation, share of the time waiting for data."""
+
+import collections
+import contextlib
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.core import costs, dispatch
+from seqzoo.config.build import build
+from seqzoo.train.setup import Setup
+from seqzoo.train.state import merge, structure_of
+
+# Shapes and dtypes of a batch by name: hashable.
+Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+class Timing:
+    """Measures laps from line to line of the log; evaluations and saves stand outside.
+
+    Args:
+        run: what is trained.
+        path: timing.jsonl; None = write nothing.
+        attempt: which start of the run this is.
+    """
+
+    def __init__(self, run: Setup, path: pathlib.Path | None, attempt: int):
+        self._run, self._path, self._attempt = run, path, attempt
+        self._updates: collections.Counter[Shapes] = collections.Counter()
+        self._began = self._since = time.perf_counter()
+        self._paused = self._waited = 0.0
+
+    def start(self) -> None:
+        """The first update is about to begin."""
+        self._since = time.perf_counter()
+
+    def count(self, shapes: Shapes) -> None:
+        """An update with a batch of these shapes was begun."""
+        self._updates[shapes] += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside belongs to no lap."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def lap(self, step: int, waited: float) -> dict[str, Any]:
+        """Ends a lap, writes its line and returns it.
+
+        Args:
+            step: updates done.
+            waited: seconds that the stream of batches kept us waiting so far.
+
+        Returns:
+            seconds since the start, step_seconds, tokens_per_second, flops_per_second and mfu (of
+            what the definitions of the model's operators compute, without what remat computes
+            again; on a CPU relative to a matrix product measured here), data_wait (a share).
+        """
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._paused, 1e-9)
+        tokens = sum(n * _tokens(shapes) for shapes, n in self._updates.items())
+        flops = sum(n * update_flops(self._run, shapes) for shapes, n in self._updates.items())
+        values = {
+            "seconds": round(now - self._began, 3),
+            "step_seconds": round(seconds / max(1, self._updates.total()), 6),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "flops_per_second": round(flops / seconds),
+            "mfu": round(flops / seconds / peak_flops(self._run), 4),
+            "data_wait": round(min(1.0, (waited - self._waited) / seconds), 4),
+        }
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "attempt": self._attempt} | values) + "\n")
+        self._updates.clear()
+        self._paused, self._waited, self._since = 0.0, waited, time.perf_counter()
+        return values
+
+
+def shapes_of(batch: Mapping[str, Any]) -> Shapes:
+    """The shapes of a batch (the global one)."""
+    return tuple((name, a.shape, str(a.dtype)) for name, a in sorted(batch.items()))
+
+
+def update_flops(run: Setup, shapes: Shapes) -> float:
+    """Operations of one update, forward and backward, counted in the definitions."""
+    return _flops(json.dumps(run.config["model"], sort_keys=True), run.task, shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def _flops(model_json: str, task: Any, shapes: Shapes) -> float:
+    node = json.loads(model_json)
+    if "remat" in node:
+        node["remat"] = "none"
+    structure = structure_of(functools.partial(build, node))
+
+    def loss(params, rest, batch):
+        return task.sums(merge(structure.graphdef, params, rest), batch).loss
+
+    # One row: operations are proportional to rows.
+    one = {name: jax.ShapeDtypeStruct((1, *shape[1:]), dtype) for name, shape, dtype in shapes}
+    params, rest = nnx.to_pure_dict(structure.params), nnx.to_pure_dict(structure.rest)
+    with dispatch.forced("reference"):
+        counted = costs.count_flops(jax.grad(loss), params, rest, one)
+    return counted.flops * shapes[0][1][0]
+
+
+def peak_flops(run: Setup) -> float:
+    """What the devices of a run could do per second at best."""
+    device = run.spec.mesh.devices.flat[0]
+    sheet = costs.device(device.device_kind)
+    if sheet is None:
+        return _measured_peak()  # of the whole machine: simulated devices share it
+    bfloat16 = run.config["model"].get("dtype") == "bfloat16"
+    return run.spec.mesh.size * (sheet.flops if bfloat16 else sheet.flops_f32)
+
+
+@functools.cache
+def _measured_peak(n: int = 1024) -> float:
+    """Operations per second of a float32 matrix product here, the best of a few."""
+    product = jax.jit(jnp.matmul)
+    a = jnp.asarray(np.ones((n, n), np.float32))
+    product(a, a).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * n**3 / best
+
+
+def _tokens(shapes: Shapes) -> int:
+    return next(int(np.prod(shape)) for name, shape, _ in shapes if name == "tokens")
