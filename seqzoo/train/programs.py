@@ -48,7 +48,8 @@ def cache_folder() -> pathlib.Path:
 
 def use_disk_cache() -> None:
     """Keeps XLA's executables in the cache folder."""
-    if jax.config.read("jax_compilation_cache_dir"):
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir:
         return
     folder = cache_folder()
     try:

@@ -75,7 +75,8 @@ def structure_of(make_model) -> Structure:
 
 def arrays_of(model: nnx.Module) -> tuple[Any, Any]:
     """The parameters of a model and everything else that it holds, as plain dicts."""
-    _, params, rest = nnx.split(model, nnx.Param, ...)
+    split: Any = nnx.split(model, nnx.Param, ...)
+    _, params, rest = split
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 

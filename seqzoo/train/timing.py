@@ -94,7 +94,8 @@ def shapes_of(batch: Mapping[str, Any]) -> Shapes:
 
 def update_flops(run: Setup, shapes: Shapes) -> float:
     """Operations of one update, forward and backward, counted in the definitions."""
-    return _flops(json.dumps(run.config["model"], sort_keys=True), run.task, shapes)
+    task: Any = run.task  # a frozen dataclass: hashable
+    return _flops(json.dumps(run.config["model"], sort_keys=True), task, shapes)
 
 
 @functools.lru_cache(maxsize=64)
