@@ -1,0 +1,135 @@
+"""Evaluating a run: on its own test split, or on other data by overrides."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jax
+from omegaconf import OmegaConf
+
+from seqzoo.config import paths, schema
+from seqzoo.config.compose import compose, parse
+from seqzoo.data.source import Split
+from seqzoo.errors import ConfigError
+from seqzoo.load import Run
+from seqzoo.train import environment
+from seqzoo.train.evaluate import evaluate
+from seqzoo.train.folder import write_json
+from seqzoo.train.setup import setup
+
+# What an evaluation may change: the rest is what was trained.
+_SECTIONS = ("data", "task")
+_TRAINER = ("eval_batch_size", "workers", "prefetch", "precision")
+
+
+def evaluate_run(
+    run: Run,
+    overrides: Sequence[str] = (),
+    *,
+    split: Split = "test",
+    max_samples: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Evaluates a run and writes report/eval-SPLIT[-OVERRIDES].json, whose content it returns.
+
+    Args:
+        run: from `seqzoo.load`.
+        overrides: other data, as in ``["data.seq_len=256"]``.
+        split: "train", "valid" or "test".
+        max_samples: at most so many rows, spread evenly; None = all.
+        say: gets announcements.
+
+    Raises:
+        ConfigError: an override names nothing that an evaluation may change.
+    """
+    config = changed(run.config, overrides)
+    # One device, as the run was loaded: where it was trained does not matter here.
+    prepared = setup(config | {"mesh": {}}, devices=jax.local_devices()[:1])
+    values = evaluate(prepared, run.params, run.rest, split, max_samples=max_samples, say=say)
+    found = {
+        "run": run.path.name,
+        "step": run.step,
+        "split": split,
+        "overrides": list(overrides),
+        "max_samples": max_samples,
+        "metrics": values,
+        "data_fingerprint": prepared.data.fingerprint(),
+        "data": config["data"],
+        "task": config["task"],
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "git": environment.git_state(),
+        "versions": environment.versions(),
+        "devices": environment.devices(),
+    }
+    name = file_name(split, overrides)
+    (run.path / "report").mkdir(exist_ok=True)
+    write_json(run.path / "report" / name, found)
+    return found
+
+
+def file_name(split: str, overrides: Sequence[str]) -> str:
+    """``eval-test-data.seq_len_256.json``: the same evaluation replaces its file."""
+    words = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word) for word in overrides)
+    return f"eval-{split}" + (f"-{words}"[:150] if words else "") + ".json"
+
+
+def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A stored configuration with other data, task or evaluation settings.
+
+    Args:
+        config: of a run, plain and trusted.
+        overrides: ``data.seq_len=256``, or ``data=text data.path=...`` for other data altogether.
+
+    Raises:
+        ConfigError: a key is unknown, is of the wrong type, or is not an evaluation's to change.
+    """
+    where = [paths.shipped()]
+    found = dict(config)
+    typed = parse(overrides)
+    chosen = [one.key_or_group for one in typed if paths.is_group(one.key_or_group, where)]
+    if chosen:
+        words = [one.input_line for one in typed if one.key_or_group.split(".")[0] in chosen]
+        fresh = compose([*words, f"model.vocab_size={config['model']['vocab_size']}"])
+        for section in chosen:
+            if section not in _SECTIONS:
+                raise _not_ours(section)
+            found[section] = OmegaConf.to_container(fresh[section], resolve=True)
+    for one in typed:
+        section, *keys = one.key_or_group.split(".")
+        if section in chosen:
+            continue
+        if section not in (*_SECTIONS, "trainer") and section in found:
+            raise _not_ours(one.key_or_group)
+        if (
+            section == "trainer"
+            and keys
+            and keys[0] in found["trainer"]
+            and keys[0] not in _TRAINER
+        ):
+            raise _not_ours(one.key_or_group)
+        _set(found, [section, *keys], one.value())
+    checked = schema.check(found)
+    data, model = checked["data"].get("vocab_size"), checked["model"].get("vocab_size")
+    if isinstance(data, int) and isinstance(model, int) and data > model:
+        raise ConfigError(
+            f"data.vocab_size={data} is more than the model knows ({model}): its tokens would have "
+            "no embedding"
+        )
+    return checked
+
+
+def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Sets a nested key; mappings on the way are copied, the caller's stay as they were."""
+    for key in keys[:-1]:
+        inner = tree.get(key)
+        tree[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _not_ours(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key} belongs to what was trained; an evaluation may change data, task and "
+        f"{', '.join(f'trainer.{name}' for name in _TRAINER)}"
+    )
