@@ -4,6 +4,7 @@ The contract (docs/add_a_mixer.md) is tested for every one by seqzoo/testing/mix
 """
 
 from seqzoo.mixers.attention import Attention
+from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
 
-__all__ = ["Attention", "Mamba"]
+__all__ = ["Attention", "Identity", "Mamba"]

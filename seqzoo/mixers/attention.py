@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pallas_kernels.core.segments import boundaries
 
+from pallas_kernels.core.segments import boundaries
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import rotate
 

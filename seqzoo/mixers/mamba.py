@@ -6,13 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState
-from seqzoo.nn.sharded import sharded
-
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
+from seqzoo.nn.sharded import sharded
 
 
 class MambaState(NamedTuple):

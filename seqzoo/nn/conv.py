@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pallas_kernels.short_conv import ShortConvState, short_conv
-from seqzoo.nn.sharded import sharded
 
+from pallas_kernels.short_conv import ShortConvState, short_conv
 from seqzoo.nn.param import param
+from seqzoo.nn.sharded import sharded
 
 
 class ShortConv(nnx.Module):
