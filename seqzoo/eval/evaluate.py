@@ -88,12 +88,14 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     found = dict(config)
     typed = parse(overrides)
     chosen = [one.key_or_group for one in typed if paths.is_group(one.key_or_group, where)]
+    for section in chosen:
+        if section not in _SECTIONS:
+            raise _not_ours(section)
     if chosen:
-        words = [one.input_line for one in typed if one.key_or_group.split(".")[0] in chosen]
-        fresh = compose([*words, f"model.vocab_size={config['model']['vocab_size']}"])
+        fresh = compose(
+            [one.input_line for one in typed if one.key_or_group.split(".")[0] in chosen]
+        )
         for section in chosen:
-            if section not in _SECTIONS:
-                raise _not_ours(section)
             found[section] = OmegaConf.to_container(fresh[section], resolve=True)
     for one in typed:
         section, *keys = one.key_or_group.split(".")

@@ -58,6 +58,14 @@ def config_with(**changes: Any) -> dict[str, Any]:
     return config
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Commands keep compiled programs; tests must not fill the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEQZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def write_run():
     """Writes a run of 100 steps below a root and returns its folder; see `_write_run`."""
