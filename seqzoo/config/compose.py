@@ -188,6 +188,8 @@ def _check_sizes(config: dict[str, Any]) -> None:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{key} has no value; set it with {key}=...")
     try:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:

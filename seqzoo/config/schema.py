@@ -106,8 +106,10 @@ def _signature(path: str, node: Mapping[str, Any]) -> Signature:
 def _node(
     path: str, node: Mapping[str, Any], signature: Signature, known: list[str]
 ) -> dict[str, Any]:
-    out = {}
-    for key, value in node.items():
+    # Its own values first: children repeat some of them by interpolation, and the text should name
+    # the key that was typed.
+    out: dict[str, Any] = dict.fromkeys(node)
+    for key, value in sorted(node.items(), key=lambda item: isinstance(item[1], Mapping)):
         if key in _WORDS:
             out[key] = value
         elif key in signature.keywords and key not in _GIVEN:

@@ -53,7 +53,7 @@ def make_rules(table: Mapping[str, str | Iterable[str] | None]) -> Rules:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """Puts a mesh and its rules in force, for what is traced inside; may stand in a trace itself."""
+    """Puts a mesh and its rules in force for what is traced inside; may stand in a trace."""
     token = _RULES.set(rules)
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -1,4 +1,4 @@
-"""Composing: every file of configs/ composes, and every mistake is answered before anything runs."""
+"""Composing: every file of configs/ composes; every mistake is answered before anything runs."""
 
 import pathlib
 import subprocess
@@ -29,7 +29,12 @@ def test_experiments_compose(experiment):
 )
 def test_every_file_of_a_group_composes(group):
     for name in names(group):
-        compose([*MQAR, f"{group}={name}"] if group not in ("data", "task") else [f"{group}={name}"])
+        words = [f"{group}={name}"] if group in ("data", "task") else [*MQAR, f"{group}={name}"]
+        if group == "data" and name in ("text", "tokens"):
+            with pytest.raises(ConfigError, match="has no value; set it with data."):
+                compose(words)
+            words += ["data.path=somewhere", "data.vocab_size=256"]
+        compose(words)
 
 
 @pytest.mark.parametrize("mixer", names("mixer"))

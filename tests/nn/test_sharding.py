@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from seqzoo.nn.linear import linear
-from seqzoo.nn.param import axes_of, declare, decays, param
+from seqzoo.nn.param import axes_of, decays, declare, param
 from seqzoo.nn.sharding import (
     MESH_AXES,
     constrain,

@@ -18,7 +18,7 @@ D = 8
 
 
 class Toy(nnx.Module):
-    """y_t = W sum_{s<=t} x_s: a mixer with a state, reports, and a parameter that declares nothing."""
+    """y_t = W sum_{s<=t} x_s: has a state, reports, and a parameter that declares nothing."""
 
     def __init__(self, d_model, *, dtype="float32", rngs):
         self.w = linear(d_model, d_model, axes=("embed", "inner"), dtype=dtype, rngs=rngs)
@@ -94,9 +94,7 @@ def test_layers_start_differently():
 def test_the_same_seed_gives_the_same_layer_whatever_stands_around_it():
     """Layer i draws from its own key: a deeper model shares the first layers of a shallow one."""
     first, deeper = (nnx.as_pure(nnx.state(make(n)))["runs"][0][0] for n in (2, 6))
-    np.testing.assert_array_equal(
-        first["mixer"]["w"]["kernel"], deeper["mixer"]["w"]["kernel"][:2]
-    )
+    np.testing.assert_array_equal(first["mixer"]["w"]["kernel"], deeper["mixer"]["w"]["kernel"][:2])
 
 
 def test_steps_and_chunks():
