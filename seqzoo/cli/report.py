@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             {"page": str(page), "rows": rows, "matched": found.matched, "remarks": found.remarks}
         )
         return 0
-    shown = ("place", "run", "runs", found.metric, "min - max", "95 %", "solved", "diverged", "lr")
+    value = f"{found.metric} ({found.split})"
+    shown = ("place", "run", "runs", value, "min - max", "95 %", "solved", "diverged", "lr")
     costs = ("without embeddings", "state bytes, recurrent", "state bytes, all")
     print_table([{key: row.get(key) for key in (*shown, *costs)} for row in rows])
     print(f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing")

@@ -60,6 +60,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         metric: its name.
+        split: "test" where every run was tested, of the step that was best on the valid split;
+            else "valid".
         mode: "max" or "min".
         rows: best first.
         matched: on what the rows are matched; empty = nothing.
@@ -67,6 +69,7 @@ class Comparison(NamedTuple):
     """
 
     metric: str
+    split: str
     mode: str
     rows: list[Row]
     matched: list[str]
@@ -95,11 +98,13 @@ def compare(records: Sequence[Record], sizes: Mapping[Any, Size]) -> Comparison:
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(_without_seeds(record), []).append(record)
-    rows = [_row(group, mode, sizes.get(group[0].path)) for group in groups.values()]
+    split = "test" if all(metric in r.tested for r in records if not r.diverged) else "valid"
+    value = lambda record: _value(record, metric, split)
+    rows = [_row(group, mode, value, sizes.get(group[0].path)) for group in groups.values()]
     sign = -1 if mode == "max" else 1
     rows.sort(key=lambda row: (row.median != row.median, sign * row.median))
     matched, remarks = _matching(rows)
-    return Comparison(metric, mode, rows, matched, remarks + _remarks(rows))
+    return Comparison(metric, split, mode, rows, matched, remarks + _remarks(rows))
 
 
 def check_same_data(records: Sequence[Record]) -> None:
@@ -139,17 +144,17 @@ def parted(one: Row, other: Row) -> bool:
     return one.low > other.high or other.low > one.high
 
 
-def _row(group: Sequence[Record], mode: str, size: Size | None) -> Row:
+def _row(group: Sequence[Record], mode: str, value, size: Size | None) -> Row:
     worst = float("-inf") if mode == "max" else float("inf")
-    values = [worst if one.diverged else _value(one) for one in group]
+    values = [worst if one.diverged else value(one) for one in group]
     known = [value for value in values if value == value]
     median = statistics.median(known) if known else float("nan")
     low, high = interval(known) if known else (median, median)
     return Row(group[0].label, group, size, values, median, low, high)
 
 
-def _value(record: Record) -> float:
-    value = record.metric.get("value")
+def _value(record: Record, metric: str, split: str) -> float:
+    value = record.tested.get(metric) if split == "test" else record.metric.get("value")
     return float("nan") if value is None else float(value)
 
 

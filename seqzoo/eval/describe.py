@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from omegaconf import DictConfig, OmegaConf
+
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.costs import count_flops
-
 from seqzoo.config.build import build
 
 LENGTHS = (256, 1024, 4096, 16_384, 65_536)

@@ -52,6 +52,11 @@ class Record:
         return self.status.get("metric") or {}
 
     @property
+    def tested(self) -> Mapping[str, float]:
+        """Metrics of the best step on the test split, from the end of the run."""
+        return self.status.get("test") or {}
+
+    @property
     def seed(self) -> Any:
         return (self.config.get("trainer") or {}).get("seed")
 

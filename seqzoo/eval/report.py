@@ -2,14 +2,15 @@
 
 import base64
 import csv
+import functools
 import html
+import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from seqzoo.config.trust import load_untrusted
-from seqzoo.errors import ConfigError
 from seqzoo.eval import describe, plots
 from seqzoo.eval.compare import LEARNED, Comparison, Row, Size, check_same_data, compare
 from seqzoo.eval.records import Record, read, read_all, series
@@ -91,19 +92,24 @@ def size_of(record: Record, trust: Iterable[str] = ()) -> tuple[Size | None, str
     """Counts what a run's model costs; (None, why) where it cannot be built here."""
     try:
         config = load_untrusted(record.path / "config.yaml", trust)
-        model = describe.abstract_model(config["model"])
-        length = config["data"].get("seq_len") or 1024
-        counted, state = describe.parameters(model), model.state_bytes(length)
-        flops = describe.flops_per_token(config, length)
-    except (ConfigError, KeyError, NotImplementedError) as error:
+        return _size(json.dumps({key: config[key] for key in ("model", "task", "data")})), None
+    except Exception as error:  # a stranger's model may fail in any way; the report goes on
         return None, f"{record.label}: the size of its model could not be had: {error}"
+
+
+@functools.lru_cache(maxsize=64)
+def _size(config_json: str) -> Size:
+    config = json.loads(config_json)
+    model = describe.abstract_model(config["model"])
+    length = config["data"].get("seq_len") or 1024
+    counted, state = describe.parameters(model), model.state_bytes(length)
     return Size(
         counted.total,
         counted.without_embeddings,
         state["recurrent"],
         state["total"],
-        flops.training,
-    ), None
+        describe.flops_per_token(config, length).training,
+    )
 
 
 def facts(record: Record, size: Size | None) -> dict[str, Any]:
@@ -116,6 +122,7 @@ def facts(record: Record, size: Size | None) -> dict[str, Any]:
         "state": record.status.get("state"),
         "step": record.status.get("step"),
         f"best {metric.get('name', 'metric')} (valid)": metric.get("value"),
+        f"{metric.get('name', 'metric')} (test)": record.tested.get(metric.get("name", "")),
         "target": metric.get("target"),
         "parameters": size and size.parameters,
         "without embeddings": size and size.without_embeddings,
@@ -158,13 +165,14 @@ def _shown(found: Comparison, place: int, row: Row) -> dict[str, Any]:
         solved = f"{sum(map(better, row.values))}/{n}"
     shared = facts(row.records[0], row.size)
     config = row.records[0].config
-    for one in ("state", "step", "target", "seed", "starts", f"best {found.metric} (valid)"):
+    own = (f"best {found.metric} (valid)", f"{found.metric} (test)")
+    for one in ("state", "step", "target", "seed", "starts", *own):
         shared.pop(one, None)
     return {
         "place": place,
         "run": row.label,
         "runs": n,
-        found.metric: row.median,
+        f"{found.metric} ({found.split})": row.median,
         "min - max": f"{min(row.values):.4g} - {max(row.values):.4g}" if many else None,
         "95 %": f"{row.low:.4g} - {row.high:.4g}" if many else None,
         "solved": solved,

@@ -94,6 +94,7 @@ def _write_run(
     state: str = "finished",
     fingerprint: str = "mqar-v1-0123",
     metric: str = "accuracy",
+    test: float | None = None,
     **changes: Any,
 ) -> pathlib.Path:
     """Writes a run of 100 steps and returns its folder; changes are keys, model__d_model=32."""
@@ -111,6 +112,9 @@ def _write_run(
             for step in range(10, 101, 10):
                 out.write(json.dumps({"step": step, "tokens_per_second": 1000.0 + step}) + "\n")
         folder.write_status(
-            state=state, step=100, metric={"name": metric, "value": accuracy, "target": 0.95}
+            state=state,
+            step=100,
+            metric={"name": metric, "value": accuracy, "target": 0.95},
+            test=None if test is None else {metric: test},
         )
         return folder.path

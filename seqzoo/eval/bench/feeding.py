@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+
 from seqzoo.data.mqar import MQAR
 
 CASES = ((64, 4, 400_000), (256, 64, 40_000))

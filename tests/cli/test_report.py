@@ -1,0 +1,199 @@
+"""Reports of hand-written runs: what a table shows, what it refuses, what it says of itself."""
+
+import base64
+import csv
+import json
+import re
+
+import pytest
+
+from seqzoo.eval.compare import compare, interval, spread
+from seqzoo.eval.records import read, read_all, series
+from seqzoo.eval.report import size_of, write_comparison, write_report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_one_run(write_run, tmp_path):
+    run = write_run(tmp_path, accuracy=0.97, test=0.96)
+    page = write_report(run)
+    assert page == run / "report/index.html"
+    for name in ("loss", "metric", "lr", "grad_norm", "tokens_per_second"):
+        assert (run / f"report/{name}.png").read_bytes().startswith(PNG)
+    text = page.read_text()
+    for shown in ("0.97", "0.96", "mqar-v1-0123", "finished", "attention", "optimizer.lr"):
+        assert shown in text, shown
+
+
+def test_the_page_needs_no_network(write_run, tmp_path):
+    text = write_report(write_run(tmp_path)).read_text()
+    assert not re.search(r"(src|href)=(?!\"data:)", text)
+    assert "http:" not in text and "https:" not in text and "<script" not in text
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(images) == 5 and all(base64.b64decode(i).startswith(PNG) for i in images)
+
+
+def test_what_comes_from_a_folder_is_escaped(write_run, tmp_path):
+    run = write_run(tmp_path, name="<script>alert(1)</script>")
+    text = write_report(run).read_text()
+    assert "<script>" not in text and "&lt;script&gt;" in text
+
+
+def test_csv_holds_every_number(write_run, tmp_path):
+    run = write_run(tmp_path)
+    with open(write_report(run).with_name("metrics.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert {row["name"] for row in rows} >= {"train/loss", "valid/accuracy", "tokens_per_second"}
+    assert [row["value"] for row in rows if row["name"] == "valid/accuracy"] == ["0.45", "0.9"]
+
+
+def test_a_run_that_has_only_begun(write_run, tmp_path):
+    """No metrics, no timing, no status but its beginning."""
+    run = write_run(tmp_path)
+    for name in ("metrics.jsonl", "timing.jsonl", "status.json"):
+        (run / name).unlink()
+    (run / "metrics.jsonl").write_text('{"step": 10, "train/loss": 3.0}\n{"step": 20, "train/lo')
+    assert "unknown" not in write_report(run).read_text()
+    assert series(read(run).metrics) == {"train/loss": ([10], [3.0])}
+
+
+def test_numbers_that_are_none():
+    lines = [{"step": 1, "a": "NaN", "b": {"c": 2, "d": "text"}, "e": True}, {"b": 3}]
+    found = series(lines)
+    assert set(found) == {"a", "b/c"} and found["b/c"] == ([1], [2.0])
+
+
+def runs_of(write_run, root, values, **changes):
+    return [
+        write_run(root, accuracy=value, test=value, trainer__seed=seed, **changes)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_runs_that_differ_in_seeds_are_one_row(write_run, tmp_path):
+    good = runs_of(write_run, tmp_path, [0.95, 0.97, 0.96, 0.99, 0.98])
+    poor = runs_of(write_run, tmp_path, [0.5, 0.6, 0.55, 0.52, 0.61], optimizer__lr=1.0)
+    page, found = write_comparison([*poor, *good], tmp_path / "out")
+    assert [len(row.records) for row in found.rows] == [5, 5]
+    assert [row.median for row in found.rows] == [0.97, 0.55]
+    first = found.rows[0]
+    assert 0.95 <= first.low <= 0.97 <= first.high <= 0.99
+    assert found.matched == [
+        "parameters without embeddings", "state bytes", "training FLOPs per token",
+    ]  # fmt: skip
+    text = " ".join(found.remarks)
+    assert "not better" not in text and "seeds" not in text
+    with open(page.with_name("comparison.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["solved"] for row in rows] == ["5/5", "0/5"]
+    assert rows[0]["accuracy (test)"] == "0.97" and rows[0]["data fingerprint"] == "mqar-v1-0123"
+    assert {"commit", "hash", "device", "versions", "implementation", "precision"} <= set(rows[0])
+
+
+def test_what_is_not_matched_is_marked(write_run, tmp_path):
+    one = write_run(tmp_path, accuracy=0.9)
+    other = write_run(tmp_path, accuracy=0.91, model__d_model=32, trainer__global_batch_size=4)
+    mixers = json.loads(json.dumps(read(other).config["model"]["mixers"]))
+    assert mixers["attention"]["d_model"] == 16  # hand-written: the model does not even fit
+    _, found = write_comparison([one, other], tmp_path / "out")
+    text = "\n".join(found.remarks)
+    assert "the size of a model could not be had" in text
+    assert "NOT MATCHED: tokens read, from 6,400 to 12,800" in text
+    assert "NOT MATCHED: order of the data" in text
+    assert "fewer than 5 seeds" in text and "tuning is not recorded" in text
+
+
+def test_sizes_that_differ_are_not_matched(write_run, tmp_path):
+    one = write_run(tmp_path, accuracy=0.9)
+    wide = {
+        "attention": {
+            "_target_": "seqzoo.mixers.attention.Attention",
+            "_partial_": True,
+            "d_model": 16,
+            "n_heads": 2,
+            "head_dim": 32,
+        }
+    }
+    other = write_run(tmp_path, accuracy=0.91, model__mixers=wide)
+    _, found = write_comparison([one, other], tmp_path / "out")
+    assert found.matched == []
+    (remark,) = [text for text in found.remarks if text.startswith("NOT MATCHED: parameters")]
+    assert "parameters without embeddings by" in remark and "--match" in remark
+    assert "overlap" not in remark
+
+
+def test_different_data_do_not_share_a_table(seqzoo, write_run, tmp_path):
+    one = write_run(tmp_path)
+    other = write_run(tmp_path, fingerprint="mqar-v1-9999", data__seed=1)
+    code, _, err = seqzoo("report", one, other, "--out", tmp_path / "out")
+    assert code == 2 and "mqar-v1-0123" in err and "mqar-v1-9999" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_different_metrics_do_not_share_a_table(seqzoo, write_run, tmp_path):
+    one, other = write_run(tmp_path), write_run(tmp_path, metric="loss", optimizer__lr=1)
+    code, _, err = seqzoo("report", one, other, "--out", tmp_path / "out")
+    assert code == 2 and "different metrics (accuracy, loss)" in err
+
+
+def test_diverged_runs_count_as_worst(write_run, tmp_path):
+    good = runs_of(write_run, tmp_path, [0.9, 0.9])
+    bad = write_run(tmp_path, accuracy=0.99, state="not_finite", trainer__seed=2)
+    found = compare(read_all([*good, bad]), {})
+    (row,) = found.rows
+    assert min(row.values) == float("-inf") and row.median == 0.9
+    assert "1 of 3 runs diverged and count as worst" in found.remarks
+    worse = [
+        write_run(tmp_path, metric="loss", accuracy=v, state=s, trainer__seed=i, optimizer__lr=9.0)
+        for i, (v, s) in enumerate([(0.1, "not_finite"), (2.0, "finished"), (3.0, "finished")])
+    ]
+    (row,) = compare(read_all(worse), {}).rows
+    assert row.median == 3.0
+
+
+def test_overlapping_intervals_are_not_better(write_run, tmp_path):
+    one = runs_of(write_run, tmp_path, [0.90, 0.95, 0.99, 0.91, 0.93])
+    other = runs_of(write_run, tmp_path, [0.89, 0.94, 0.98, 0.92, 0.92], optimizer__lr=0.5)
+    found = compare(read_all([*one, *other]), {})
+    assert any("not better than" in text and "overlap" in text for text in found.remarks)
+
+
+def test_intervals_and_spreads():
+    assert interval([3.0]) == (3.0, 3.0)
+    low, high = interval([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert 1.0 <= low <= 3.0 <= high <= 100.0
+    assert interval([1.0, 2.0, 3.0]) == interval([1.0, 2.0, 3.0])
+    assert spread([100, 102]) == pytest.approx(0.02) and spread([0, 0]) == 0
+
+
+def test_slices_of_a_run_that_learned_nothing_read_so(write_run, tmp_path):
+    evaluation = {
+        "split": "test", "step": 100, "metrics": {"accuracy": 0.4, "accuracy/long": 0.3},
+    }  # fmt: skip
+    for accuracy, shown in ((0.5, "not learned"), (0.97, "0.3")):
+        run = write_run(tmp_path, accuracy=accuracy, optimizer__lr=accuracy)
+        (run / "report").mkdir()
+        (run / "report/eval-test.json").write_text(json.dumps(evaluation))
+        text = write_report(run).read_text()
+        assert re.search(rf"accuracy/long</td><td[^>]*>{shown}", text)
+
+
+def test_a_class_that_is_not_trusted_costs_only_its_size(write_run, tmp_path):
+    run = write_run(tmp_path)
+    text = (run / "config.yaml").read_text().replace("seqzoo.mixers.attention", "mylab.mixers")
+    (run / "config.yaml").write_text(text)
+    size, why = size_of(read(run))
+    assert size is None and "--trust mylab" in why
+    assert "--trust mylab" in write_report(run).read_text()
+
+
+def test_the_command_prints_the_table(seqzoo, write_run, tmp_path):
+    one, other = write_run(tmp_path, accuracy=0.5), write_run(tmp_path, optimizer__lr=0.1)
+    code, out, _ = seqzoo("report", one, other)
+    assert code == 0 and "matched on parameters" in out and "index.html" in out
+    assert (one.parent / "report/index.html").exists()
+    found = json.loads(seqzoo("report", one, other, "--format", "json")[1])
+    assert [row["place"] for row in found["rows"]] == [1, 2]
+    # A shell's `runs/mqar/*` names the link and the report too.
+    code, again, _ = seqzoo("report", one.parent / "latest", *sorted(one.parent.iterdir()))
+    assert code == 0 and again == out
