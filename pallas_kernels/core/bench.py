@@ -53,7 +53,7 @@ def compile_(function: Callable, *arguments: Any) -> tuple[Any, Measured]:
     started = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return compiled, Measured(
         (),
         memory.temp_size_in_bytes,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def state_dtype(*arrays: jax.Array) -> jnp.dtype:
+def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
     """What states and sums are kept in: float32 for bf16 and float32, float64 for float64."""
     dtypes = [a.dtype for a in arrays if a is not None]
     return jnp.result_type(jnp.float32, *dtypes)
@@ -44,10 +44,16 @@ def check_shapes(op: str, sizes: dict[str, int], **arrays: tuple[str, jax.Array 
 
     Raises:
         ValueError: an array has another shape; the message names it and what was expected.
+        TypeError: an array is not of a floating-point type.
     """
     for name, (letters, array) in arrays.items():
         if array is None:
             continue
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{op}: {name} has dtype {array.dtype}; it must be float32, bfloat16, float16 or "
+                "float64"
+            )
         expected = letters.split()
         if array.ndim != len(expected):
             raise ValueError(f"{op}: {name} has shape {array.shape}; it must be [{letters}]")
@@ -57,3 +63,26 @@ def check_shapes(op: str, sizes: dict[str, int], **arrays: tuple[str, jax.Array 
                     f"{op}: {name} has shape {array.shape}; [{letters}] with "
                     f"{letter}={sizes[letter]} was expected"
                 )
+
+
+def check_documents(
+    op: str, sizes: dict[str, int], segment_ids: jax.Array | None, last_id: jax.Array
+) -> tuple[jax.Array | None, jax.Array]:
+    """Checks segment ids `[b t]` and the state's id `[b]`; gives both as int32.
+
+    Raises:
+        ValueError: a shape does not fit.
+        TypeError: they are not integers.
+    """
+    b, t = sizes["b"], sizes["t"]
+    if segment_ids is not None:
+        segment_ids = _ids(f"{op}: segment_ids", segment_ids, (b, t))
+    return segment_ids, _ids(f"{op}: last_id of initial_state", last_id, (b,))
+
+
+def _ids(what: str, array: jax.Array, expected: tuple[int, ...]) -> jax.Array:
+    if array.shape != expected:
+        raise ValueError(f"{what} has shape {array.shape}; it must be {expected}")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{what} has dtype {array.dtype}; it must be int32")
+    return jnp.asarray(array, jnp.int32)

@@ -89,6 +89,11 @@ def letters_of(op: Callable) -> dict[str, tuple[str, ...]]:
     return dict(zip(names, declared, strict=False))
 
 
+def _along_time(op: Callable, spec: ArgSpec) -> tuple[str, ...]:
+    letters = letters_of(op)
+    return tuple(n for n in (*required(op), *spec.given) if "t" in letters[n])
+
+
 def required(op: Callable) -> tuple[str, ...]:
     """Arguments without a default."""
     parameters = inspect.signature(op).parameters
@@ -306,74 +311,75 @@ def check_documents_alone(
 ) -> None:
     """Packed documents give what the same documents give alone: padded, and without any ids.
 
-    Also: padding leaves the state as it was, its outputs and gradients are 0, and nothing that
-    stands there (a nan, say) is ever seen.
+    Also: nothing that stands at padding (a nan, say) is ever seen; outputs and gradients there
+    are 0.
     """
-    letters = letters_of(op)
-    along_time = [n for n in (*required(op), *spec.given) if "t" in letters[n]]
+    along_time = _along_time(op, spec)
     run = results(op, spec, **how)
     case = draw_case(op, spec, length, dtype=dtype, documents=True, fresh=True)
     ids = case.segment_ids
     assert ids is not None
     packed = run(case)
 
-    padding = ids == 0
-    poisoned = dict(case.arrays)
-    for name in along_time:
-        poisoned[name] = np.where(_to(padding, poisoned[name]), np.nan, poisoned[name]).astype(
-            poisoned[name].dtype
-        )
-    dy = np.where(_to(padding, case.dy), np.nan, case.dy).astype(case.dy.dtype)
-    assert_equal(run(case._replace(arrays=poisoned, dy=dy)), packed)
+    poison = lambda x: np.where(_wide(ids == 0, x), np.nan, x).astype(x.dtype)
+    arrays = {n: poison(x) if n in along_time else x for n, x in case.arrays.items()}
+    assert_equal(run(case._replace(arrays=arrays, dy=poison(case.dy))), packed)
     for name in ("y", *(f"grad.{n}" for n in along_time)):
-        assert not np.any(packed[name][padding]), f"{name} is not 0 at padding"
+        assert not np.any(packed[name][ids == 0]), f"{name} is not 0 at padding"
 
+    # As many documents at a time as the batch has rows, each at the start of a row.
     documents = [(row, i) for row in range(len(ids)) for i in np.unique(ids[row]) if i > 0]
-    last = {row: i for row, i in documents}
-    width = len(ids)
-    sums = {n: 0.0 for n in (f"grad.{m}" for m in case.arrays if m not in along_time)}
-    expected = {k: v.astype(np.float64) for k, v in packed.items() if v.dtype != np.int32}
-    got = {k: np.zeros_like(v) for k, v in expected.items()}
-    rows_of_padding = [row for row in range(width) if not ids[row].any()]
-    for key in got:  # rows without a document hand the state through
-        if key.startswith(("state.", "grad_state.")):
-            got[key][rows_of_padding] = expected[key][rows_of_padding]
-    for first in range(0, len(documents), width):
-        alone = jax.tree.map(np.zeros_like, case)
-        group = documents[first : first + width]
+    by_token = ("y", *(f"grad.{n}" for n in along_time))
+    by_row = tuple(k for k in packed if k.startswith(("state.", "grad_state.")))
+    got = {k: np.array(v) for k, v in packed.items()}
+    for key in got:
+        if key not in by_row:
+            got[key][...] = 0
+    for begin in range(0, len(documents), len(ids)):
+        group = documents[begin : begin + len(ids)]
+        found = run(_alone(case, group, along_time))
         for slot, (row, i) in enumerate(group):
             places = np.flatnonzero(ids[row] == i)
-            alone.segment_ids[slot, : len(places)] = 1
-            alone.dy[slot, : len(places)] = case.dy[row, places]
-            for name in along_time:
-                alone.arrays[name][slot, : len(places)] = case.arrays[name][row, places]
-            if last[row] == i:
-                for key, value in case.dstate.items():
-                    alone.dstate[key][slot] = value[row]
-        alone = alone._replace(
-            arrays={**case.arrays, **{n: alone.arrays[n] for n in along_time}}, state=case.state
-        )
-        found = run(alone)
-        for name in sums:
-            sums[name] = sums[name] + found[name].astype(np.float64)
-        for slot, (row, i) in enumerate(group):
-            places = np.flatnonzero(ids[row] == i)
-            for key in ("y", *(f"grad.{n}" for n in along_time)):
+            for key in by_token:
                 got[key][row, places] = found[key][slot, : len(places)]
-            if last[row] == i:
-                for key in (k for k in got if k.startswith("state.")):
+            for key in by_row:
+                first_or_last = ids[row].max() if key.startswith("state.") else _first(ids[row])
+                if i == first_or_last and key != "state.last_id":
                     got[key][row] = found[key][slot]
-            if i == min(j for r, j in documents if r == row):
-                for key in (k for k in got if k.startswith("grad_state.")):
-                    got[key][row] = found[key][slot]
-    got.update({k: np.asarray(v) for k, v in sums.items()})
-    assert_close(got, expected, dtype)
+        for key in got:
+            if key not in (*by_token, *by_row):
+                got[key] += found[key]
+    assert_close(
+        got, {k: v.astype(np.float64) if _is_float(v) else v for k, v in packed.items()}, dtype
+    )
 
     row, i = max(documents, key=lambda d: np.sum(ids[d[0]] == d[1]))
     places = np.flatnonzero(ids[row] == i)
-    bare = {n: v[row : row + 1, places] if n in along_time else v for n, v in case.arrays.items()}
+    bare = {n: x[row : row + 1, places] if n in along_time else x for n, x in case.arrays.items()}
     y, _ = jax.jit(functools.partial(op, **spec.options, **how))(**bare)
     assert_close({"y": np.asarray(y)[0]}, {"y": packed["y"][row, places]}, dtype)
+
+
+def _alone(case: Case, documents: list[tuple[int, int]], along_time: tuple[str, ...]) -> Case:
+    """The case with one document (row, id) per row, and nothing else."""
+    ids = case.segment_ids
+    assert ids is not None
+    alone = jax.tree.map(np.zeros_like, case)
+    arrays = {n: alone.arrays[n] if n in along_time else x for n, x in case.arrays.items()}
+    for slot, (row, i) in enumerate(documents):
+        places = np.flatnonzero(ids[row] == i)
+        alone.segment_ids[slot, : len(places)] = 1
+        alone.dy[slot, : len(places)] = case.dy[row, places]
+        for name in along_time:
+            arrays[name][slot, : len(places)] = case.arrays[name][row, places]
+        if i == ids[row].max():  # the state after the row is this document's
+            for key, value in case.dstate.items():
+                alone.dstate[key][slot] = value[row]
+    return alone._replace(arrays=arrays)
+
+
+def _first(row: np.ndarray) -> int:
+    return row[row > 0].min()
 
 
 def check_padding_only(op: Callable, spec: ArgSpec, length: int = 5, **how: Any) -> None:
@@ -453,7 +459,7 @@ def check_vmap(op: Callable, spec: ArgSpec, length: int, **how: Any) -> None:
     stacked = stacked._replace(arrays={**stacked.arrays, **shared})
     got = results(mapped, spec, **how)(stacked)
     expected = {
-        k: sum(a[k] for a in apart)
+        k: apart[0][k] + apart[1][k]
         if k.removeprefix("grad.") in shared
         else np.stack([a[k] for a in apart])
         for k in apart[0]
@@ -521,6 +527,6 @@ def _with_floats(state: Any, floats: Mapping[str, Any]) -> Any:
     )
 
 
-def _to(mask: np.ndarray, array: np.ndarray) -> np.ndarray:
+def _wide(mask: np.ndarray, array: np.ndarray) -> np.ndarray:
     """A `[b t]` mask with axes of 1 behind it, to stand beside `[b t ...]`."""
     return mask.reshape(mask.shape + (1,) * (array.ndim - 2))

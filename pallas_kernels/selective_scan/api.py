@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.axes import axes
 from pallas_kernels.core.costs import Cost
-from pallas_kernels.core.numerics import check_shapes, state_dtype
+from pallas_kernels.core.numerics import check_documents, check_shapes, state_dtype
 from pallas_kernels.selective_scan import pallas_gpu, pallas_tpu, reference, xla
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -76,6 +76,7 @@ def selective_scan(
 
     Raises:
         ValueError: shapes do not fit together, or there is no such implementation.
+        TypeError: an array is of the wrong kind.
         NotImplementedError: the implementation that was named does not serve this call.
 
     Source: Gu and Dao, "Mamba" (arXiv 2312.00752), algorithm 2; `selective_scan_ref` of
@@ -96,16 +97,16 @@ def selective_scan(
         D=("e", D),
         z=("b t e", z),
         delta_bias=("e", delta_bias),
-        segment_ids=("b t", segment_ids),
     )
     dtype = state_dtype(u, delta, A, B, C, D, z, delta_bias)
     if initial_state is None:
         h = jnp.zeros((sizes["b"], sizes["e"], sizes["n"]), dtype)
         initial_state = SelectiveScanState(h, jnp.zeros((sizes["b"],), jnp.int32))
     check_shapes("selective_scan", sizes, initial_state_h=("b e n", initial_state.h))
-    if sizes["t"] == 0:
-        return u, initial_state
     h, last_id = initial_state
+    segment_ids, last_id = check_documents("selective_scan", sizes, segment_ids, last_id)
+    if sizes["t"] == 0:
+        return u, SelectiveScanState(h.astype(dtype), last_id)
     y, h, last_id = dispatch.call(
         "selective_scan",
         FORMS,

@@ -20,8 +20,8 @@ from pallas_kernels.core.config import Config
 from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.segments import boundaries
 
-# A state of this many numbers stays near a CPU core while a chunk is worked on.
-_NEAR = 2**16
+# States of this many numbers stay near a CPU core while a chunk is worked on.
+_NEAR = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class XlaConfig(Config):
         """All rows at once, on a CPU as many as stay near a core."""
         rows = None
         if device_kind == "cpu":
-            fit = max(1, _NEAR // (sizes["e"] * sizes["n"]))
-            rows = max(r for r in range(1, sizes["b"] + 1) if sizes["b"] % r == 0 and r <= fit)
+            fit = max(2, _NEAR // (sizes["e"] * sizes["n"]))
+            rows = max(r for r in range(1, fit + 1) if sizes["b"] % r == 0)
         return cls(rows=rows, device_kind=device_kind)
 
 
@@ -64,13 +64,10 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     chunk = min(config.chunk, t)
     padding = -t % chunk
     if padding:
-        if valid is None:
-            valid = jnp.ones((b, t), bool)
-        else:
-            reset = jnp.pad(reset, ((0, 0), (0, padding)))
-        valid = jnp.pad(valid, ((0, 0), (0, padding)))
-        pad = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        u, delta, B, C, z = map(pad, (u, delta, B, C, z))
+        valid = jnp.ones((b, t), bool) if valid is None else valid
+        u, delta, B, C, z, reset, valid = (
+            _pad(x, padding) for x in (u, delta, B, C, z, reset, valid)
+        )
     y, h = _scan(
         (u, delta, B, C, z),
         (A, D, delta_bias),
@@ -79,6 +76,11 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
         (chunk, config.rows or b, delta_softplus),
     )
     return y[:, :t], jnp.swapaxes(h, 1, 2), last_id
+
+
+def _pad(x, padding: int):
+    """More tokens, all zero, behind those of `[b t ...]`."""
+    return None if x is None else jnp.pad(x, [(0, padding * (i == 1)) for i in range(x.ndim)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.axes import axes
 from pallas_kernels.core.costs import Cost
-from pallas_kernels.core.numerics import check_shapes, state_dtype
+from pallas_kernels.core.numerics import check_documents, check_shapes, state_dtype
 from pallas_kernels.short_conv import pallas_gpu, pallas_tpu, reference, xla
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -63,6 +63,7 @@ def short_conv(
 
     Raises:
         ValueError: shapes do not fit together, or there is no such activation or implementation.
+        TypeError: an array is of the wrong kind.
         NotImplementedError: the implementation that was named does not serve this call.
 
     Source: the `causal_conv1d` of Mamba (arXiv 2312.00752, section 3.4).
@@ -78,7 +79,6 @@ def short_conv(
         x=("b t e", x),
         weight=("w e", weight),
         bias=("e", bias),
-        segment_ids=("b t", segment_ids),
     )
     if sizes["w"] < 1:
         raise ValueError("short_conv: weight has no taps; it must be [w e] with w at least 1")
@@ -88,9 +88,10 @@ def short_conv(
         before = jnp.zeros((sizes["b"], sizes["w-1"], sizes["e"]), dtype)
         initial_state = ShortConvState(before, jnp.zeros((sizes["b"],), jnp.int32))
     check_shapes("short_conv", sizes, initial_state_x=("b w-1 e", initial_state.x))
-    if sizes["t"] == 0:
-        return x, initial_state
     before, last_id = initial_state
+    segment_ids, last_id = check_documents("short_conv", sizes, segment_ids, last_id)
+    if sizes["t"] == 0:
+        return x, ShortConvState(before.astype(dtype), last_id)
     y, before, last_id = dispatch.call(
         "short_conv",
         FORMS,
