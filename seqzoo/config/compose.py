@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -188,12 +188,20 @@ def _check_sizes(config: dict[str, Any]) -> None:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
-    for key in sorted(OmegaConf.missing_keys(config)):
+    for key in _without_value(OmegaConf.to_container(config), ""):
         raise ConfigError(f"{key} has no value; set it with {key}=...")
     try:
         return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
+
+
+def _without_value(node: Any, key: str) -> Iterator[str]:
+    if node == "???":
+        yield key
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _without_value(value, f"{key}.{name}" if key else str(name))
 
 
 def _first_line(error: Exception) -> str:

@@ -6,8 +6,8 @@ h_t = exp(dt A) h_{t-1} + dt B x_t,    y_t = C h_t + D x_t,    A_n = -(n + 1), p
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from pallas_kernels.core.segments import boundaries
 
+from pallas_kernels.core.segments import boundaries
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
 
