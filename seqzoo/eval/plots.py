@@ -70,17 +70,10 @@ def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path)
             text = name if len(lines) == 1 else label if len(found) == 1 else f"{label}  {name}"
             colour = _COLOURS[(position if len(lines) == 1 else number) % len(_COLOURS)]
             style = "-" if len(lines) == 1 else _STYLES[position % len(_STYLES)]
-            marker = "o" if len(steps) < 12 else None
-            axes.plot(
-                steps,
-                values,
-                style,
-                color=colour,
-                marker=marker,
-                markersize=3.5,
-                lw=1.4,
-                label=text,
-            )
+            # The one point of a test stands out from the curves that it lies on.
+            mark = dict(marker="*", ms=11, zorder=3) if len(steps) == 1 else {}
+            mark = dict(marker="o", ms=3.5) if 1 < len(steps) < 12 else mark
+            axes.plot(steps, values, style, color=colour, lw=1.4, label=text, **mark)
     if panel.log and all(v > 0 for f in lines.values() for _, vs in f.values() for v in vs):
         axes.set_yscale("log")
     axes.set_title(panel.title, loc="left", fontsize=11)
