@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Totals = dict[str, tuple[float, float]]
@@ -66,13 +66,13 @@ class MetricsLog:
         return self._file.tell()
 
     @property
-    def memory(self) -> dict[str, list[float]]:
-        """What was added up since the last line."""
-        return {name: list(pair) for name, pair in self._totals.items()}
+    def memory(self) -> list[tuple[str, float, float]]:
+        """What was added up since the last line, in order: JSON objects come back sorted."""
+        return [(name, *pair) for name, pair in self._totals.items()]
 
-    def remember(self, memory: Mapping[str, list[float]]) -> None:
+    def remember(self, memory: Iterable[tuple[str, float, float]]) -> None:
         """Goes on from a memory."""
-        self._totals = {name: (pair[0], pair[1]) for name, pair in memory.items()}
+        self._totals = {name: (value, weight) for name, value, weight in memory}
 
     def close(self) -> None:
         if self._file is not None:
