@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(path, args.step, args.trust)
     if not hasattr(loaded.model, "step"):
         raise ConfigError(f"{args.run} holds a {type(loaded.model).__name__}, which writes no text")
-    codec = codec_of(path, loaded.data)
+    with_text = bool(args.prompt) or args.prompt_file is not None
+    codec = codec_of(path, loaded.data, with_text=with_text)
     prompts = read_prompts(args, codec)
     end = None if args.no_stop else codec.end
     printer = Printer(codec, len(prompts), end=end, shown=args.format == "text")

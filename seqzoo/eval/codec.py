@@ -113,15 +113,21 @@ class _Spaced:
         return "".join(f"{token} " for token in tokens)
 
 
-def codec_of(path: pathlib.Path, data) -> Codec:
+def codec_of(path: pathlib.Path, data, *, with_text: bool = True) -> Codec:
     """Returns the codec of a run: its folder's tokenizer.json, or bytes where its data is bytes.
 
     Args:
         path: the run folder.
         data: its data set; None = unknown.
+        with_text: whether text must be encoded; numbers do without a tokenizer's package.
     """
     if (path / "tokenizer.json").is_file():
-        return Tokenizer(path / "tokenizer.json")
+        try:
+            return Tokenizer(path / "tokenizer.json")
+        except ConfigError:
+            if with_text:
+                raise
+            return Numbers()
     if getattr(data, "bytes_per_token", None) == 1.0:
         return Bytes()
     return Numbers()

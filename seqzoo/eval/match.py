@@ -7,7 +7,7 @@ from typing import NamedTuple
 from seqzoo.errors import ConfigError
 
 # The finest step last: widths that are multiples of 16 run best.
-_STEPS = (16, 8, 4, 2, 1)
+_STEPS = (16, 4, 1)
 _MOST_TRIES = 40
 
 

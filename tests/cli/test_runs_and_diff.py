@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from seqzoo.cli.main import COMMANDS
+
 
 def test_runs_lists_what_is_there(seqzoo, write_run, tmp_path):
     write_run(tmp_path, accuracy=0.5)
@@ -96,6 +98,27 @@ def test_quick_commands_start_quickly_and_without_jax(write_run, tmp_path):
             [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_every_help_has_examples_and_starts_no_jax():
+    program = (
+        "import sys; from seqzoo.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "assert not {'jax', 'orbax', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("examples:") == len(COMMANDS)
+    assert max(map(len, done.stdout.splitlines())) <= 110
+
+
+def test_a_wrong_command_is_answered(seqzoo):
+    code, _, err = seqzoo("trian")
+    assert code == 2 and "did you mean 'train'" in err
 
 
 def test_ages_are_short(write_run, tmp_path):

@@ -1,6 +1,8 @@
 """Writing with a model: what comes out is what the whole forward pass says, at a constant cost."""
 
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 
 from seqzoo.errors import ConfigError
 from seqzoo.eval import generate as module
-from seqzoo.eval.codec import Bytes, Numbers
+from seqzoo.eval.codec import Bytes, Numbers, codec_of
 from seqzoo.eval.generate import Sampling, executables, generate, sample
 from seqzoo.mixers import Attention, Mamba
 from seqzoo.models import LanguageModel
@@ -185,6 +187,37 @@ def test_bytes_to_text_as_they_come():
     assert "".join(parts) == "héllo €"
     assert "\ufffd" not in "".join(parts)
     assert Bytes().decoder().feed([0xC3, ord("x")], last=True) == "\ufffdx"
+
+
+def test_a_tokenizer_without_its_package(tmp_path, monkeypatch):
+    """Text needs it and says how to get it; numbers do without."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r"pip install 'seqzoo\[hf\]'"):
+        codec_of(tmp_path, None)
+    assert isinstance(codec_of(tmp_path, None, with_text=False), Numbers)
+
+
+def test_tokens_of_a_tokenizer_as_they_come(tmp_path, monkeypatch):
+    """A stand-in whose second token completes the character that the first one began."""
+
+    class Library:
+        @staticmethod
+        def from_file(file):
+            return Library()
+
+        def encode(self, text):
+            return types.SimpleNamespace(ids=[7] * len(text))
+
+        def decode(self, tokens):
+            return bytes(tokens).decode(errors="replace")
+
+    monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=Library))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    codec = codec_of(tmp_path, None)
+    assert codec.encode("abc") == [7, 7, 7]
+    decoder = codec.decoder()
+    assert [decoder.feed([t]) for t in "é!".encode()] == ["", "é", "!"]
 
 
 def test_tokens_that_are_no_text():
