@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from seqzoo.errors import CheckpointError
 from seqzoo.train import manifest
+from seqzoo.train.folder import write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -87,40 +88,37 @@ class Checkpointer:
 
     def save(
         self, step: int, state: Any, meta: Mapping[str, Any], metric: float | None = None
-    ) -> bool:
+    ) -> None:
         """Begins to save a step. The caller may donate the state's buffers when this returns.
 
         Args:
-          step: must be above every step saved before; a step that is there already is left alone.
+          step: must not be below a step saved before. Of a step that is there already only meta
+            and metric are written anew: it was evaluated after it had been saved.
           state: a pytree of arrays.
           meta: JSON beside it: data position, byte length of metrics.jsonl, hook memory, config.
           metric: ranks the step for "best"; None or a value that is not finite is never best.
-
-        Returns:
-          Whether the step is being saved now: False for one that is there already.
 
         Raises:
           CheckpointError: this save or the one before it failed (a full disk). Older steps stay.
         """
         newest = max(self._metrics, default=-1)
-        if step == newest:
-            return False
         if step < newest:
             raise CheckpointError(
                 f"step {step} cannot be saved in {self.directory}: step {newest} is there already"
             )
         if metric is not None and not math.isfinite(metric):
             metric = None
+        document = {
+            "format": 1,
+            "step": step,
+            "metric": None if metric is None else float(metric),
+            "meta": meta,
+        }
+        if step == newest:
+            self._amend(step, document)
+            return
         arrays = manifest.flatten(state)
-        document = manifest.seal(
-            {
-                "format": 1,
-                "step": step,
-                "metric": None if metric is None else float(metric),
-                "meta": meta,
-                "arrays": manifest.describe(arrays),
-            }
-        )
+        document = manifest.seal(document | {"arrays": manifest.describe(arrays)})
         self.wait()
         self._metrics[step] = metric
         try:
@@ -137,7 +135,22 @@ class Checkpointer:
             raise self._failed(error) from error
         kept = self._kept(list(self._metrics))  # Orbax decided the same from the same table
         self._metrics = {step: value for step, value in self._metrics.items() if step in kept}
-        return True
+
+    def _amend(self, step: int, document: dict[str, Any]) -> None:
+        """Replaces the document of the newest step, and lets go of what it no longer keeps."""
+        self.wait()
+        path = self.directory / str(step)
+        document = manifest.seal(document | {"arrays": read_meta(path)["arrays"]})
+        if jax.process_index() == 0:
+            try:
+                write_text(path / _META / "metadata", json.dumps(document))
+            except OSError as error:
+                raise self._failed(error) from error
+        self._metrics[step] = document["content"]["metric"]
+        kept = self._kept(list(self._metrics))
+        for other in set(self._metrics) - kept:
+            self._manager.delete(other)
+            del self._metrics[other]
 
     def wait(self) -> None:
         """Waits until the step being saved is on disk.

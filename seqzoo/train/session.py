@@ -72,7 +72,7 @@ class Session:
         self._fingerprint = run.data.fingerprint()
         self._evaluated = -1  # the last step that was evaluated
         self._value: float | None = None  # the metric there
-        self._saved = -1  # the last step that was saved
+        self._saved = (-1, -1)  # the last step that was saved, and what was evaluated then
         self._saved_at = self._status_at = time.monotonic()
         self._next_sample = 0
         self._pending: collections.deque[tuple[int, Shapes, Metrics]] = collections.deque()
@@ -93,7 +93,7 @@ class Session:
         if restored is not None:
             self.step, self.state = restored.step, restored.state
             self._remember(restored.meta)
-            self._saved = self.step
+            self._saved = (self.step, self._evaluated)
             self.say(f"going on from step {self.step}")
         elif branch is not None:
             self.state, self._next_sample = branches.begin(branch, self.run, self._fingerprint)
@@ -132,8 +132,8 @@ class Session:
 
     @property
     def saved(self) -> bool:
-        """Whether the state at this step is saved, or being saved."""
-        return self._saved == self.step
+        """Whether this step, as evaluated as it is, is saved or being saved."""
+        return self._saved == (self.step, self._evaluated)
 
     @property
     def done(self) -> bool:
@@ -146,7 +146,8 @@ class Session:
         by_clock = bool(trainer.save_minutes) and minutes >= trainer.save_minutes
         stop, save = self.stop.agree(self.step, by_clock)
         best = self.best is not None and self.best.step == self.step
-        save = save or best or self.due(trainer.save_every)
+        late = self._saved[0] == self.step  # saved on request, evaluated since
+        save = save or best or late or self.due(trainer.save_every)
         return stop, (save or stop) and self.step > 0 and not self.saved
 
     def advance(self) -> None:
@@ -228,7 +229,7 @@ class Session:
         value = self._value if self._evaluated == self.step else None
         with self._timing.paused():
             self._checkpoints.save(self.step, self.state, meta, value)
-        self._saved, self._saved_at = self.step, time.monotonic()
+        self._saved, self._saved_at = (self.step, self._evaluated), time.monotonic()
         self.write_status()
 
     def drain(self) -> None:

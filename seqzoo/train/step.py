@@ -128,11 +128,11 @@ def train_step(spec: Spec):
         if ema is not None:
             keep = values["ema_decay"]
             ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, ema, params)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         totals |= {
             "grad_norm": (grad_norm, 1.0),
-            "update_norm": (optax.global_norm(updates), 1.0),
-            "param_norm": (optax.global_norm(params), 1.0),
+            "update_norm": (optax.tree.norm(updates), 1.0),
+            "param_norm": (optax.tree.norm(params), 1.0),
         }
         finite = jnp.isfinite(totals["loss"][0]) & jnp.isfinite(grad_norm)
         pairs = jnp.stack([jnp.stack([jnp.float32(v), jnp.float32(w)]) for v, w in totals.values()])

@@ -1,0 +1,88 @@
+"""A model that compiles in a moment, runs of it in this process, and the folders they leave."""
+
+import copy
+import functools
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from seqzoo.config.compose import compose
+from seqzoo.train import loop, programs
+
+TINY = (
+    "task=masked_answers",
+    "data=mqar",
+    "data.vocab_size=32",
+    "data.seq_len=16",
+    "data.num_kv_pairs=2",
+    "data.valid_samples=32",
+    "data.test_samples=32",
+    "model=transformer_small",
+    "model.d_model=8",
+    "model.n_layers=1",
+    "model.channel_mixer=null",
+    "mesh.data=1",
+    "schedule=constant",
+    "trainer.steps=12",
+    "trainer.global_batch_size=8",
+    "trainer.eval_every=4",
+    "trainer.save_every=4",
+    "trainer.log_every=3",
+    "logger.progress=none",
+    "logger.tensorboard=false",
+)
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]):
+    return compose(overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Composes the tiny configuration with more overrides: ``tiny("trainer.seed=1")``."""
+
+    def make(*overrides: str) -> Any:
+        return copy.deepcopy(_composed((*TINY, *overrides)))
+
+    return make
+
+
+@pytest.fixture
+def fit(tiny, tmp_path):
+    """Trains the tiny model in this process; returns the Result."""
+
+    def run(*overrides: str, root: pathlib.Path | None = None, **options: Any):
+        words = [*TINY, *overrides]
+        return loop.train(
+            tiny(*overrides), overrides=words, root=root or tmp_path / "runs", **options
+        )
+
+    return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """Executables of tests are no business of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(programs.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """The only run folder that there is."""
+
+    def find(root: pathlib.Path | None = None) -> pathlib.Path:
+        files = (root or tmp_path / "runs").glob("*/*/status.json")
+        (found,) = (file.parent for file in files if not file.parent.is_symlink())
+        return found
+
+    return find
+
+
+def lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
