@@ -19,8 +19,8 @@ EPILOG = """examples:
   seqzoo eval RUN --step last --split valid --format json
 
 The best step is evaluated unless --step says otherwise. The model is what was trained; data and
-task may be others. Metrics of slices (accuracy/GROUP) stand in columns. What is printed is also
-written to RUN/report/eval-SPLIT-OVERRIDES.json.
+task may be others. Slices of the data have rows of their own (accuracy/GROUP). What is printed is
+also written to RUN/report/eval-SPLIT-OVERRIDES.json.
 """
 
 SPLITS = ("test", "valid", "train")
