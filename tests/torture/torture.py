@@ -30,8 +30,8 @@ OVERRIDES = (
     "trainer.stop_at_target=false", "logger.progress=none",
 )  # fmt: skip
 
-# Phase to kill in -> (longest wait after it began, in seconds; which occurrence of it, at most).
-PHASES = {"compile": (0.5, 1), "save": (0.06, 6), "eval": (0.03, 3), "train": (1.5, 1)}
+# Phase to kill in -> (longest wait after it began, in seconds; which occurrence of it, from, to).
+PHASES = {"compile": (0.5, 1, 1), "save": (0.06, 2, 6), "eval": (0.02, 1, 3), "train": (2.0, 1, 1)}
 LEAST = {"save": 6, "compile": 2, "eval": 2}
 LEAST_RESUMED = 15
 _PATIENCE = 120.0
@@ -102,8 +102,8 @@ class Torture:
 
     def _kill(self, phase: str) -> bool:
         """Starts the run and kills it; returns whether it lived when the moment came."""
-        longest, occurrences = PHASES[phase]
-        wait, nth = self._random.uniform(0, longest), self._random.randint(1, occurrences)
+        longest, first, last = PHASES[phase]
+        wait, nth = self._random.uniform(0, longest), self._random.randint(first, last)
         # To be caught compiling, a start must have something to compile.
         cache = None
         if phase == "compile":
@@ -120,7 +120,9 @@ class Torture:
         phases = self._phases()
         writing = list(self._run_folder("broken").glob("checkpoints/*orbax-checkpoint-tmp*"))
         started = next((step for name, step in phases if name in ("compile", "train")), 0)
-        hit = {phases[-1][0]} - {"save"} | ({"save"} if writing else set())
+        # The phase "save" ends when the state is copied; the files say how long writing goes on.
+        doing = "train" if phases[-1][0] == "save" else phases[-1][0]
+        hit = {doing} | ({"save"} if writing else set())
         kill = Kill(phase, tuple(sorted(hit)), started, max(step for _, step in phases))
         self.kills.append(kill)
         print(f"kill {len(self.kills):>3}: {kill}", flush=True)
@@ -194,10 +196,12 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def plan_of(kills: int, seed: int) -> list[str]:
-    """Phases to kill in: the least number of each, the rest while training, in random order."""
+    """Phases to kill in: the least number of each, the rest while training, shuffled."""
     aimed = [phase for phase, least in LEAST.items() for _ in range(least)]
     plan = (aimed + ["train"] * kills)[:kills]
     random.Random(seed).shuffle(plan)
+    if "save" in plan[3:]:  # a few kills come before the first checkpoint, most of them after it
+        plan.insert(2, plan.pop(plan.index("save", 3)))
     return plan
 
 

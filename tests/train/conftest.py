@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import pathlib
 from typing import Any
 
@@ -81,8 +80,3 @@ def run_folder(tmp_path):
         return found
 
     return find
-
-
-def lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -7,9 +7,11 @@ import signal
 import pytest
 
 from seqzoo.errors import ConfigError, LockedError, NotFiniteError, Preempted
+from seqzoo.eval.records import read_lines
 from seqzoo.train import checkpoint
 from seqzoo.train.folder import RunFolder, read_metrics, read_status
 from seqzoo.train.session import Session
+from seqzoo.train.setup import build_data
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def test_a_run_leaves_what_the_page_says(fit):
     assert [line["step"] for line in lines if "test/loss" in line] == [12]
     best = max(line["valid/accuracy"] for line in lines if "valid/accuracy" in line)
     assert result.value == best
-    timing = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
-    assert all(0 < t["mfu"] and 0 <= t["data_wait"] <= 1 for t in timing)
+    timing = read_lines(path / "timing.jsonl")
+    assert all(t["mfu"] > 0 and 0 <= t["data_wait"] <= 1 for t in timing)
     assert (path / "config.yaml").exists() and list((path / "tb").iterdir())
     assert (path.parent / "latest").resolve() == path
     words = str(result)
@@ -136,11 +138,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(fit, run_folder):
 
 
 def test_a_second_process_is_refused(fit, tiny, tmp_path):
-    config = tiny()
-    fingerprint = "x"
-    with RunFolder.open(config, root=tmp_path, data_fingerprint=fingerprint):
-        with pytest.raises(LockedError, match=f"process {os.getpid()}"):
-            RunFolder.open(config, root=tmp_path, data_fingerprint=fingerprint)
+    fingerprint = build_data(tiny()).fingerprint()
+    held = RunFolder.open(tiny(), root=tmp_path / "runs", data_fingerprint=fingerprint)
+    with held, pytest.raises(LockedError, match=f"process {os.getpid()} on .* since"):
+        fit()
 
 
 def test_changed_code_is_noticed(fit, stop_at, run_folder, monkeypatch):
@@ -175,6 +176,17 @@ def test_the_best_and_the_last_two_are_kept(fit):
     }
     best = max(values, key=lambda step: (values[step], step))
     assert set(checkpoint.list_steps(path / "checkpoints")) == {best, 20, 24}
+
+
+def test_rows_of_several_lengths(fit):
+    gone = [f"~data.{k}" for k in ("seq_len", "num_kv_pairs", "valid_samples", "test_samples")]
+    words = (*gone, "data=mqar_based", "data.vocab_size=32", "data.block=8")
+    lengths = ("data.train=[[16,2,32],[24,2,32]]", "data.test=[[16,2,8],[32,4,8]]")
+    path = fit(*words, *lengths).path
+    timing = read_lines(path / "timing.jsonl")
+    assert all(line["tokens_per_second"] > 0 for line in timing)
+    (tested,) = [line for line in read_metrics(path) if "test/loss" in line]
+    assert len([name for name in tested if name.startswith("test/accuracy/")]) == 2
 
 
 def test_without_evaluations_or_saves_the_end_is_still_both(fit):
