@@ -1,6 +1,8 @@
 """`seqzoo train`: compose, check, train; the same command again goes on."""
 
 import argparse
+import os
+import pathlib
 import sys
 
 from omegaconf import DictConfig
@@ -69,5 +71,23 @@ def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -
     result = train(
         config, overrides=overrides, root=args.runs, force=args.force, strict=args.strict
     )
+    if result.status == "finished":
+        _report(result.path, args.trust)
     print(f"\n{result}")
     return 0
+
+
+def _report(path: pathlib.Path, trust: list[str]) -> None:
+    """Makes the plots without being asked; a report that fails does not undo a run."""
+    import jax
+
+    from seqzoo.eval.report import write_report
+
+    if jax.process_index() != 0:
+        return
+    try:
+        page = write_report(path, trust=trust)
+    except Exception as error:
+        print(f"warning: no report: {error}; try seqzoo report {path}", file=sys.stderr)
+    else:
+        print(f"report: {os.path.relpath(page)}")

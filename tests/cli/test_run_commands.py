@@ -160,6 +160,7 @@ def test_generate_answers_mistakes(seqzoo, recall, words, text):
 
 
 def test_report_of_a_trained_run(seqzoo, recall):
+    assert (recall / "report/index.html").exists()  # made without asking, at the end of training
     code, out, _ = seqzoo("report", recall)
     assert code == 0
     files = {pathlib.Path(line).name for line in out.splitlines()}
