@@ -2,13 +2,17 @@
 
 import copy
 import functools
+import os
 import pathlib
+import signal
 from typing import Any
 
 import pytest
 
 from seqzoo.config.compose import compose
+from seqzoo.errors import Preempted
 from seqzoo.train import loop, programs
+from seqzoo.train.session import Session
 
 TINY = (
     "task=masked_answers",
@@ -58,6 +62,26 @@ def fit(tiny, tmp_path):
         return loop.train(
             tiny(*overrides), overrides=words, root=root or tmp_path / "runs", **options
         )
+
+    return run
+
+
+@pytest.fixture
+def stop_at(fit, monkeypatch):
+    """Trains until a signal comes while update number `step` is begun; returns what was said."""
+
+    def run(step: int, *overrides: str, number: int = signal.SIGTERM) -> str:
+        advance = Session.advance
+
+        def and_stop(session):
+            if session.step == step:
+                os.kill(os.getpid(), number)
+            advance(session)
+
+        with monkeypatch.context() as patch, pytest.raises(Preempted) as caught:
+            patch.setattr(Session, "advance", and_stop)
+            fit(*overrides)
+        return str(caught.value)
 
     return run
 
