@@ -71,7 +71,7 @@ def solve(cost: Callable[[int], float], wanted: float, *, start: int, tolerance:
 
 
 def _near(tried, wanted: float, value: int, step: int) -> set[int]:
-    """Multiples of `step` around the place where the cost crosses the goal."""
+    """The multiples of `step` between which the cost crosses the goal."""
     low, high = 0, None  # the cost at `low` is below the goal, at `high` above
     for _ in range(_MOST_TRIES):
         reached = _first_accepted(tried, value, step)
@@ -92,8 +92,7 @@ def _near(tried, wanted: float, value: int, step: int) -> set[int]:
         value = max(value, step)
         if value in (low, high):
             break
-    around = {low, *([] if high is None else [high])}
-    return {max(step, one + way * step) for one in around for way in (-1, 0, 1)}
+    return {max(step, one) for one in (low, high) if one is not None}
 
 
 def _first_accepted(tried, value: int, step: int) -> tuple[int, float] | None:
