@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 import jax
 import optax
+import optax.contrib
 
 from seqzoo.errors import ConfigError
 
@@ -176,6 +177,65 @@ class Adafactor:
             optax.ema(self.b1, debias=False) if self.b1 else optax.identity(),
         )
         return _chain(scale, hyper, decay)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon:
+    """Orthogonalised momentum for the matrices of linear layers, Adam for everything else.
+
+    Updates are scaled so that their root mean square is Adam's: learning rates carry over.
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: on the parameters that declare it.
+        clip_norm: gradients are scaled down to this global norm; null = never.
+        momentum: decay of the mean of gradients, for matrices.
+        ns_steps: Newton-Schulz iterations.
+        b1: decay of the mean of gradients, for everything else.
+        b2: decay of the mean of their squares.
+
+    Source: Jordan et al., "Muon" (2024); the scale is that of Liu et al. (arXiv 2502.16982).
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    momentum: float = 0.95
+    ns_steps: int = 5
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check(self, "momentum", "b1", "b2")
+
+    def hyper(self) -> dict[str, float]:
+        return _hyper(self)
+
+    def structure(self) -> Self:
+        return _structure(self)
+
+    def transform(self, hyper: Hyper, decay: Any) -> optax.GradientTransformation:
+        scale = optax.contrib.muon(
+            learning_rate=1.0,
+            ns_steps=self.ns_steps,
+            beta=self.momentum,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,
+        )
+        return _chain(optax.chain(scale, optax.scale(-1.0)), hyper, decay)
+
+
+def _matrices(params: Any) -> Any:
+    """The kernels of linear layers `[... in out]`; leading dimensions are layers or experts."""
+
+    def one(path: tuple, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if getattr(path[-1], "key", None) != "kernel" or leaf.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _chain(

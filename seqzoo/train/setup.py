@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from seqzoo.config.build import build
 from seqzoo.data.source import Dataset
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, suggest
 from seqzoo.nn.sharding import Rules, param_shardings, use_mesh
 from seqzoo.tasks.task import Task
 from seqzoo.train import manifest
@@ -106,7 +106,7 @@ def setup(
     trainer = TrainerSettings(**config["trainer"])
     mesh_settings = MeshSettings(**config["mesh"])
     data = build_data(config) if data is None else data
-    task = build(config["task"]).for_data(data)
+    task = _checked(build(config["task"]).for_data(data))
     optimizer = build(config["optimizer"])
     mesh, rules = meshes.make_mesh(mesh_settings, devices), meshes.rules_of(mesh_settings)
     rows = trainer.global_batch_size // trainer.grad_accum_steps
@@ -138,6 +138,18 @@ def setup(
         structure=structure,
         spec=spec,
     )
+
+
+def _checked(task: Task) -> Task:
+    """Refuses a metric of a group of rows that the data does not have."""
+    _, slash, group = task.metric.partition("/")
+    groups = tuple(getattr(task, "groups", ()))
+    if slash and (group not in groups or len(groups) < 2):
+        raise ConfigError(
+            f"task.metric={task.metric}: the data has no such group of rows{suggest(group, groups)}"
+            f"; it has {', '.join(groups) if len(groups) > 1 else 'none'}"
+        )
+    return task
 
 
 def _abstract_state(

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from seqzoo.errors import ConfigError
+from seqzoo.train import manifest
 from seqzoo.train import optimizer as optimizers
 from seqzoo.train.optimizer import SGD, Adafactor, AdamW, Lion, Muon
 
@@ -17,12 +18,12 @@ ALL = (
     AdamW(lr=0.05, weight_decay=0.0),
     AdamW(lr=0.05, weight_decay=0.0, nesterov=True),
     SGD(lr=0.05),
-    Lion(lr=0.02, weight_decay=0.0),
+    Lion(lr=0.04, weight_decay=0.0),
     Adafactor(lr=0.05, min_dim_size_to_factor=4),
     Muon(lr=0.05, weight_decay=0.0),
 )
-PARAMS = {"w": jnp.arange(32.0).reshape(4, 8) / 16 - 1, "b": jnp.arange(4.0)}
-DECAY = {"w": True, "b": False}
+PARAMS = {"kernel": jnp.arange(32.0).reshape(4, 8) / 16 - 1, "bias": jnp.arange(4.0)}
+DECAY = {"kernel": True, "bias": False}
 
 
 def update(optimizer, params, state, hyper=None):
@@ -33,7 +34,7 @@ def update(optimizer, params, state, hyper=None):
     return optax.apply_updates(params, updates), state
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: f"{type(o).__name__}{id(o) % 7}")
+@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)
 def test_it_goes_downhill(optimizer):
     params, state = PARAMS, optimizers.init(optimizer, PARAMS, DECAY)
     step = jax.jit(lambda params, state: update(optimizer, params, state))
@@ -42,7 +43,7 @@ def test_it_goes_downhill(optimizer):
     assert sum(float(jnp.sum(a**2)) for a in params.values()) < 4.0
 
 
-@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: f"{type(o).__name__}{id(o) % 7}")
+@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)
 def test_rates_are_arguments(optimizer):
     other = dataclasses.replace(optimizer, lr=0.003, weight_decay=0.7, clip_norm=None)
     assert optimizer.structure() == other.structure()
@@ -55,13 +56,23 @@ def test_rates_are_arguments(optimizer):
         assert not np.allclose(by_argument[name], PARAMS[name])
 
 
+def test_muon_is_for_stacked_kernels_alone():
+    params = {"kernel": jnp.ones((3, 4, 8)), "embedding": jnp.ones((8, 4)), "A_log": jnp.ones(4)}
+    state = optimizers.init(Muon(), params, jax.tree.map(lambda a: True, params))
+    names = {name: a.shape for name, a in manifest.flatten(state).items() if a.ndim}
+    muon = [shape for name, shape in names.items() if "muon" in name and len(shape) > 1]
+    assert muon == [(3, 4, 8)]
+    adam = sorted(shape for name, shape in names.items() if "muon" not in name)
+    assert adam == [(4,), (4,), (8, 4), (8, 4)]
+
+
 def test_decay_takes_what_declares_it_by_the_rate():
     still = SGD(lr=0.1, weight_decay=0.5, momentum=0.0)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     transform = still.transform(still.hyper(), DECAY)
     updates, _ = transform.update(zero, transform.init(PARAMS), PARAMS)
-    np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * PARAMS["w"], rtol=1e-6)
-    assert not updates["b"].any()
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * PARAMS["kernel"], rtol=1e-6)
+    assert not updates["bias"].any()
 
 
 def test_clipping_is_by_the_norm_of_all_gradients():
@@ -73,7 +84,7 @@ def test_clipping_is_by_the_norm_of_all_gradients():
     assert free.hyper()["clip_norm"] == math.inf
     transform = free.transform(free.hyper(), DECAY)
     updates, _ = transform.update(PARAMS, transform.init(PARAMS), PARAMS)
-    np.testing.assert_allclose(updates["w"], -PARAMS["w"], rtol=1e-6)
+    np.testing.assert_allclose(updates["kernel"], -PARAMS["kernel"], rtol=1e-6)
 
 
 def test_adamw_is_the_published_one():

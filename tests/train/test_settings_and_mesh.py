@@ -1,0 +1,76 @@
+"""Settings out of range, and meshes that do not fit the devices: named, before anything runs."""
+
+import jax
+import pytest
+
+from seqzoo.errors import ConfigError
+from seqzoo.nn.sharding import DEFAULT_RULES
+from seqzoo.train import mesh as meshes
+from seqzoo.train.settings import LoggerSettings, MeshSettings, TrainerSettings
+from seqzoo.train.setup import setup
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "said"),
+    [
+        (TrainerSettings, {"steps": 0}, "trainer.steps=0; it must be at least 1"),
+        (TrainerSettings, {"save_minutes": -1.0}, "trainer.save_minutes=-1.0"),
+        (TrainerSettings, {"eval_samples": 0}, "trainer.eval_samples=0"),
+        (
+            TrainerSettings,
+            {"global_batch_size": 10, "grad_accum_steps": 4},
+            "trainer.global_batch_size=10 is no multiple of trainer.grad_accum_steps=4",
+        ),
+        (TrainerSettings, {"ema_decay": 1.0}, "trainer.ema_decay=1.0"),
+        (TrainerSettings, {"precision": "low"}, "trainer.precision=low; allowed: default"),
+        (TrainerSettings, {"profile": "10"}, "trainer.profile=10; it must be FIRST:LAST"),
+        (TrainerSettings, {"profile": "15:10"}, "trainer.profile=15:10"),
+        (MeshSettings, {"fsdp": 0}, "mesh.fsdp=0"),
+        (LoggerSettings, {"progress": "loud"}, "logger.progress=loud; allowed: auto"),
+        (LoggerSettings, {"wandb_mode": "maybe"}, "logger.wandb_mode=maybe"),
+    ],
+)
+def test_values_out_of_range(settings, values, said):
+    with pytest.raises(ConfigError, match=said):
+        settings(**values)
+
+
+def test_the_window_of_the_profiler():
+    assert TrainerSettings(profile="10:15").profile_window() == (10, 15)
+    assert TrainerSettings().profile_window() is None
+
+
+def test_one_device_is_the_mesh_of_ones():
+    mesh = meshes.make_mesh(MeshSettings(), jax.devices()[:1])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    mesh = meshes.make_mesh(MeshSettings(tensor=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1}
+    assert meshes.batch_ways(mesh, DEFAULT_RULES) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"data": 16}, "needs 16 devices; there are 8"),
+        ({"fsdp": 3}, r"mesh.fsdp \* mesh.tensor = 3 does not divide the 8 devices"),
+        ({"sequence": 2}, "mesh.sequence=2: sequences cannot be split"),
+    ],
+)
+def test_meshes_that_do_not_fit(values, said):
+    with pytest.raises(ConfigError, match=said):
+        meshes.make_mesh(MeshSettings(**values))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mesh.data=3"], "=8 rows cannot be shared by 3 devices; it must be a multiple of 3"),
+        (["mesh.data=8", "trainer.grad_accum_steps=2"], "=4 rows cannot be shared by 8 devices"),
+        (["mesh.data=1", "mesh.tensor=8", "model.d_model=12"], "no multiple of 8"),
+        (["mesh.rules={batch: [data, fdsp]}"], r"mesh.rules.batch names 'fdsp'; allowed"),
+        (["task.metric=accuracy/7"], "task.metric=accuracy/7"),
+    ],
+)
+def test_what_does_not_fit_together(tiny, words, said):
+    with pytest.raises(ConfigError, match=said):
+        setup(tiny(*words))
