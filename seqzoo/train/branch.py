@@ -113,7 +113,11 @@ def _wanted(branch: Branch, run: Setup, stored: Mapping[str, Any]) -> dict[str, 
     if "optimizer" in branch.reset:
         return wanted
     moments = {"opt_state": run.state.opt_state}
-    difference = manifest.differences(stored, manifest.flatten(moments))
+    ours = manifest.flatten(moments)
+    theirs = [name for name in stored if name.startswith("opt_state/")]
+    difference = manifest.differences(stored, ours) or next(
+        (f"it has '{name}', which is not used here" for name in theirs if name not in ours), None
+    )
     if difference and not manifest.differences(stored, manifest.flatten(wanted)):
         raise ConfigError(
             f"init_from={branch.path}: its optimizer does not fit ({difference}); start anew with "

@@ -1,0 +1,84 @@
+"""Runs that begin from a step of another one, and what they leave behind."""
+
+import numpy as np
+import pytest
+
+from seqzoo.errors import ConfigError
+from seqzoo.train import checkpoint
+from seqzoo.train.folder import read_metrics, read_status
+
+
+@pytest.fixture
+def trunk(fit):
+    """A run of 12 steps with checkpoints at 8 and 12 at least."""
+    return fit("optimizer.lr=0.01").path
+
+
+def position(path, step):
+    return checkpoint.read_meta(path / "checkpoints" / str(step))["meta"]["data"]["next_sample"]
+
+
+def test_a_branch_goes_on_where_the_trunk_was(fit, trunk):
+    """At the trunk's own rate it repeats the trunk."""
+    longer = fit("optimizer.lr=0.01", "trainer.steps=16")
+    branch = fit("optimizer.lr=0.01", "trainer.steps=16", f"init_from={trunk}@8")
+    assert branch.path != longer.path and branch.step == 16
+    ends = [read_metrics(path)[-1] for path in (longer.path, branch.path)]
+    assert ends[0]["test/loss"] == ends[1]["test/loss"]
+    assert position(branch.path, 16) == position(longer.path, 16) == 16 * 8
+    steps = [line["step"] for line in read_metrics(branch.path)]
+    assert min(steps) == 8 and read_status(branch.path)["attempt"] == 1
+
+
+def test_everything_may_be_left_behind(fit, trunk):
+    reset = "reset=[optimizer,schedule,data]"
+    branch = fit(f"init_from={trunk}@last", reset, "optimizer=lion", "data.seed=5")
+    lines = [line for line in read_metrics(branch.path) if "train/loss" in line]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert position(branch.path, 12) == 12 * 8
+    first = [line for line in read_metrics(trunk) if "train/loss" in line][0]
+    assert lines[0]["train/param_norm"] != first["train/param_norm"]
+
+
+def test_it_is_found_again_and_needs_the_trunk_no_more(fit, trunk, stop_at, run_folder):
+    words = (f"init_from={trunk}@8", "trainer.steps=16", "optimizer.lr=0.02")
+    stop_at(13, *words)
+    trunk.rename(trunk.with_name("moved"))
+    result = fit(*words)
+    assert result.step == 16 and read_status(result.path)["attempt"] == 2
+
+
+def test_weights_are_those_of_the_step(fit, trunk):
+    branch = fit(f"init_from={trunk}@8", "trainer.steps=9", "optimizer=sgd", "optimizer.lr=1e-30",
+                 "reset=[optimizer]", "trainer.save_every=1")  # fmt: skip
+    stored = [
+        checkpoint.read_meta(path / "checkpoints" / str(step))["arrays"]
+        for path, step in ((trunk, 8), (branch.path, 9))
+    ]
+    names = [name for name in stored[0] if name.startswith("params/")]
+    assert names and all(stored[0][n]["shards"] == stored[1][n]["shards"] for n in names)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["init_from=nowhere@3"], "nowhere is no run folder"),
+        (["init_from={trunk}@77"], r"init_from=.*@77: .*allowed are 'last', 'best'"),
+        (["init_from={latest}@best"], "'latest' moves from run to run.*write init_from=/"),
+        (["init_from={trunk}@8", "reset=[optimiser]"], "'optimiser'; allowed: .*mean 'optimizer'"),
+        (["init_from={trunk}@8", "optimizer=lion"], r"its optimizer does not fit .*reset=\[optim"),
+        (["init_from={trunk}@8", "data.seed=5"], r"read other data .*reset=\[data\]"),
+        (["init_from={trunk}@8", "trainer.steps=8"], r"is over at step 8.*reset=\[schedule\]"),
+    ],
+)
+def test_what_does_not_fit(fit, trunk, words, said):
+    words = [word.format(trunk=trunk, latest=trunk.parent / "latest") for word in words]
+    with pytest.raises(ConfigError, match=said):
+        fit(*words)
+
+
+def test_batches_of_another_size_go_on_after_the_last_sample(fit, trunk):
+    branch = fit(f"init_from={trunk}@12", "trainer.steps=14", "trainer.global_batch_size=10")
+    assert "at sample 100 rather than 96" in (branch.path / "train.log").read_text()
+    assert position(branch.path, 14) == 100 + 2 * 10
+    assert np.isfinite(branch.test["loss"])
