@@ -44,6 +44,12 @@ def _composed(overrides: tuple[str, ...]):
 
 
 @pytest.fixture(scope="session")
+def tiny_words():
+    """The overrides of the tiny configuration."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """Composes the tiny configuration with more overrides: ``tiny("trainer.seed=1")``."""
 
