@@ -121,7 +121,7 @@ def _readable(override: str) -> str:
     if section == "init_from":
         value = value.rstrip("/").rsplit("/", 1)[-1]
     # A whole group chosen by name speaks for itself: model=mamba_130m.
-    return _clean(value) if not rest and section in _SECTIONS else _clean(f"{last}_{value}")
+    return _clean(value) if not rest and section in _SECTIONS else f"{_clean(last)}_{_clean(value)}"
 
 
 def _clean(text: str) -> str:
