@@ -1,6 +1,7 @@
 """The settings of a run that build no object: sections trainer, mesh and logger."""
 
 import dataclasses
+import importlib.util
 
 from seqzoo.errors import ConfigError
 
@@ -131,6 +132,11 @@ class LoggerSettings:
     def __post_init__(self) -> None:
         if self.progress not in PROGRESS:
             raise ConfigError(f"logger.progress={self.progress}; allowed: {', '.join(PROGRESS)}")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                "logger.wandb=true needs the package wandb: pip install 'seqzoo[wandb]', or "
+                "make install EXTRA=wandb"
+            )
         if self.wandb_mode not in ("offline", "online"):
             raise ConfigError(f"logger.wandb_mode={self.wandb_mode}; allowed: offline, online")
 
