@@ -35,7 +35,13 @@ def updated(config, batch, *, devices=None, steps=1, seed=0, state=None):
     return arrays, pairs, bool(metrics.finite)
 
 
-WORDS = ("model=mamba_attention", "model.d_model=8", "optimizer=sgd", "optimizer.clip_norm=0.5")
+WORDS = (
+    "model=mamba_attention",
+    "model.n_layers=2",
+    "model.d_model=8",
+    "optimizer=sgd",
+    "optimizer.clip_norm=0.5",
+)
 
 
 def assert_same(one, other, tolerance=1e-6):

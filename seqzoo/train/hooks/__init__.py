@@ -17,7 +17,7 @@ def make_hooks(run: Setup, folder: RunFolder) -> list[Hook]:
     """The hooks that a configuration asks for, beside the progress display."""
     hooks: list[Hook] = []
     if run.logger.tensorboard:
-        hooks.append(TensorBoard(folder.path / "tb"))
+        hooks.append(TensorBoard(folder.path / "tb", folder.attempt))
     if run.logger.wandb:
         hooks.append(Wandb(run.logger, folder, run.config))
     window = run.trainer.profile_window()

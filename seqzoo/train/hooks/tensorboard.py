@@ -10,18 +10,26 @@ class TensorBoard(Hook):
     """Writes what metrics.jsonl and timing.jsonl hold.
 
     A run that goes on from step S tells TensorBoard to forget what an earlier start wrote after S.
+
+    Args:
+        folder: where.
+        attempt: which start of the run this is: two in one second must not share a file.
     """
 
     name = "tensorboard"
 
-    def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+    def __init__(self, folder: pathlib.Path, attempt: int):
+        self._folder, self._attempt = folder, attempt
         self._writer: Any = None
 
     def start(self, step: int) -> None:
         from tensorboardX import SummaryWriter  # not before somebody wants curves
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(
+            str(self._folder),
+            purge_step=step + 1 if step else None,
+            filename_suffix=f".{self._attempt:03d}",
+        )
 
     def line(self, step: int, values: Values, timing: Values) -> None:
         self._write(step, "train", values)
