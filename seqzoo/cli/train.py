@@ -66,11 +66,14 @@ def run(args: argparse.Namespace) -> int:
 def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -> int:
     if not args.force:
         apply_threads(config, overrides, root=args.runs)  # before jax starts
+    from seqzoo.train import processes
     from seqzoo.train.loop import train
 
     result = train(
         config, overrides=overrides, root=args.runs, force=args.force, strict=args.strict
     )
+    if not processes.first():
+        return 0
     if result.status == "finished":
         _report(result.path, args.trust)
     print(f"\n{result}")
@@ -79,12 +82,8 @@ def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -
 
 def _report(path: pathlib.Path, trust: list[str]) -> None:
     """Makes the plots without being asked; a report that fails does not undo a run."""
-    import jax
-
     from seqzoo.eval.report import write_report
 
-    if jax.process_index() != 0:
-        return
     try:
         page = write_report(path, trust=trust)
     except Exception as error:

@@ -39,6 +39,11 @@ def many() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def first() -> bool:
+    """Whether this process speaks for the run; does not start jax's devices."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def barrier(name: str) -> None:
     """Waits for the other processes of this run."""
     if many():
