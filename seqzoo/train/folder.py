@@ -123,6 +123,7 @@ class RunFolder:
         if records:
             self._notice_changes(read_json(records[0]), read_json(records[-1]), now, strict)
         self._status = read_status(self.path)
+        self._status.pop("error", None)
         self._status.update(hash=self.hash, attempt=self.attempt, host=socket.gethostname())
         (self.path / "env").mkdir(exist_ok=True)
         write_text(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(container)))

@@ -1,7 +1,11 @@
 """Compiled programs: announced, kept on disk between runs, refused before memory runs out."""
 
+import contextlib
+import functools
+import hashlib
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from seqzoo.errors import SeqzooError
+from seqzoo.train import environment
 
 CACHE_VARIABLE = "SEQZOO_CACHE"
 
@@ -41,9 +46,25 @@ class Program(NamedTuple):
 
 
 def cache_folder() -> pathlib.Path:
-    """Where executables are kept between processes: under SEQZOO_CACHE, else the user's cache."""
+    """Where executables are kept between processes: under SEQZOO_CACHE, else the user's cache.
+
+    Those of another kind of CPU or another number of threads lie apart: XLA compiles for both, and
+    neither is in the key of jax's cache. A home may be shared by unlike machines.
+    """
     default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
-    return pathlib.Path(os.environ.get(CACHE_VARIABLE, default / "seqzoo")) / "xla"
+    above = pathlib.Path(os.environ.get(CACHE_VARIABLE, default / "seqzoo"))
+    return above / "xla" / f"{_cpu()}-{environment.threads()}"
+
+
+@functools.cache
+def _cpu() -> str:
+    """A short name of this machine's kind of CPU."""
+    told = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        lines = text.split("\n\n")[0].splitlines()
+        told += "".join(line for line in lines if line.startswith(("model name", "flags", "Feat")))
+    return hashlib.sha256(told.encode()).hexdigest()[:10]
 
 
 def use_disk_cache() -> None:

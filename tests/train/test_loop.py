@@ -155,6 +155,20 @@ def test_the_best_and_the_last_two_are_kept(fit):
     assert set(checkpoint.list_steps(path / "checkpoints")) == {best, 20, 24}
 
 
+def test_saving_by_the_clock_changes_nothing(fit, tmp_path):
+    rarely = fit("trainer.save_every=0", "trainer.save_minutes=0").path
+    often = fit("trainer.save_minutes=1e-6", root=tmp_path / "often").path
+    assert checkpoint.list_steps(often / "checkpoints")[-2:] == [11, 12]
+    assert (often / "metrics.jsonl").read_bytes() == (rarely / "metrics.jsonl").read_bytes()
+    assert arrays_of(often, 12) == arrays_of(rarely, 12)
+
+
+def test_an_error_of_an_earlier_start_is_forgotten(fit, stop_at):
+    stop_at(5)
+    status = read_status(fit().path)
+    assert status["state"] == "finished" and "error" not in status
+
+
 def test_rows_of_several_lengths(fit):
     gone = [f"~data.{k}" for k in ("seq_len", "num_kv_pairs", "valid_samples", "test_samples")]
     words = (*gone, "data=mqar_based", "data.vocab_size=32", "data.block=8")
