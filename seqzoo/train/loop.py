@@ -99,7 +99,8 @@ def train(
             if known is None:
                 raise
             raise known from error
-        return Result.of(run, folder, session, tested, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return Result.of(run, folder, session, tested, seconds, overrides)
 
 
 def _fit(session: Session) -> dict[str, float]:
@@ -131,7 +132,12 @@ def _open(config: Mapping[str, Any], overrides: Sequence[str], **options: Any) -
     """Opens the run folder, process 0 before the others."""
     if jax.process_index() != 0:
         processes.barrier("run folder")
-    folder = RunFolder.open(config, overrides, process_index=jax.process_index(), **options)
+    try:
+        folder = RunFolder.open(config, overrides, process_index=jax.process_index(), **options)
+    except OSError as error:
+        raise _known(error, None) or SeqzooError(
+            f"the run folder cannot be written: {error}; --runs names another place"
+        ) from error
     if jax.process_index() == 0:
         processes.barrier("run folder")
     return folder

@@ -4,14 +4,12 @@ import dataclasses
 import os
 import pathlib
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup
-
-if TYPE_CHECKING:
-    from seqzoo.train.session import Session
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +26,7 @@ class Result:
         path: the run folder.
         seconds: from the call to here; 0 for one that was finished before.
         message: of a run that was finished before.
+        next: commands to try.
     """
 
     status: str
@@ -39,16 +38,17 @@ class Result:
     path: pathlib.Path
     seconds: float = 0.0
     message: str = ""
-    text: bool = False
+    next: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls,
         run: Setup,
         folder: RunFolder,
-        session: "Session",
+        session: Session,
         test: Mapping[str, float],
         seconds: float,
+        overrides: Sequence[str] = (),
     ) -> "Result":
         return cls(
             status="finished",
@@ -59,32 +59,38 @@ class Result:
             test=test,
             path=folder.path,
             seconds=seconds,
-            text=run.data.bytes_per_token is not None,
+            next=_next(folder.path, overrides, run.config, run.data.bytes_per_token is not None),
         )
 
     def __str__(self) -> str:
-        path = shlex.quote(os.path.relpath(self.path))
-        if self.message:
-            return f"{self.message}\n\n  {path}\n\n{self._next(path)}"
-        lines = [f"trained {self.step} steps in {_duration(self.seconds)}"]
+        first = f"trained to step {self.step} in {_duration(self.seconds)}"
+        lines = [self.message or first]
         if self.value is not None:
             lines.append(f"valid {self.metric} {self.value:.4g}{self._against_target()}")
         if self.metric in self.test:
             lines.append(f"test  {self.metric} {self.test[self.metric]:.4g}")
-        return "\n".join(lines) + f"\n\n  {path}\n\n{self._next(path)}"
+        lines += ["", f"  {_quoted(self.path)}"]
+        if self.next:
+            lines += ["", "next:", *(f"  {command}" for command in self.next)]
+        return "\n".join(lines)
 
     def _against_target(self) -> str:
         return "" if self.target is None else f" (target {self.target:g})"
 
-    def _next(self, path: str) -> str:
-        commands = [
-            f"seqzoo eval {path}",
-            f"seqzoo report {path}",
-            "seqzoo train trainer.seed=1",
-        ]
-        if self.text:
-            commands.insert(1, f'seqzoo generate {path} --prompt "def "')
-        return "next:\n" + "\n".join(f"  {command}" for command in commands)
+
+def _next(
+    path: pathlib.Path, overrides: Sequence[str], config: Mapping[str, Any], text: bool
+) -> tuple[str, ...]:
+    """What one may want to do with a run of these words."""
+    shown = _quoted(path)
+    kept = [word for word in overrides if not word.lstrip("+").startswith("trainer.seed=")]
+    another = shlex.join([*kept, f"trainer.seed={config['trainer']['seed'] + 1}"])
+    generate = [f'seqzoo generate {shown} --prompt "def "'] if text else []
+    return (f"seqzoo eval {shown}", *generate, f"seqzoo train {another}")
+
+
+def _quoted(path: pathlib.Path) -> str:
+    return shlex.quote(os.path.relpath(path))
 
 
 def finished_before(folder: RunFolder) -> Result:
@@ -100,6 +106,7 @@ def finished_before(folder: RunFolder) -> Result:
         test=status.get("test") or {},
         path=folder.path,
         message=folder.finished() or "",
+        next=(f"seqzoo eval {_quoted(folder.path)}",),
     )
 
 

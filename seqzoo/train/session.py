@@ -95,6 +95,11 @@ class Session:
             self._remember(restored.meta)
             self._saved = (self.step, self._evaluated)
             self.say(f"going on from step {self.step}")
+            if jax.default_backend() != "cpu" and not self.run.trainer.deterministic:
+                self.say(
+                    "exact in data and state, not bitwise: on this device that needs "
+                    "trainer.deterministic=true from the first start"
+                )
         elif branch is not None:
             self.state, self._next_sample = branches.begin(branch, self.run, self._fingerprint)
             self.step = int(self.state.step)

@@ -78,7 +78,7 @@ def test_stopped_and_finished(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, _ = command()
     assert code == 0 and "going on" in (find_runs("runs")[0] / "train.log").read_text()
-    assert "trained 12 steps" in out and "seqzoo eval runs/mqar/" in out
+    assert "trained to step 12" in out and "seqzoo eval runs/mqar/" in out
     code, out, _ = command()
     assert code == 0 and "finished on" in out and "--force runs it again" in out
 
