@@ -20,7 +20,7 @@ from seqzoo.train.hooks.progress import Progress
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result, finished_before
 from seqzoo.train.session import Session
-from seqzoo.train.setup import build_data, setup
+from seqzoo.train.setup import build_data, check_data, setup
 from seqzoo.train.signals import StopRequest
 
 _STATES: dict[type[BaseException], str] = {
@@ -66,6 +66,7 @@ def train(
     warning = precision.prepare(config["trainer"], place.path)
     programs.use_disk_cache()
     run = setup(config, data=data)
+    check_data(run)
     saved = not force and checkpoint.list_steps(place.checkpoints)
     branch = None if saved else branches.find(config)
     opened = _open(

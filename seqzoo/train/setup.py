@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from omegaconf import DictConfig
 
 from seqzoo.config.build import build
-from seqzoo.data.source import Dataset
+from seqzoo.data import pipeline
+from seqzoo.data.source import Dataset, Split
 from seqzoo.errors import ConfigError, suggest
 from seqzoo.nn.sharding import Rules, param_shardings, use_mesh
 from seqzoo.tasks.task import Task
@@ -138,6 +139,27 @@ def setup(
         structure=structure,
         spec=spec,
     )
+
+
+def check_data(run: Setup) -> None:
+    """Asks every split that the run will read for what it will be asked for, and reads nothing.
+
+    Raises:
+        ConfigError: a split is missing or endless, or batches do not fit it.
+    """
+    trainer = run.trainer
+    parts = {"process_count": jax.process_count(), "workers": 0}
+    pipeline.batches(
+        run.data, "train", global_batch_size=trainer.global_batch_size, stop_step=0, **parts
+    ).close()
+    rows = trainer.eval_batch_size or run.microbatch
+    meshes.check_batch(rows, run.spec.mesh, run.spec.rules, "trainer.eval_batch_size")
+    looks: dict[Split, int | None] = {"valid": trainer.eval_samples, "test": trainer.test_samples}
+    for split, samples in looks.items():
+        if samples != 0:
+            pipeline.eval_batches(
+                run.data, split, batch_size=rows, max_samples=samples, **parts
+            ).close()
 
 
 def _checked(task: Task) -> Task:

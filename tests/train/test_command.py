@@ -36,10 +36,11 @@ def command(tiny_words, tmp_path, capsys, monkeypatch):
         ("data.num_kv_pairs=100", "num_kv_pairs"),
         ("model.d_model=0", "d_model"),
         ("init_from=nowhere", "nowhere is no run folder"),
+        ("trainer.eval_batch_size=3", "trainer.eval_batch_size=3 rows cannot be shared by 2"),
     ],
 )
 def test_a_bad_configuration_ends_before_any_work(command, tmp_path, word, said):
-    code, out, err = command(word)
+    code, _, err = command(word, *(["mesh.data=2"] if "eval_batch" in word else []))
     assert code == 2 and said in err and "Traceback" not in err
     assert not (tmp_path / "runs").exists()
 
@@ -52,6 +53,9 @@ def test_a_missing_and_an_empty_file(command, tmp_path):
     (tmp_path / "empty.txt").touch()
     code, _, err = command(*text, "data.path=empty.txt")
     assert code == 2 and "empty.txt" in err
+    (tmp_path / "book.txt").write_text("all work and no play makes Jack a dull boy\n" * 100)
+    code, _, err = command(*text, "data.path=book.txt", "data.test_fraction=0")
+    assert code == 2 and "test" in err
     assert not (tmp_path / "runs").exists()
 
 
