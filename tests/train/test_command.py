@@ -1,6 +1,7 @@
 """`seqzoo train` as a command, in this process: exit codes, and what is said."""
 
 import os
+import resource
 import signal
 
 import pytest
@@ -149,3 +150,28 @@ def _stop_at(monkeypatch, step: int) -> None:
         advance(session)
 
     monkeypatch.setattr(Session, "advance", and_stop)
+
+
+def test_a_full_disk_while_saving_stops_the_run_and_keeps_what_was_saved(command, monkeypatch):
+    save = Session.save
+
+    def save_on_a_full_disk(session):
+        if session.step < 8:
+            return save(session)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no large file from here on
+        try:
+            save(session)
+            session.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    large = "model.d_model=64"
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save", save_on_a_full_disk)
+        code, _, err = command(large)
+    assert code == 1 and "step 8 could not be saved" in err and "The steps [4] stay" in err
+    (path,) = find_runs("runs")
+    assert read_status(path)["state"] == "failed"
+    assert command(large)[0] == 0
+    assert "going on from step 4" in (path / "train.log").read_text()
