@@ -69,8 +69,9 @@ print(json.dumps([digest.hexdigest(), sum(event.endswith("cache_hits") for event
 """
 
 
+@pytest.mark.slow
 def test_an_executable_from_the_disk_gives_the_same_bits(tiny_words, tmp_path):
-    """With XLA's usual optimisation, and dropout."""
+    """With XLA's usual optimisation, and dropout. The short torture shows the same."""
     words = [*tiny_words, "model=mamba_small", "model.dropout=0.1"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     results = []
