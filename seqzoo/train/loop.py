@@ -20,7 +20,7 @@ from seqzoo.train.hooks.progress import Progress
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result, finished_before
 from seqzoo.train.session import Session
-from seqzoo.train.setup import build_data, check_data, setup
+from seqzoo.train.setup import Setup, build_data, check_data, setup
 from seqzoo.train.signals import StopRequest
 
 _STATES: dict[type[BaseException], str] = {
@@ -63,45 +63,48 @@ def train(
     if not force and place.finished():
         return finished_before(place)
     processes.start()
-    warning = precision.prepare(config["trainer"], place.path)
-    programs.use_disk_cache()
-    run = setup(config, data=data)
-    check_data(run)
-    saved = not force and checkpoint.list_steps(place.checkpoints)
-    branch = None if saved else branches.find(config)
-    opened = _open(
-        config,
-        overrides,
-        root=root,
-        force=force,
-        strict=strict,
-        data_fingerprint=fingerprint,
-        layout={"mesh": dict(run.spec.mesh.shape), "microbatches": run.spec.grad_accum_steps},
-    )
-    with opened as folder, StopRequest() as stop:
-        if folder.finished():  # by somebody else, a moment ago
-            return finished_before(folder)
-        progress = Progress(
-            run.logger.progress, steps=run.trainer.steps, metric=run.task.metric, log=folder.log
-        )
-        for text in (*folder.warnings, warning):
-            if text and jax.process_index() == 0:
-                progress.say(f"warning: {text}")
-        session = None
-        try:
-            hooks = make_hooks(run, folder) if jax.process_index() == 0 else []
-            session = Session(run, folder, progress=progress, hooks=hooks, stop=stop)
-            session.begin(branch)
-            tested = _fit(session)
-            session.close()
-        except BaseException as error:
-            known = _known(error, session)
-            _leave(folder, session, known or error)
-            if known is None:
-                raise
-            raise known from error
-        seconds = time.monotonic() - began
-        return Result.of(run, folder, session, tested, seconds, overrides)
+    with StopRequest() as stop:  # after processes.start, which would take our handlers away
+        warning = precision.prepare(config["trainer"], place.path)
+        programs.use_disk_cache()
+        run = setup(config, data=data)
+        check_data(run)
+        saved = not force and checkpoint.list_steps(place.checkpoints)
+        branch = None if saved else branches.find(config)
+        with _open(run, overrides, root, force, strict, fingerprint) as folder:
+            if folder.finished():  # by somebody else, a moment ago
+                return finished_before(folder)
+            progress = Progress(
+                run.logger.progress, steps=run.trainer.steps, metric=run.task.metric, log=folder.log
+            )
+            for text in (*folder.warnings, warning):
+                if text and processes.first():
+                    progress.say(f"warning: {text}")
+            session, tested = _run(run, folder, branch, progress, stop)
+    return Result.of(run, folder, session, tested, time.monotonic() - began, overrides)
+
+
+def _run(
+    run: Setup,
+    folder: RunFolder,
+    branch: branches.Branch | None,
+    progress: Progress,
+    stop: StopRequest,
+) -> tuple[Session, dict[str, float]]:
+    """From the open folder to the test, or to an error that is on record."""
+    session = None
+    try:
+        hooks = make_hooks(run, folder) if processes.first() else []
+        session = Session(run, folder, progress=progress, hooks=hooks, stop=stop)
+        session.begin(branch)
+        tested = _fit(session)
+        session.close()
+        return session, tested
+    except BaseException as error:
+        known = _known(error, session)
+        _leave(folder, session, known or error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _fit(session: Session) -> dict[str, float]:
@@ -129,17 +132,33 @@ def _fit(session: Session) -> dict[str, float]:
     return tested
 
 
-def _open(config: Mapping[str, Any], overrides: Sequence[str], **options: Any) -> RunFolder:
+def _open(
+    run: Setup,
+    overrides: Sequence[str],
+    root: str | os.PathLike,
+    force: bool,
+    strict: bool,
+    fingerprint: str,
+) -> RunFolder:
     """Opens the run folder, process 0 before the others."""
-    if jax.process_index() != 0:
+    if not processes.first():
         processes.barrier("run folder")
     try:
-        folder = RunFolder.open(config, overrides, process_index=jax.process_index(), **options)
+        folder = RunFolder.open(
+            run.config,
+            overrides,
+            root=root,
+            force=force,
+            strict=strict,
+            data_fingerprint=fingerprint,
+            layout={"mesh": dict(run.spec.mesh.shape), "microbatches": run.spec.grad_accum_steps},
+            process_index=jax.process_index(),
+        )
     except OSError as error:
         raise _known(error, None) or SeqzooError(
             f"the run folder cannot be written: {error}; --runs names another place"
         ) from error
-    if jax.process_index() == 0:
+    if processes.first():
         processes.barrier("run folder")
     return folder
 

@@ -15,7 +15,7 @@ from seqzoo.data.source import Split
 from seqzoo.errors import ConfigError, NotFiniteError, suggest
 from seqzoo.train import branch as branches
 from seqzoo.train import mesh as meshes
-from seqzoo.train import programs
+from seqzoo.train import processes, programs
 from seqzoo.train.checkpoint import Checkpointer
 from seqzoo.train.evaluate import evaluate
 from seqzoo.train.folder import RunFolder
@@ -66,7 +66,7 @@ class Session:
         self.best: Best | None = None
         self.reached = False
         self.doing: programs.Program | None = None  # what runs, for the message if memory ends
-        writes = jax.process_index() == 0
+        writes = processes.first()
         self._progress = progress
         self._hooks: list[Hook] = [progress, *hooks] if writes else []
         self._fingerprint = run.data.fingerprint()
@@ -219,6 +219,8 @@ class Session:
         """Saves this step. Nothing that is not finite is saved."""
         self.drain()
         assert self._log is not None
+        with self._timing.paused():
+            self._checkpoints.wait()
         self.folder.phase("save", self.step)
         meta = {
             "data": {"next_sample": self._next_sample, "fingerprint": self._fingerprint},
