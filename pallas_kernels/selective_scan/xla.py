@@ -2,9 +2,8 @@
 
 The forward pass keeps the state at the start of each chunk and nothing else; the backward pass
 computes the states inside a chunk again and walks back through it. The state is held as
-`[b n e]`: channels are contiguous, so that a step is a few wide vector operations. Everything but
-the recurrence itself is done for a whole chunk at once. README.md has the maths, and what was tried
-and measured.
+`[b n e]`: channels are contiguous, so that a step is a few wide vector operations. README.md has
+the maths, and what was tried and measured.
 """
 
 import dataclasses
@@ -134,14 +133,13 @@ def _forward(batched, weights, chunk: int, softplus: bool):
         )
         u_c, B_c, C_c, z_c = (_keep(x, valid_c) for x in (u_c, B_c, C_c, z_c))
         d_c, _ = _step_sizes(delta_c, delta_bias, softplus, valid_c)
-        decay_c = _decays(d_c, At, reset_c)
 
         def token(h, x):
-            decay, du, B, C = x
-            h = decay * h + _n(du) * _e(B)
+            d, u, B, C, reset = x
+            h = _decays(d, At, reset) * h + _n(d * u) * _e(B)
             return h, einsum("bne,bn->be", h, C)
 
-        last, y_c = jax.lax.scan(token, h, (decay_c, d_c * u_c, B_c, C_c))
+        last, y_c = jax.lax.scan(token, h, (d_c, u_c, B_c, C_c, reset_c))
         if D is not None:
             y_c = y_c + D.astype(dtype) * u_c
         if z_c is not None:
@@ -243,10 +241,10 @@ def _e(x):
     return x[..., None]
 
 
-def _decays(d_c, At, reset_c):
-    """exp(d A) of a chunk, `[c b n e]`; 0 where a document begins."""
-    decay_c = jnp.exp(_n(d_c) * At)
-    return decay_c if reset_c is None else jnp.where(reset_c[..., None, None], 0, decay_c)
+def _decays(d, At, reset):
+    """exp(d A) `[... b n e]`; 0 where a document begins."""
+    decay = jnp.exp(_n(d) * At)
+    return decay if reset is None else jnp.where(reset[..., None, None], 0, decay)
 
 
 def _step_sizes(delta_c, delta_bias, softplus: bool, valid_c):

@@ -158,6 +158,7 @@ def test_a_full_disk_while_saving_stops_the_run_and_keeps_what_was_saved(command
     def save_on_a_full_disk(session):
         if session.step < 8:
             return save(session)
+        session.wait()  # step 4 is on disk before the disk is full
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # no large file from here on
         try:
