@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.core.costs import Device
 
 
 class Measured(NamedTuple):
@@ -96,8 +99,23 @@ def times_faster(slow: Measured, fast: Measured) -> float:
     return float(np.median(np.divide(slow.seconds, fast.seconds)))
 
 
-def copy_bandwidth(*, megabytes: int = 256, rounds: int = 5) -> float:
-    """Bytes per second that this machine reads and writes while copying one large array."""
-    array = jax.numpy.ones((megabytes * 2**20 // 4,), jax.numpy.float32)
-    measured = take_turns({"copy": lambda x: x + 1}, (array,), rounds=rounds)["copy"]
-    return 2 * array.nbytes / min(measured.seconds)
+def this_machine(*, megabytes: int = 64, rounds: int = 9) -> Device:
+    """What this machine does at best, measured: for one that is in no table (a CPU).
+
+    A large copy for bytes (what is read and what is written count), a float32 matrix product, and
+    an exponential of an array that stays in the cache.
+    """
+    large = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
+    square = jnp.ones((1024, 1024), jnp.float32)
+    small = jnp.ones((2**16,), jnp.float32)
+    # Many passes over the small array in one call, or the call itself is what is measured.
+    passes = lambda f: lambda x: jax.lax.fori_loop(0, 200, lambda _, x: f(x), x)
+    best = lambda f, x: min(take_turns({"": f}, (x,), rounds=rounds)[""].seconds)
+    product = 2 * 1024**3 / best(lambda x: x @ x, square)
+    exponentials = 200 * small.size / best(passes(lambda x: jnp.exp(-x)), small)
+    return Device(
+        flops=product,
+        flops_f32=product,
+        bandwidth=2 * large.nbytes / best(lambda x: x + 1, large),
+        transcendentals=exponentials,
+    )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 
 class Cost(NamedTuple):
@@ -39,18 +39,23 @@ class Device(NamedTuple):
         flops: operations per second in bfloat16 on the matrix units.
         flops_f32: in float32 (TF32 on NVIDIA's).
         bandwidth: bytes per second to its memory.
+        vector: operations per second in float32 outside the matrix units; None = not published.
+        transcendentals: exponentials per second; None = not published.
     """
 
     flops: float
     flops_f32: float
     bandwidth: float
+    vector: float | None = None
+    transcendentals: float | None = None
 
 
-# Vendors' data sheets, by jax's device_kind.
+# Vendors' data sheets, by jax's device_kind. NVIDIA's exponentials: 16 per clock and multiprocessor
+# (132 at 1.755 GHz; the A100 108 at 1.41). A CPU is not here: bench.this_machine measures it.
 DEVICES = {
-    "NVIDIA H100 80GB HBM3": Device(989e12, 494e12, 3.35e12),
-    "NVIDIA H200": Device(989e12, 494e12, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": Device(312e12, 156e12, 2.04e12),
+    "NVIDIA H100 80GB HBM3": Device(989e12, 494e12, 3.35e12, 67e12, 3.7e12),
+    "NVIDIA H200": Device(989e12, 494e12, 4.8e12, 67e12, 3.7e12),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, 156e12, 2.04e12, 19.5e12, 2.4e12),
     "TPU v4": Device(275e12, 69e12, 1.23e12),
     "TPU v5 lite": Device(197e12, 49e12, 0.82e12),
     "TPU v5": Device(459e12, 115e12, 2.77e12),
@@ -64,10 +69,25 @@ def device(kind: str) -> Device | None:
     return DEVICES.get(kind)
 
 
-def roofline(cost: Cost, on: Device, *, dtype: str = "bfloat16") -> float:
-    """Seconds that a device needs at least: for its operations or its bytes, the larger."""
+def roofline(
+    cost: Cost, on: Device, *, dtype: str = "bfloat16", matrix_units: bool = True
+) -> float:
+    """Seconds that a device needs at least: the longest of what binds it.
+
+    Args:
+        cost: of the call.
+        on: the device.
+        dtype: of matrix products.
+        matrix_units: whether the operations are matrix products; else (a scan, say) they are
+            elementwise, and only the published rates count.
+    """
     rate = on.flops if dtype == "bfloat16" else on.flops_f32
-    return max(cost.flops / rate, cost.bytes / on.bandwidth)
+    rates = (
+        (cost.bytes, on.bandwidth),
+        (cost.flops, rate if matrix_units else on.vector),
+        (cost.transcendentals, on.transcendentals),
+    )
+    return max(work / rate for work, rate in rates if rate is not None)
 
 
 _TRANSCENDENTAL = {
@@ -125,13 +145,15 @@ def _of_equation(equation: Any) -> Cost:
         return _of_jaxpr(params["body_jaxpr"].jaxpr)
     if name == "cond":
         return max((_of_jaxpr(b.jaxpr) for b in params["branches"]), key=lambda c: c.flops)
-    inner = [_open(value) for value in _subjaxprs(name, params)]
-    if inner:
+    if name == "reduce":  # several sums at once
+        return Cost(flops=sum(_size(v.aval) for v in equation.invars))
+    inside = [_open(value) for value in _subjaxprs(name, params)]
+    if inside:
         total = Cost()
-        for jaxpr in inner:
+        for jaxpr in inside:
             total = total + _of_jaxpr(jaxpr)
-        return total.times(_devices(name, params))
-    if not any(np.issubdtype(v.aval.dtype, np.inexact) for v in equation.outvars):
+        return total.times(_times(name, params))
+    if not any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars):
         return Cost()
     if name in _TRANSCENDENTAL:
         size = _size(equation.outvars[0].aval)
@@ -150,9 +172,11 @@ def _subjaxprs(name: str, params: dict[str, Any]) -> list:
     return [value for key, value in params.items() if key in ("jaxpr", "call_jaxpr")]
 
 
-def _devices(name: str, params: dict[str, Any]) -> int:
-    """Inside shard_map a jaxpr is one device's part."""
-    return params["mesh"].size if name == "shard_map" else 1
+def _times(name: str, params: dict[str, Any]) -> float:
+    """How often a jaxpr inside runs: shard_map's on every device, a kernel's in every program."""
+    if name == "shard_map":
+        return params["mesh"].size
+    return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1
 
 
 def _open(jaxpr: Any) -> Any:
