@@ -74,7 +74,7 @@ def draw():
         value = float(row["bits_per_byte"])
         axes.axhline(value, color="0.6", lw=0.8, ls="--")
         axes.text(0, value, f" {row['baseline']} (test)", va="bottom", fontsize=7, color="0.4")
-    axes.set(xlabel="million bytes read", ylabel="bits per byte", ylim=(1.35, 2.6))
+    axes.set(xlabel="million bytes read", ylabel="bits per byte", xlim=(0, None), ylim=(1.35, 2.6))
     axes.legend(fontsize=8)
     figure.savefig(HERE / "bits_per_byte.png", dpi=130)
 
