@@ -6,15 +6,34 @@
 Imports jax and numpy only. `implementation=None` takes the best form for the platform.
 """
 
+from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
+from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
+from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
+from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attention
 
-OPERATORS = {"selective_scan": selective_scan, "short_conv": short_conv}
+OPERATORS = {
+    "chunk_attention": chunk_attention,
+    "gla": gla,
+    "selective_scan": selective_scan,
+    "short_conv": short_conv,
+    "simple_gla": simple_gla,
+    "taylor_attention": taylor_attention,
+}
 
 __all__ = [
     "OPERATORS",
+    "ChunkAttentionState",
+    "GLAState",
     "SelectiveScanState",
     "ShortConvState",
+    "SimpleGLAState",
+    "TaylorAttentionState",
+    "chunk_attention",
+    "gla",
     "selective_scan",
     "short_conv",
+    "simple_gla",
+    "taylor_attention",
 ]

@@ -54,6 +54,8 @@ class ArgSpec:
         given: the optional arguments that are there.
         options: static keywords.
         tags: "test", "extreme" (values at the edge of the domain), "bench".
+        settle: makes of a state of random floats and zero integers, and a generator, one that a
+            stream can be in; None = it is one.
     """
 
     name: str
@@ -62,6 +64,7 @@ class ArgSpec:
     given: tuple[str, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tags: frozenset[str] = frozenset({"test"})
+    settle: Callable[[Any, np.random.Generator], Any] | None = None
 
 
 class Case(NamedTuple):
@@ -139,6 +142,8 @@ def draw_case(
         return (values * (not fresh)).astype(x.dtype)
 
     state_before = jax.tree.map(before, state)
+    if spec.settle is not None and not fresh:
+        state_before = spec.settle(state_before, rng)
     segment_ids = None
     if documents:
         segment_ids, last_id = packed_rows(sizes["b"], length, rng)

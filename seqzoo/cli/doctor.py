@@ -98,7 +98,8 @@ def operators() -> dict[str, dict[str, str | None]]:
     found = {}
     for name, op in OPERATORS.items():
         shapes = [tuple(_SIZES[letter] for letter in one) for one in op.axes.arguments]
-        found[name] = explain(op, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+        arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+        found[name] = explain(op, *arrays, **getattr(op, "options", {}))
     return found
 
 

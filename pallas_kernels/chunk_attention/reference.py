@@ -1,0 +1,65 @@
+"""chunk_attention by its definition: a masked softmax over everything, a ring that takes tokens.
+
+Slow and obvious.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.segments import boundaries
+
+
+def refuses(shapes, device_kind) -> None:
+    """Serves every call."""
+    del shapes, device_kind
+
+
+def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, config):
+    """See `chunk_attention`; the ring `[b l g k]`, `[b l g v]` in the dtype to compute in."""
+    del config
+    dtype, out_dtype = ring_k.dtype, q.dtype
+    b, t, h, _ = q.shape
+    if segment_ids is None:
+        reset, valid = jnp.zeros((b, t), bool), jnp.ones((b, t), bool)
+    else:
+        reset, valid, last_id = boundaries(segment_ids, last_id)
+    q, k, v = (jnp.where(valid[:, :, None, None], x, 0).astype(dtype) for x in (q, k, v))
+
+    # Every key with its document (0 = the one of the state) and its position in it.
+    slots = jnp.arange(window - 1)
+    reached = count[:, None] - 1
+    ring_position = reached - (reached - slots) % max(window - 1, 1)
+    ring_document = jnp.where(ring_position >= 0, 0, -1)
+
+    def token(carry, inputs):
+        ring_k, ring_v, count, document = carry
+        k_t, v_t, reset_t, valid_t = inputs
+        document = document + reset_t
+        fresh = lambda ring: jnp.where(reset_t[:, None, None, None], 0, ring)
+        ring_k, ring_v, place = fresh(ring_k), fresh(ring_v), jnp.where(reset_t, 0, count)
+        if window > 1:
+            here = (slots == place[:, None] % (window - 1)) & valid_t[:, None]  # [b l]
+            ring_k = jnp.where(here[..., None, None], k_t[:, None], ring_k)
+            ring_v = jnp.where(here[..., None, None], v_t[:, None], ring_v)
+        return (ring_k, ring_v, place + valid_t, document), (place, document)
+
+    by_time = lambda x: jnp.swapaxes(x, 0, 1)
+    before = (ring_k, ring_v, count, jnp.zeros_like(count))
+    tokens = tuple(map(by_time, (k, v, reset, valid)))
+    (after_k, after_v, after, _), (position, document) = jax.lax.scan(token, before, tokens)
+    position, document = by_time(position), by_time(document)
+
+    keys = jnp.repeat(jnp.concatenate([ring_k, k], axis=1), h // k.shape[2], axis=2)
+    values = jnp.repeat(jnp.concatenate([ring_v, v], axis=1), h // k.shape[2], axis=2)
+    key_document = jnp.concatenate([ring_document, jnp.where(valid, document, -1)], axis=1)
+    key_position = jnp.concatenate([ring_position, position], axis=1)
+    lag = position[:, :, None] - key_position[:, None, :]
+    seen = (document[:, :, None] == key_document[:, None, :]) & (lag >= 0) & (lag < window)
+    seen = seen[:, None]  # [b h t s]
+    scores = jnp.where(seen, scale * jnp.einsum("bthk,bshk->bhts", q, keys), -jnp.inf)
+    largest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(largest > -jnp.inf, largest, 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1)
+    y = jnp.where(valid[:, :, None, None], jnp.einsum("bhts,bshv->bthv", weights, values), 0)
+    return y.astype(out_dtype), after_k, after_v, after, last_id

@@ -1,0 +1,148 @@
+"""chunk_attention passes the operators' suite, and keeps its ring as it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import ChunkAttentionState, chunk_attention
+from pallas_kernels.chunk_attention.arg_specs import named
+from pallas_kernels.chunk_attention.xla import XlaConfig
+from pallas_kernels.core import bench, testing
+
+GROUPED, ALONE, WIDE = map(named, ("grouped", "alone", "wide"))
+
+
+@pytest.mark.parametrize("length", testing.FAST_LENGTHS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("spec", [GROUPED, ALONE, WIDE], ids=lambda s: s.name)
+def test_agrees(spec, documents, length):
+    testing.check_agrees(chunk_attention, spec, length, documents=documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", testing.SLOW_LENGTHS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("spec", [GROUPED, ALONE, WIDE], ids=lambda s: s.name)
+def test_agrees_at_more_lengths(spec, dtype, length):
+    testing.check_agrees(chunk_attention, spec, length, dtype=dtype, documents=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_agrees_in_other_precisions(dtype):
+    testing.check_agrees(chunk_attention, GROUPED, 130, dtype=dtype, documents=True)
+
+
+def test_state_dtypes():
+    testing.check_state_dtypes(chunk_attention, GROUPED)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_documents_alone(implementation):
+    testing.check_documents_alone(chunk_attention, GROUPED, 130, implementation=implementation)
+
+
+def test_padding_only():
+    testing.check_padding_only(chunk_attention, GROUPED)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_hand_off(documents):
+    testing.check_hand_off(chunk_attention, GROUPED, 130, 51, documents=documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 19, 20, 64, 129])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_hand_off_at_more_cuts(documents, cut):
+    testing.check_hand_off(chunk_attention, GROUPED, 130, cut, documents=documents)
+
+
+def test_vmap():
+    testing.check_vmap(chunk_attention, GROUPED, 37)
+
+
+def test_deterministic():
+    testing.check_deterministic(chunk_attention, GROUPED, 130)
+
+
+def test_program_size():
+    testing.check_program_size(chunk_attention, GROUPED, 130, 1001, 20_001)
+
+
+@pytest.mark.slow
+def test_configs():
+    configs = tuple(XlaConfig(block=block) for block in (1, 7, 64, 1000))
+    testing.check_configs(chunk_attention, GROUPED, 130, configs)
+
+
+def test_a_prompt_and_steps_leave_the_same_ring():
+    """Token n lies in slot n mod l, whoever wrote it; a step writes one slot."""
+    case = testing.draw_case(chunk_attention, GROUPED, 30, fresh=True)
+    q, k, v = case.arrays.values()
+    step = jax.jit(lambda q, k, v, s: chunk_attention(q, k, v, window=8, initial_state=s))
+    y, state = chunk_attention(q, k, v, window=8)
+    _, stepped = chunk_attention(q[:, :11], k[:, :11], v[:, :11], window=8)
+    outputs = []
+    for i in range(11, 30):
+        before = stepped
+        y_t, stepped = step(*(x[:, i : i + 1] for x in (q, k, v)), stepped)
+        outputs.append(y_t)
+        assert np.sum(np.any(before.k != stepped.k, axis=(0, 2, 3))) == 1
+    np.testing.assert_array_equal(state.count, 30)
+    for got, want in zip(stepped, state, strict=True):
+        np.testing.assert_array_equal(got, want)
+    for n in range(23, 30):
+        np.testing.assert_array_equal(state.k[:, n % 7], k[:, n])
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), y[:, 11:], atol=1e-6)
+
+
+def test_a_window_of_one_gives_the_values():
+    case = testing.draw_case(chunk_attention, ALONE, 9)
+    y, state = chunk_attention(**case.arrays, window=1)
+    np.testing.assert_allclose(y, case.arrays["v"], rtol=1e-6)
+    assert state.k.shape == (4, 0, 2, 4)
+
+
+def test_memory_is_tokens_times_window_at_most():
+    """Forward and gradients; nothing is run."""
+
+    def temporaries(t):
+        shape = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+        program = bench.forward_and_gradients(lambda *a: chunk_attention(*a, window=256))
+        return bench.compile_(program, *(shape,) * 4)[1].temp_bytes
+
+    short, long = temporaries(2048), temporaries(8192)
+    assert long - short < 6144 * 2 * 256 * 4 / 2  # half a float per pair in sight
+
+
+@pytest.mark.parametrize(
+    "window, error, message",
+    [
+        (0, ValueError, "window=0; it must be at least 1"),
+        (-3, ValueError, "window=-3"),
+        (2.0, TypeError, "window is 2.0; it must be an integer"),
+    ],
+)
+def test_bad_windows(window, error, message):
+    x = jnp.zeros((1, 3, 2, 4))
+    with pytest.raises(error, match=message):
+        chunk_attention(x, x, x, window=window)
+
+
+def test_bad_shapes():
+    x = jnp.zeros((1, 3, 2, 4))
+    with pytest.raises(ValueError, match="q has 3 heads and k 2"):
+        chunk_attention(jnp.zeros((1, 3, 3, 4)), x, x, window=2)
+    _, state = chunk_attention(x, x, x, window=3)
+    with pytest.raises(ValueError, match=r"initial_state_k has shape \(1, 2, 2, 4\)"):
+        chunk_attention(x, x, x, window=4, initial_state=state)
+    with pytest.raises(ValueError, match="count of initial_state is float32"):
+        chunk_attention(x, x, x, window=3, initial_state=state._replace(count=jnp.zeros(1)))
+
+
+def test_no_tokens():
+    x = jnp.zeros((2, 0, 2, 4))
+    y, state = chunk_attention(x, x, x, window=3)
+    assert y.shape == (2, 0, 2, 4)
+    assert isinstance(state, ChunkAttentionState) and state.k.shape == (2, 2, 2, 4)
