@@ -1,0 +1,166 @@
+"""taylor_attention passes the operators' suite, in both forms; its memory; its bad settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import TaylorAttentionState, taylor_attention
+from pallas_kernels.core import bench, testing
+from pallas_kernels.taylor_attention.arg_specs import named
+from pallas_kernels.taylor_attention.features import (
+    feature_count,
+    features,
+    features_by_definition,
+)
+from pallas_kernels.taylor_attention.xla import XlaConfig
+
+WHOLE, UNDIVIDED, ONE_WIDE, EXTREME = map(named, ("whole", "undivided", "one_wide", "extreme"))
+# Lengths up to 150 + 2 f are the quadratic form's, so chunks must be asked for.
+CHUNKED = XlaConfig(chunk=37, rows=2)
+WRONG_STATE = TaylorAttentionState(
+    jnp.zeros((3, 1, 7, 2)), jnp.zeros((3, 1, 6)), jnp.zeros(3, jnp.int32)
+)
+FORMS = pytest.mark.parametrize("config", [None, CHUNKED], ids=["quadratic", "chunked"])
+
+
+@pytest.mark.parametrize("length", testing.FAST_LENGTHS)
+@FORMS
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_agrees(documents, config, length):
+    testing.check_agrees(taylor_attention, WHOLE, length, documents=documents, config=config)
+
+
+@pytest.mark.parametrize("spec", [UNDIVIDED, ONE_WIDE], ids=lambda s: s.name)
+@FORMS
+def test_agrees_with_other_settings(config, spec):
+    testing.check_agrees(taylor_attention, spec, 130, documents=True, config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", testing.SLOW_LENGTHS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@FORMS
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_agrees_at_more_lengths(documents, config, dtype, length):
+    testing.check_agrees(
+        taylor_attention, WHOLE, length, dtype=dtype, documents=documents, config=config
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+@FORMS
+def test_agrees_in_other_precisions(config, dtype):
+    """In float64 chunked = recurrent to 1e-12 (the suite's own tolerance)."""
+    testing.check_agrees(taylor_attention, WHOLE, 130, dtype=dtype, documents=True, config=config)
+
+
+@FORMS
+def test_agrees_at_the_edge_of_the_domain(config):
+    testing.check_agrees(taylor_attention, EXTREME, 130, documents=True, config=config)
+
+
+def test_state_dtypes():
+    testing.check_state_dtypes(taylor_attention, WHOLE)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [dict(implementation="reference"), dict(), dict(config=CHUNKED)],
+    ids=["reference", "quadratic", "chunked"],
+)
+def test_documents_alone(how):
+    testing.check_documents_alone(taylor_attention, WHOLE, 130, **how)
+
+
+@FORMS
+def test_padding_only(config):
+    testing.check_padding_only(taylor_attention, WHOLE, config=config)
+
+
+@FORMS
+def test_hand_off(config):
+    testing.check_hand_off(taylor_attention, WHOLE, 130, 51, documents=True, config=config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 37, 74, 129])
+def test_hand_off_at_more_cuts(cut):
+    testing.check_hand_off(taylor_attention, WHOLE, 130, cut, documents=True, config=CHUNKED)
+
+
+@FORMS
+def test_vmap(config):
+    testing.check_vmap(taylor_attention, WHOLE, 37, config=config)
+
+
+@FORMS
+def test_deterministic(config):
+    testing.check_deterministic(taylor_attention, WHOLE, 130, config=config)
+
+
+def test_program_size():
+    testing.check_program_size(taylor_attention, WHOLE, 1030, 20_001)
+
+
+@pytest.mark.slow
+def test_configs():
+    configs = [XlaConfig(form="quadratic", rows=1), XlaConfig(chunk=1), XlaConfig(chunk=500)]
+    testing.check_configs(taylor_attention, WHOLE, 130, tuple(configs))
+
+
+def test_the_form_follows_from_length_and_features():
+    sizes = dict(b=4, h=4, k=16, v=64)
+    of = lambda t: XlaConfig.heuristic({**sizes, "t": t}, "cpu")
+    assert (of(456).form, of(457).form) == ("quadratic", "chunked")
+    assert (of(64).rows, of(256).rows) == (4, 2)
+    assert XlaConfig.heuristic({**sizes, "t": 256}, "NVIDIA H100 80GB HBM3").rows is None
+
+
+def test_features_are_packed():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(7, 16)), jnp.float32) for _ in range(2))
+    s = jnp.sum(q * k, axis=-1)
+    assert features(q).shape == (7, 153) == (7, feature_count(16))
+    np.testing.assert_allclose(features(q), features_by_definition(q), rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.sum(features(q) * features(k), axis=-1), 1 + s + s * s / 2, rtol=2e-6, atol=1e-5
+    )
+
+
+def test_temporaries_are_small():
+    """Under 1/8 of what 273-wide features of q and k take; measured: a hundredth of it."""
+    t, h = 32_768, 4
+    of = lambda width: jax.ShapeDtypeStruct((1, t, h, width), jnp.float32)
+    program = bench.forward_and_gradients(taylor_attention)
+    _, memory = bench.compile_(program, of(64), of(16), of(16), of(64))
+    assert memory.temp_bytes < 2 * 4 * t * h * 273 / 8
+
+
+@pytest.mark.parametrize("k", [0, 65])
+def test_widths_that_the_map_cannot_serve(k):
+    x = jnp.zeros((1, 3, 1, k))
+    with pytest.raises(
+        ValueError, match=f"width of queries and keys is {k}, .* allowed are 1 to 64"
+    ):
+        taylor_attention(x, x, jnp.zeros((1, 3, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        (dict(eps=-1.0), "eps is -1.0; it must be at least 0"),
+        (dict(config=XlaConfig(chunk=1, rows=2)), "rows is 2, no divisor of a batch of 3"),
+        (dict(initial_state=WRONG_STATE), "initial_state_kv has shape"),
+    ],
+)
+def test_bad_calls(keywords, message):
+    x = jnp.zeros((3, 4, 1, 2))
+    with pytest.raises(ValueError, match=message):
+        taylor_attention(x, x, x, **keywords)
+
+
+@pytest.mark.parametrize("keywords", [dict(form="linear"), dict(chunk=0)])
+def test_bad_configs(keywords):
+    with pytest.raises(ValueError, match="form must be one of chunked, quadratic"):
+        XlaConfig(**keywords)
