@@ -4,7 +4,9 @@ The contract (docs/add_a_mixer.md) is tested for every one by seqzoo/testing/mix
 """
 
 from seqzoo.mixers.attention import Attention
+from seqzoo.mixers.base_conv import BaseConv
 from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
+from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 
-__all__ = ["Attention", "Identity", "Mamba"]
+__all__ = ["Attention", "BaseConv", "Identity", "Mamba", "SlidingWindowAttention"]
