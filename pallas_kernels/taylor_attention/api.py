@@ -105,12 +105,9 @@ def taylor_attention(
         kv, z = kv.astype(dtype), z.astype(dtype)
     segment_ids, last_id = check_documents("taylor_attention", sizes, segment_ids, last_id)
     if sizes["t"] == 0:
-        empty = (
-            (jnp.zeros([sizes[x] for x in letters], dtype) for letters in ("bhfv", "bhf"))
-            if kv is None
-            else (kv, z)
-        )
-        return v, TaylorAttentionState(*empty, last_id)
+        if kv is None or z is None:
+            kv, z = (jnp.zeros([sizes[x] for x in letters], dtype) for letters in ("bhfv", "bhf"))
+        return v, TaylorAttentionState(kv, z, last_id)
     y, kv, z, last_id = dispatch.call(
         "taylor_attention",
         FORMS,

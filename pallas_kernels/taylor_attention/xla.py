@@ -226,7 +226,8 @@ def _forward(q, k, v, state, places, *, how: _How):
     def one_chunk(carry, i):
         state, y, z = carry
         masks = _masks_of(i, places, how.chunk)
-        q_c, k_c, v1 = _prepared(*_cut(i, how.chunk, q, k, v), masks.valid, how)
+        q_c, k_c, v_c = _cut(i, how.chunk, q, k, v)
+        q_c, k_c, v1 = _prepared(q_c, k_c, v_c, masks.valid, how)
         o1 = _products(_weights(_scores(q_c, k_c), masks), v1) + _read(q_c, state, masks)
         o1 = _tokens_first(o1)
         y = _write(y, _divide(o1, masks.valid, how), i)
@@ -242,8 +243,9 @@ def _backward(q, k, v, state, places, y, z, dy, dlast, *, how: _How):
 
     def chunk_of(i):
         masks = _masks_of(i, places, how.chunk)
-        q_c, k_c, v1 = _prepared(*_cut(i, how.chunk, q, k, v), masks.valid, how)
-        do1 = _sums_gradient(*_cut(i, how.chunk, dy, y, z), masks.valid, how)
+        q_c, k_c, v_c, dy_c, y_c, z_c = _cut(i, how.chunk, q, k, v, dy, y, z)
+        q_c, k_c, v1 = _prepared(q_c, k_c, v_c, masks.valid, how)
+        do1 = _sums_gradient(dy_c, y_c, z_c, masks.valid, how)
         s = _scores(q_c, k_c)
         return masks, q_c, k_c, v1, do1, s, _scores_gradient(s, v1, do1, masks)
 
