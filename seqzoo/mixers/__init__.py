@@ -5,8 +5,9 @@ The contract (docs/add_a_mixer.md) is tested for every one by seqzoo/testing/mix
 
 from seqzoo.mixers.attention import Attention
 from seqzoo.mixers.base_conv import BaseConv
+from seqzoo.mixers.based import Based
 from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 
-__all__ = ["Attention", "BaseConv", "Identity", "Mamba", "SlidingWindowAttention"]
+__all__ = ["Attention", "BaseConv", "Based", "Identity", "Mamba", "SlidingWindowAttention"]
