@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.core import chunks
 from pallas_kernels.core.chunks import Plan
@@ -30,58 +31,101 @@ class Masks(NamedTuple):
     through: jax.Array | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def over_chunks(rule: Callable, how: Any, inputs: tuple, s: jax.Array, plan: Plan):
+def over_chunks(
+    rule: Callable, how: Any, inputs: tuple, s: jax.Array, plan: Plan, chunk: int
+) -> tuple[jax.Array, jax.Array]:
     """Runs `rule(how, s, one chunk's inputs, masks) -> (s, y)` over all chunks in order.
 
     Args:
         rule: a function of a module (hashable, and equal from call to call) of s `[b h k v]` and
-            inputs `[b h c ...]`; gives s after the chunk and y `[b h c v]`.
+            inputs `[b h c ...]`, 0 where there is no token; gives s after the chunk and y
+            `[b h c v]`.
         how: static numbers for the rule, hashable.
-        inputs: arrays `[n b h c ...]`.
+        inputs: arrays `[b t h ...]`.
         s: `[b h k v]`, with memories `[b m h k v]`.
         plan: from `chunks.plan`.
+        chunk: tokens per chunk.
 
     Returns:
-        y `[n b h c v]` and the last state. Differentiable in inputs and s.
+        y `[b t h v]`, 0 where there is no token, and the last state. Differentiable in inputs and
+        s.
     """
-    return _forward(rule, how, inputs, s, plan)[0]
+    t = inputs[0].shape[1]
+    fill = lambda x: jnp.pad(x, [(0, -t % chunk * (i == 1)) for i in range(x.ndim)])
+    y, s = _over_chunks(rule, how, chunk, tuple(map(fill, inputs)), s, plan)
+    return y[:, :t], s
 
 
-def _forward(rule, how, inputs, s, plan):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _over_chunks(rule, how, chunk, inputs, s, plan):
+    return _forward(rule, how, chunk, inputs, s, plan)[0]
+
+
+def _forward(rule, how, chunk, inputs, s, plan):
     def step(s, x):
-        inputs, document = x
-        after, y = rule(how, s, inputs, _masks(document, inputs))
-        return after, (y, s)
+        i, valid, document = x
+        after, y = rule(how, s, _cut(inputs, i, chunk, valid), _masks(document, chunk))
+        return after, (_uncut(y, valid), s)
 
-    last, (y, starts) = chunks.carry(step, s, (inputs, plan.document), plan.memory)
-    return (y, last), (inputs, starts, plan)
+    last, (y, starts) = chunks.carry(step, s, _numbered(inputs, chunk, plan), plan.memory)
+    return (_join(y), last), (inputs, starts, plan)
 
 
-def _backward(rule, how, residuals, cotangents):
+def _backward(rule, how, chunk, residuals, cotangents):
     inputs, starts, plan = residuals
     dy, ds = cotangents
 
     def step(ds, x):
-        inputs, s, dy, document = x
-        _, pull = jax.vjp(
-            lambda s, inputs: rule(how, s, inputs, _masks(document, inputs)), s, inputs
-        )
-        return pull((ds, dy))
+        s, (i, valid, document) = x
+        run = functools.partial(rule, how, masks=_masks(document, chunk))
+        _, pull = jax.vjp(run, s, _cut(inputs, i, chunk, valid))
+        ds, dinputs = pull((ds, *_cut((dy,), i, chunk, valid)))
+        return ds, tuple(_uncut(x, valid) for x in dinputs)
 
-    backward = (inputs, starts, dy, plan.document)
-    ds, dinputs = chunks.carry(step, ds, backward, plan.memory, reverse=True)
-    return dinputs, ds, None
-
-
-over_chunks.defvjp(_forward, _backward)
+    x = (starts, _numbered(inputs, chunk, plan))
+    ds, dinputs = chunks.carry(step, ds, x, plan.memory, reverse=True)
+    return tuple(map(_join, dinputs)), ds, None
 
 
-def _masks(document: jax.Array | None, inputs: tuple) -> Masks:
+_over_chunks.defvjp(_forward, _backward)
+
+
+def _numbered(inputs: tuple, chunk: int, plan: Plan) -> tuple:
+    """What a step is told of its chunk: its number, where there are tokens, its documents."""
+    return jnp.arange(inputs[0].shape[1] // chunk), plan.valid, plan.document
+
+
+def _cut(arrays: tuple, i: jax.Array, chunk: int, valid: jax.Array | None) -> tuple:
+    """Chunk i of `[b t h ...]` arrays as `[b h c ...]`; 0 where there is no token.
+
+    Cut out of the whole array and turned around then: turning the whole would be one more copy.
+    """
+    parts = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in arrays)
+    return tuple(jnp.swapaxes(_tokens(x, valid), 1, 2) for x in parts)
+
+
+def _uncut(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`[b h c ...]` as `[b c h ...]`, 0 where there is no token."""
+    return _tokens(jnp.swapaxes(x, 1, 2), valid)
+
+
+def _tokens(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """`[b c ...]` with 0 where there is no token, whatever stands there."""
+    if valid is None:
+        return x
+    return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - 2)), x, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """`[n b c h ...]` as `[b t h ...]`."""
+    n, b, c, *rest = x.shape
+    return jnp.swapaxes(x, 0, 1).reshape(b, n * c, *rest)
+
+
+def _masks(document: jax.Array | None, chunk: int) -> Masks:
     """Of one chunk, from its `[b c]`; where there is no token, inputs are 0 already."""
-    c = inputs[0].shape[2]
     if document is None:
-        return Masks(chunks.sees(Plan(None, None, None), c), None, None, None)
+        return Masks(chunks.sees(Plan(None, None, None), chunk), None, None, None)
     plan = Plan(None, document[None], None)
-    parts = (chunks.sees(plan, c), chunks.sees_start(plan), chunks.reaches_end(plan))
+    parts = (chunks.sees(plan, chunk), chunks.sees_start(plan), chunks.reaches_end(plan))
     return Masks(*(x[0] for x in (*parts, chunks.start_reaches_end(plan))))

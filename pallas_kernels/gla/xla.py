@@ -47,11 +47,8 @@ def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
     chunk = min(config.chunk, 1 << (t - 1).bit_length())  # the power of two that holds t
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory)
-    q, k, v, g = (chunks.cut(x, chunk, plan) for x in (q, k, v, g))
-    y, s = over_chunks(_chunk, scale, (q, k, v, g), s, plan)
-    if plan.valid is not None:  # what comes back from padding must reach no one
-        y = keep(y, plan.valid[:, :, None, :, None])
-    return chunks.join(y, t), s, last_id
+    y, s = over_chunks(_chunk, scale, (q, k, v, g), s, plan, chunk)
+    return y, s, last_id
 
 
 def _chunk(scale: float, s, inputs: tuple, masks: Masks):

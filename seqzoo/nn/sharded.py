@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.core.axes import SEGMENT_IDS, Letters
 from seqzoo.nn.sharding import mesh_in_force, spec_of
 
-# Axis letters of operators to the logical names of the mesh rules.
-_LOGICAL = {"b": "batch", "e": "inner", "h": "heads", "g": "kv_heads"}
+# Axis letters of operators to the logical names of the mesh rules. Heads of keys that several query
+# heads share (g) are cut as those are, or a device would hold heads that do not belong together.
+_LOGICAL = {"b": "batch", "e": "inner", "h": "heads", "g": "heads"}
 
 
 def sharded(
@@ -52,7 +53,9 @@ def sharded(
 
     def spec(letters: Letters, what: str) -> PartitionSpec:
         # A letter that is no argument's (the w-1 inputs a state keeps) is never cut: any size does.
-        names = [_LOGICAL.get(x) if x in axes.independent else None for x in letters]
+        # One head of keys for all query heads is not cut either.
+        whole = {"g"} if sizes.get("g") == 1 else set()
+        names = [_LOGICAL.get(x) if x in axes.independent - whole else None for x in letters]
         return spec_of(names, [sizes.get(x, 1) for x in letters], mesh, what=f"{what} of {name}")
 
     arguments = tuple(
