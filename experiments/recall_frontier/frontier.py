@@ -1,0 +1,182 @@
+"""The recall frontier: accuracy against decoding state, tuned alike, five fresh seeds (contract 6).
+
+    make frontier                                    everything: some eleven hours on two cores
+    make frontier ARGS="--rows based,mom --sizes small"
+    python experiments/recall_frontier/frontier.py --draw        tables and plot from results.csv
+
+Each row is tuned on seed 0 over the same grid of learning rates (a best value at an edge widens
+it), chosen on the valid split; then five fresh seeds are trained and tested. Kill it and start it
+again: finished runs are found by their configuration, the one in hand goes on.
+"""
+
+import argparse
+import csv
+import pathlib
+import statistics
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from seqzoo.config.compose import compose
+from seqzoo.errors import NotFiniteError
+from seqzoo.eval import describe
+from seqzoo.eval.compare import TOLERANCES, interval, spread
+from seqzoo.train import loop
+
+HERE = pathlib.Path(__file__).parent
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+STEP = 3.0  # of the grid, beyond its edges
+SEEDS = (1, 2, 3, 4, 5)
+SOLVED = 0.95
+
+# What each mixer is at each size: settings below model.mixers.NAME. All have one layer of it
+# behind a gated short convolution, as in BASED's study; matched on the bytes that decoding keeps.
+ROWS: dict[str, dict[str, dict[str, object]]] = {}
+
+
+def overrides(row: str, size: str, rate: float, seed: int) -> list[str]:
+    """The run's command line."""
+    settings = [f"model.mixers.{row}.{key}={value}" for key, value in ROWS[row][size].items()]
+    return [
+        "experiment=recall_frontier",
+        f"model.pattern=[base_conv,{row}]",
+        *settings,
+        f"optimizer.lr={rate:g}",
+        f"trainer.seed={seed}",
+    ]
+
+
+def train(row: str, size: str, rate: float, seed: int) -> dict[str, object]:
+    """Trains, or finds what is there; a run that diverged counts as worst."""
+    words = overrides(row, size, rate, seed)
+    print(f"-- {row} {size}, lr {rate:g}, seed {seed}", flush=True)
+    try:
+        result = loop.train(compose(words), overrides=words)
+    except NotFiniteError:
+        return dict(rate=rate, seed=seed, valid=0.0, test=0.0, diverged=1, seconds=None)
+    return dict(
+        rate=rate,
+        seed=seed,
+        valid=result.value,
+        test=result.test["accuracy"],
+        diverged=0,
+        seconds=round(result.seconds, 1) or None,
+    )
+
+
+def tuned(row: str, size: str) -> tuple[float, int]:
+    """The learning rate that is best on the valid split of seed 0, and how many were tried."""
+    found = {rate: train(row, size, rate, 0)["valid"] for rate in RATES}
+    while len(found) < 3 * len(RATES):
+        best = max(found, key=lambda rate: found[rate])
+        if best == min(found):
+            rate = best / STEP
+        elif best == max(found):
+            rate = best * STEP
+        else:
+            break
+        found[rate] = train(row, size, rate, 0)["valid"]
+    return max(found, key=lambda rate: found[rate]), len(found)
+
+
+def measure(row: str, size: str) -> dict[str, object]:
+    """One line of the table."""
+    rate, tried = tuned(row, size)
+    runs = [train(row, size, rate, seed) for seed in SEEDS]
+    values = [run["test"] for run in runs]
+    low, high = interval(values)
+    return {
+        **state(row, size),
+        "lr": rate,
+        "rates_tried": tried,
+        "seeds": len(SEEDS),
+        "median": round(statistics.median(values), 4),
+        "low": round(min(values), 4),
+        "high": round(max(values), 4),
+        "ci_low": round(low, 4),
+        "ci_high": round(high, 4),
+        "solved": f"{sum(value >= SOLVED for value in values)}/{len(values)}",
+        "diverged": sum(run["diverged"] for run in runs),
+    }
+
+
+def state(row: str, size: str) -> dict[str, object]:
+    """Sizes of a model, without training it."""
+    config = compose(overrides(row, size, RATES[0], 0))
+    model = describe.abstract_model(config["model"])
+    kept = model.state_bytes(config["data"]["seq_len"])
+    return dict(
+        mixer=row,
+        size=size,
+        state_recurrent=kept["recurrent"],
+        state_total=kept["total"],
+        parameters=describe.parameters(model).without_embeddings,
+    )
+
+
+def check_matched(rows, sizes) -> None:
+    """Says where rows of one size keep different amounts."""
+    for size in sizes:
+        kept = {row: state(row, size)["state_total"] for row in rows if size in ROWS[row]}
+        if kept and spread(list(kept.values())) > TOLERANCES["state bytes"]:
+            print(f"NOT MATCHED at {size}: {kept}")
+
+
+def write(found: dict[tuple[str, str], dict[str, object]]) -> None:
+    lines = [found[row, size] for row in ROWS for size in ROWS[row] if (row, size) in found]
+    with open(HERE / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def read() -> dict[tuple[str, str], dict[str, object]]:
+    if not (HERE / "results.csv").exists():
+        return {}
+    with open(HERE / "results.csv") as file:
+        return {(line["mixer"], line["size"]): line for line in csv.DictReader(file)}
+
+
+def draw(found: dict[tuple[str, str], dict[str, object]]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in dict.fromkeys(row for row, _ in found):
+        lines = sorted(
+            (line for (name, _), line in found.items() if name == row),
+            key=lambda line: int(line["state_total"]),
+        )
+        x = [int(line["state_total"]) / 1024 for line in lines]
+        y = [float(line["median"]) for line in lines]
+        off = [
+            [m - float(line["low"]) for m, line in zip(y, lines, strict=True)],
+            [float(line["high"]) - m for m, line in zip(y, lines, strict=True)],
+        ]
+        axes.errorbar(x, y, yerr=off, marker="o", capsize=3, label=row)
+    axes.set(xscale="log", xlabel="decoding state, KiB", ylabel="accuracy (test)", ylim=(0, 1.03))
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / "frontier.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default=",".join(ROWS), help="mixers, by comma")
+    parser.add_argument("--sizes", default="small,medium,large", help="sizes, by comma")
+    parser.add_argument("--draw", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    found = read()
+    if not args.draw:
+        rows, sizes = args.rows.split(","), args.sizes.split(",")
+        check_matched(rows, sizes)
+        for size in sizes:
+            for row in rows:
+                found[row, size] = measure(row, size)
+                write(found)
+                draw(found)
+    draw(found)
+
+
+if __name__ == "__main__":
+    main()
