@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 64
+from pallas_kernels.core.chunks import BLOCK
 
 
 class Slots(NamedTuple):
@@ -157,12 +157,14 @@ def with_past(x: jax.Array, past: jax.Array, slots: Slots) -> jax.Array:
 
 
 def kept(x: jax.Array, past: jax.Array, slots: Slots) -> jax.Array:
-    """The last `keep` rows of each memory in `x` `[b s e]`; its `past` where it got no tokens.
+    """The last `keep` rows of each memory in `x` `[b s e]`, 0 where an earlier document stands.
 
-    Rows of earlier documents among them are as they are: whoever forgets does so outside.
+    A memory that got no tokens keeps its `past` `[b m keep e]`.
     """
     b, m, keep, e = past.shape
     at = (slots.first + slots.count)[..., None] + jnp.arange(keep)
-    found = gather(x, jnp.where(slots.count[..., None] > 0, at, x.shape[1]).reshape(b, m * keep))
-    found = found.reshape(b, m, keep, e).astype(past.dtype)
+    at = jnp.where(slots.count[..., None] > 0, at, x.shape[1]).reshape(b, m * keep)
+    groups = gather(slots.groups, at).reshape(b, m, keep)
+    found = gather(x, at).reshape(b, m, keep, e).astype(past.dtype)
+    found = jnp.where((groups == groups[..., -1:])[..., None], found, 0)
     return jnp.where((slots.count > 0)[..., None, None], found, past)

@@ -1,0 +1,433 @@
+"""MoM: a mixture of memories, of which each token writes and reads a few."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.core.segments import boundaries
+from pallas_kernels.short_conv import ShortConvState
+from seqzoo.mixers import mom_slots
+from seqzoo.mixers.mom_rules import INIT, RULES, PerMemory
+from seqzoo.mixers.mom_slots import Slots
+from seqzoo.nn.conv import ShortConv
+from seqzoo.nn.gated_norm import GatedRMSNorm
+from seqzoo.nn.linear import linear
+from seqzoo.nn.report import report, report_loss
+from seqzoo.nn.router import Routed, load_balance, report_routing, route
+from seqzoo.nn.sharded import sharded
+
+
+class MoMState(NamedTuple):
+    """What a MoM layer keeps. The shared memory is the last of the m.
+
+    All memories are in the document that the row is in: what one holds of an earlier document is
+    set to 0 when the row goes on to the next.
+
+    Attributes:
+        q, k, v: the last `d_conv - 1` inputs of the convolutions in each memory, `[b m w-1 e]`
+            float32.
+        s: the memories, `[b m h k v]` float32.
+        last_id: int32 `[b]`, id of the document; 0 = none yet, or not tracked.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    s: jax.Array
+    last_id: jax.Array
+
+
+class Documents(NamedTuple):
+    """Where the documents of a call lie.
+
+    Attributes:
+        ids: int32 `[b t]`, 0 = padding.
+        entry: int32 `[b]`, the document that the state is in.
+        last_id: int32 `[b]`, the id to carry on.
+        valid: bool `[b t]`; None = there is no padding, and one document.
+    """
+
+    ids: jax.Array
+    entry: jax.Array
+    last_id: jax.Array
+    valid: jax.Array | None
+
+
+class MoM(nnx.Module):
+    """Each token goes to `topk` of `num_memories` memories, and all go to a shared one.
+
+        p           = softmax(x W_router);   w_m = p_m / sum of the chosen p
+        q, k_m, v_m = x W_q, x W_k,m, x W_v,m
+        o_m         = rule(silu(conv(q, k_m, v_m)))     over the tokens that chose memory m alone
+        out         = (norm(sum_m w_m o_m + o_shared) * silu(x W_gate)) W_o
+
+    A memory reads the tokens that chose it as if they were a sequence of their own: its convolution
+    and its decay know of no others. They are sorted into slots (mom_slots.py), so that one call of
+    the operator runs through all memories; shapes do not depend on who goes where. Keys and values
+    are computed for every memory and those of the chosen ones taken: (m + 1) / (k + 1) times the
+    products, in exchange for no gather of weights.
+
+    The auxiliary loss "load_balance" is aux_loss_scale / n_layers * num_memories sum_m f_m p_m with
+    f_m the fraction of tokens that went to memory m and p_m the mean probability, over the tokens
+    of this layer; when all is even the sum over layers is aux_loss_scale * topk.
+
+    Args:
+        d_model: width of the input and output.
+        num_memories: memories that tokens are routed to (m, the shared one not counted).
+        topk: memories per token (k).
+        n_heads: heads (h) of each memory.
+        head_dim: width of queries and keys per head; None = d_model / n_heads.
+        expand_v: width of values over that of keys.
+        shared_mem: whether there is a memory that every token goes to, with weight 1.
+        single_kv_proj: one projection for keys, values and gates, shared by all memories.
+        rule: how a memory is written: gated_deltanet, gla, retention, mamba2, linear.
+        d_conv: taps of the convolutions (w), which all memories share; 0 = none.
+        use_output_gate: multiply by silu(x W_gate) after the norm.
+        normalize_weights: divide the weights of the chosen memories by their sum. With topk 1 they
+            are 1 then, and the router learns from the auxiliary loss alone.
+        norm_eps: added under the root of the output norm.
+        aux_loss_scale: weight of the load-balance loss.
+        n_layers: layers of the whole network, over which that loss is a mean.
+        gate_low_rank: rank of the gates of rule gla.
+        gate_normalizer: divides the log decays of rule gla.
+        implementation: which implementation of the operators ("xla", ...); None = the best.
+        dtype: what to compute in; parameters, state, router and norm are float32.
+        rngs: source of the initial values.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Warns:
+        UserWarning: topk is 1 and the weights are normalised.
+
+    Source: Du et al., "MoM: Linear Sequence Modeling with Mixture-of-Memories" (arXiv 2502.13685);
+    `MomAttention` of fla-org/flash-linear-attention. The other rules follow the authors' earlier
+    code and the papers of their mixers.
+
+    Differs from source: convolutions stop at the start of a memory's tokens in training too (there
+    they run on from the memory before: a leak of later tokens); time order inside a memory holds
+    (there an unstable sort breaks it); the load-balance loss is taken layer by layer, since memory
+    m of one layer has nothing to do with memory m of another (there all layers are pooled, and two
+    collapsed layers can look even); the router is computed in float32; queries are projected once
+    per token; documents can be packed and streamed; `capacity` does not exist. A router whose
+    logits are nan gives nan at those tokens, drops none, and training stops at the step.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        num_memories: int = 4,
+        topk: int = 2,
+        n_heads: int = 4,
+        head_dim: int | None = None,
+        expand_v: float = 1.0,
+        shared_mem: bool = True,
+        single_kv_proj: bool = False,
+        rule: str = "gated_deltanet",
+        d_conv: int = 4,
+        use_output_gate: bool = True,
+        normalize_weights: bool = True,
+        norm_eps: float = 1e-5,
+        aux_loss_scale: float = 0.01,
+        n_layers: int = 1,
+        gate_low_rank: int = 16,
+        gate_normalizer: float = 16.0,
+        implementation: str | None = None,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        for name, value in dict(
+            d_model=d_model,
+            num_memories=num_memories,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            gate_low_rank=gate_low_rank,
+        ).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if not 1 <= topk <= num_memories:
+            raise ValueError(
+                f"topk is {topk}; it must lie in 1 .. num_memories, which is {num_memories}"
+            )
+        if rule not in RULES:
+            raise ValueError(f"rule is {rule!r}; allowed: {', '.join(RULES)}")
+        if head_dim is None and d_model % n_heads:
+            raise ValueError(
+                f"d_model is {d_model} and n_heads {n_heads}: d_model is no multiple of n_heads; "
+                "change one or set head_dim"
+            )
+        head_dim = d_model // n_heads if head_dim is None else head_dim
+        value_dim = int(head_dim * expand_v)
+        if head_dim < 1 or value_dim < 1:
+            raise ValueError(
+                f"head_dim is {head_dim} and expand_v {expand_v}; both heads of keys and of values "
+                "must be at least 1 wide"
+            )
+        for name, value in dict(d_conv=d_conv, aux_loss_scale=aux_loss_scale).items():
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if gate_normalizer <= 0:
+            raise ValueError(f"gate_normalizer is {gate_normalizer}; it must be positive")
+        if topk == 1 and normalize_weights:
+            warnings.warn(
+                "topk is 1: the weight of the chosen memory is always 1, so the router gets no "
+                f"gradient but that of the load-balance loss (aux_loss_scale is {aux_loss_scale}); "
+                "normalize_weights=false weighs by the probability instead",
+                stacklevel=2,
+            )
+
+        self.d_model, self.n_heads, self.head_dim, self.value_dim = (
+            d_model, n_heads, head_dim, value_dim,
+        )  # fmt: skip
+        self.num_memories, self.topk, self.shared_mem = num_memories, topk, shared_mem
+        self.single_kv_proj, self.d_conv = single_kv_proj, d_conv
+        self.normalize_weights = normalize_weights
+        self.aux_loss_scale, self.n_layers = float(aux_loss_scale), n_layers
+        self.implementation, self.dtype = implementation, str(jnp.dtype(dtype))
+
+        keys, values = n_heads * head_dim, n_heads * value_dim
+        common = dict(dtype=self.dtype, rngs=rngs)
+        project = lambda width: linear(
+            d_model, width, axes=("embed", "heads"), kernel_init=INIT, **common
+        )
+        self.router = linear(
+            d_model,
+            num_memories,
+            axes=("embed", None),
+            kernel_init=INIT,
+            dtype=str(jnp.promote_types(self.dtype, jnp.float32)),
+            rngs=rngs,
+        )
+        # One projection per memory, the shared one's last.
+        r = 1 if single_kv_proj else self.n_states
+        self.q_proj = project(keys)
+        self.k_proj = PerMemory(r, d_model, keys, axis="heads", **common)
+        self.v_proj = PerMemory(r, d_model, values, axis="heads", **common)
+        conv = lambda width: ShortConv(
+            width, d_conv, use_bias=False, implementation=implementation, **common
+        )
+        # Assigned once: an attribute that was None first would be static.
+        self.q_conv = conv(keys) if d_conv else None
+        self.k_conv = conv(keys) if d_conv else None
+        self.v_conv = conv(values) if d_conv else None
+        self.rule = RULES[rule](
+            r,
+            d_model,
+            n_heads,
+            head_dim,
+            low_rank=gate_low_rank,
+            gate_normalizer=gate_normalizer,
+            **common,
+        )
+        own = keys + values
+        self.idle_per_memory = d_model * own + RULES[rule].gate_parameters(
+            d_model, n_heads, head_dim, gate_low_rank
+        )
+        self.gate = project(values) if use_output_gate else None
+        self.norm = GatedRMSNorm(value_dim, eps=norm_eps, **common)
+        self.out_proj = linear(values, d_model, axes=("heads", "embed"), kernel_init=INIT, **common)
+
+    @property
+    def n_states(self) -> int:
+        """Memories in all, the shared one counted (m)."""
+        return self.num_memories + self.shared_mem
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        state: MoMState | None = None,
+    ) -> tuple[jax.Array, MoMState]:
+        """Mixes whole sequences, or the next chunk of a stream.
+
+        Args:
+            x: `[b t d]`, any float type.
+            segment_ids: int32 `[b t]`, documents numbered upward, 0 = padding; None = one document
+                (with a state: the one that the state is in).
+            state: where the stream stopped; None = a fresh one.
+
+        Returns:
+            `[b t d]` in `dtype` (0 at padding) and the state after the last token.
+        """
+        b, t, _ = x.shape
+        fresh = state is None
+        state = self.init_state(b) if state is None else state
+        documents = _documents(segment_ids, state.last_id, t)
+        if documents.valid is not None:  # what stands at padding must not reach anyone
+            x = jnp.where(documents.valid[..., None], x, 0)
+        routed = self._route(x)
+        visits, weights = self._visits(routed)
+        slots = mom_slots.place(
+            visits,
+            documents.ids,
+            documents.entry,
+            n_memories=self.n_states,
+            keep=max(self.d_conv - 1, 0),
+        )
+        self._report(routed, documents.valid, slots)
+        to_slots = lambda y: _each_to_slots(y, slots)
+        q, q_past = self._convolved(
+            self.q_conv, mom_slots.tokens_to_slots(self.q_proj(x), slots), state.q, slots, fresh
+        )
+        k, k_past = self._convolved(self.k_conv, to_slots(self.k_proj(x)), state.k, slots, fresh)
+        v, v_past = self._convolved(self.v_conv, to_slots(self.v_proj(x)), state.v, slots, fresh)
+        gates = self.rule.gates(x)
+        arguments = self._arguments(q, k, v, None if gates is None else to_slots(gates))
+        entry = jnp.broadcast_to(documents.entry[:, None], (b, self.n_states))
+        y, after = sharded(
+            self.rule.op_over_memories,
+            *arguments,
+            slots.memory,
+            initial_state=self.rule.state(state.s, entry),
+            segment_ids=slots.ids,
+            implementation=self.implementation,
+            **self.rule.options,
+        )
+        found = mom_slots.slots_to_visits(y.reshape(b, y.shape[1], -1), slots)
+        out = self._output(x, found, weights)
+        new = MoMState(q_past, k_past, v_past, after.s, documents.last_id)
+        if documents.valid is not None:
+            new = _forget(new, after.last_id != documents.last_id[:, None])
+        return out, new
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> MoMState:
+        """The state before the first token; `max_length` changes nothing here."""
+        del max_length
+        keys, values = self.n_heads * self.head_dim, self.n_heads * self.value_dim
+        past = lambda e: jnp.zeros(
+            (batch_size, self.n_states, max(self.d_conv - 1, 0), e), jnp.float32
+        )
+        s = jnp.zeros(
+            (batch_size, self.n_states, self.n_heads, self.head_dim, self.value_dim), jnp.float32
+        )
+        last_id = jnp.zeros((batch_size,), jnp.int32)
+        return MoMState(past(keys), past(keys), past(values), s, last_id)
+
+    def step(self, x_t: jax.Array, state: MoMState) -> tuple[jax.Array, MoMState]:
+        """One token `[b d]`: returns `[b d]` and the state after it.
+
+        Memories that it does not go to are the same to the last bit afterwards.
+        """
+        b, _ = x_t.shape
+        visits, weights = self._visits(self._route(x_t))
+        j = visits.shape[-1]
+        rows = jnp.arange(b)[:, None]
+        take = lambda a: a[rows, visits].reshape(b * j, *a.shape[2:])
+        # A visit is a row of its own from here on.
+        mine = lambda y: (
+            jnp.broadcast_to(y, (b, j, y.shape[-1])) if y.shape[1] == 1 else y[rows, visits]
+        ).reshape(b * j, 1, y.shape[-1])
+        q, q_past = self._one(self.q_conv, mine(self.q_proj(x_t)[:, None]), take(state.q))
+        k, k_past = self._one(self.k_conv, mine(self.k_proj(x_t)), take(state.k))
+        v, v_past = self._one(self.v_conv, mine(self.v_proj(x_t)), take(state.v))
+        gates = self.rule.gates(x_t)
+        y, after = sharded(
+            self.rule.op,
+            *self._arguments(q, k, v, None if gates is None else mine(gates)),
+            initial_state=self.rule.state(take(state.s), jnp.zeros((b * j,), jnp.int32)),
+            implementation=self.implementation,
+            **self.rule.options,
+        )
+        out = self._output(x_t, y.reshape(b, j, -1), weights)
+        put = lambda a, new: a.at[rows, visits].set(new.reshape(b, j, *a.shape[2:]))
+        old = (state.q, state.k, state.v, state.s)
+        parts = map(put, old, (q_past, k_past, v_past, after.s))
+        return out, MoMState(*parts, state.last_id)
+
+    def state_bytes(self, context_length: int) -> dict[str, int]:
+        """Bytes kept per sequence: the memories alone, and with the conv inputs and the id."""
+        del context_length
+        m, h, k, v = self.n_states, self.n_heads, self.head_dim, self.value_dim
+        recurrent = 4 * m * h * k * v
+        past = 4 * m * max(self.d_conv - 1, 0) * h * (2 * k + v)
+        return {"recurrent": recurrent, "total": recurrent + past + 4}
+
+    def idle_parameters(self) -> int:
+        """Parameters that a token does not use: those of the memories that it does not go to."""
+        if self.single_kv_proj:
+            return 0
+        return (self.num_memories - self.topk) * self.idle_per_memory
+
+    def _route(self, x: jax.Array) -> Routed:
+        """In full precision: a logit that is rounded sends a token elsewhere."""
+        with jax.default_matmul_precision("highest"):
+            return route(self.router(x), self.topk, normalize=self.normalize_weights)
+
+    def _visits(self, routed: Routed) -> tuple[jax.Array, jax.Array]:
+        """The memories that tokens go to and what each counts, `[... j]`; the shared one last."""
+        visits, weights = routed.chosen, routed.weights
+        if self.shared_mem:
+            shape = (*visits.shape[:-1], 1)
+            shared = jnp.full(shape, self.num_memories, jnp.int32)
+            visits = jnp.concatenate([visits, shared], axis=-1)
+            weights = jnp.concatenate([weights, jnp.ones(shape, weights.dtype)], axis=-1)
+        return visits, weights
+
+    def _report(self, routed: Routed, valid: jax.Array | None, slots: Slots) -> None:
+        scale = self.aux_loss_scale / self.n_layers
+        report_loss(self, "load_balance", scale * load_balance(routed, valid))
+        report_routing(self, routed, valid)
+        b, t, j = slots.slot.shape
+        tokens = b * t if valid is None else jnp.sum(valid)
+        report(self, "router_dropped", j * tokens - jnp.sum(slots.visit < t * j))
+
+    def _convolved(self, conv, packed, past, slots: Slots, fresh: bool):
+        """`[b s e]` after the convolution along each memory's tokens, and what it keeps."""
+        if conv is None:
+            return packed, past
+        if not fresh:
+            packed = mom_slots.with_past(packed, past, slots)
+        y, _ = conv(packed, segment_ids=slots.groups)
+        return y, mom_slots.kept(packed, past, slots)
+
+    def _one(self, conv, x_t, past):
+        """The same for one token per row, `[b 1 e]` with its past `[b w-1 e]`."""
+        if conv is None:
+            return x_t, past
+        y, after = conv(x_t, state=ShortConvState(past, jnp.zeros(past.shape[:1], jnp.int32)))
+        return y, after.x
+
+    def _arguments(self, q, k, v, gates) -> tuple[Any, ...]:
+        heads = lambda y: y.reshape(*y.shape[:2], self.n_heads, -1)
+        return self.rule.arguments(heads(q), heads(k), heads(v), gates)
+
+    def _output(self, x, found, weights):
+        """`[... d]` from what the visits of each token brought, `[... j e]`."""
+        wide = found.astype(weights.dtype)
+        total = jnp.sum(wide * weights[..., None], axis=-2)
+        heads = lambda y: y.reshape(*y.shape[:-1], self.n_heads, self.value_dim)
+        gate = None if self.gate is None else heads(self.gate(x))
+        y = self.norm(heads(total), gate)
+        return self.out_proj(y.reshape(*x.shape[:-1], -1))
+
+
+def _each_to_slots(y: jax.Array, slots: Slots) -> jax.Array:
+    """`[b s e]` of `[b t r e]`: r is 1 where all memories share what a token gives."""
+    if y.shape[2] == 1:
+        return mom_slots.tokens_to_slots(y[:, :, 0], slots)
+    return mom_slots.memories_to_slots(y, slots)
+
+
+def _documents(segment_ids, last_id: jax.Array, t: int) -> Documents:
+    if segment_ids is None:
+        entry = jnp.maximum(last_id, 1)
+        return Documents(
+            jnp.broadcast_to(entry[:, None], (entry.shape[0], t)), entry, last_id, None
+        )
+    _, valid, after = boundaries(segment_ids, last_id)
+    # A state that tracks no document is in the first one that comes.
+    latest = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(valid, segment_ids, latest), axis=1)
+    first = jnp.where(jnp.any(valid, axis=1), first, 0)
+    return Documents(segment_ids, jnp.where(last_id > 0, last_id, first), after, valid)
+
+
+def _forget(state: MoMState, memories: jax.Array) -> MoMState:
+    """The state with some memories (bool `[b m]`) as before the first token."""
+    clear = lambda a: jnp.where(memories.reshape(memories.shape + (1,) * (a.ndim - 2)), 0, a)
+    return MoMState(*map(clear, state[:-1]), state.last_id)
