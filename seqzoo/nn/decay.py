@@ -54,5 +54,13 @@ class SoftplusDecay(nnx.Module):
 
     def __call__(self, a: jax.Array) -> jax.Array:
         """Maps `[... h]`, any float type, to log decays `[... h]` <= 0, float32."""
+        return -self.rates() * self.step_sizes(a)
+
+    def rates(self) -> jax.Array:
+        """exp(A_log) `[h]`, > 0."""
+        return jnp.exp(self.A_log[...])
+
+    def step_sizes(self, a: jax.Array) -> jax.Array:
+        """softplus(a + dt_bias) `[... h]` > 0, float32."""
         a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
-        return -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
+        return jax.nn.softplus(a + self.dt_bias[...])

@@ -18,22 +18,38 @@ class GatedRMSNorm(nnx.Module):
 
     Args:
         width: of the last axis; for `[b t h v]` that of one head, so that heads share the scale.
+        n_groups: parts of the last axis that are divided by their own root.
         eps: added under the root.
         dtype: of the output; inside it is float32.
         rngs: unused; the scale starts at 1.
 
+    Raises:
+        ValueError: n_groups does not divide the width.
+
     Source: the gated output norm of Mamba-2 and of linear attention (fla's FusedRMSNormGated).
     """
 
-    def __init__(self, width: int, *, eps: float = 1e-5, dtype: str = "float32", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        n_groups: int = 1,
+        eps: float = 1e-5,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
         del rngs
-        self.eps, self.dtype = float(eps), str(jnp.dtype(dtype))
+        if n_groups < 1 or width % n_groups:
+            raise ValueError(f"n_groups is {n_groups}; it must divide the width {width}")
+        self.n_groups, self.eps, self.dtype = n_groups, float(eps), str(jnp.dtype(dtype))
         self.scale = param(jnp.ones(width, jnp.float32), axes=(None,), decay=False)
 
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """Maps `[... v]` to `[... v]`; the gate has the same shape, None = no gate."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        parts = x.reshape(*x.shape[:-1], self.n_groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + self.eps)
+        y = parts.reshape(x.shape) * self.scale[...]
         if gate is not None:
             y = y * jax.nn.silu(gate.astype(y.dtype))
         return y.astype(self.dtype)

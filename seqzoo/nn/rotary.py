@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.segments import boundaries
+
 
 def rotate(x: jax.Array, positions: jax.Array, *, theta: float = 10000.0) -> jax.Array:
     """Turns each pair (x_i, x_{i+k/2}) of a head by the angle position * theta^(-2 i / k).
@@ -26,3 +28,26 @@ def rotate(x: jax.Array, positions: jax.Array, *, theta: float = 10000.0) -> jax
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def count_positions(
+    segment_ids: jax.Array | None, count: jax.Array, last_id: jax.Array, t: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens since the start of its document, for each of t new tokens.
+
+    Args:
+        segment_ids: int32 `[b t]`, documents numbered upward, 0 = padding; None = the stream stays
+            in its document.
+        count: int32 `[b]`, tokens that the stream has read of its document.
+        last_id: int32 `[b]`, id of that document; 0 = none yet, or not tracked.
+        t: tokens.
+
+    Returns:
+        int32 `[b t]` (any number at padding), and the count after the last token.
+    """
+    if segment_ids is None:
+        return count[:, None] + jnp.arange(t, dtype=jnp.int32), count + t
+    reset, valid, _ = boundaries(segment_ids, last_id)
+    place = count[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+    start = jax.lax.cummax(jnp.where(reset, place, 0), axis=1)
+    return place - start, place[:, -1] + valid[:, -1] - start[:, -1]
