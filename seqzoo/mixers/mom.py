@@ -172,7 +172,7 @@ class MoM(nnx.Module):
                 raise ValueError(f"{name} is {value}; it must be at least 0")
         if gate_normalizer <= 0:
             raise ValueError(f"gate_normalizer is {gate_normalizer}; it must be positive")
-        if topk == 1 and normalize_weights:
+        if topk == 1 < num_memories and normalize_weights:
             warnings.warn(
                 "topk is 1: the weight of the chosen memory is always 1, so the router gets no "
                 f"gradient but that of the load-balance loss (aux_loss_scale is {aux_loss_scale}); "
