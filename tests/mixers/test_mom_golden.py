@@ -1,6 +1,5 @@
 """MoM against the authors' numbers: outputs, choices, losses, and every gradient."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
