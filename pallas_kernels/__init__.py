@@ -7,6 +7,7 @@ Imports jax and numpy only. `implementation=None` takes the best form for the pl
 """
 
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
+from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
@@ -15,6 +16,7 @@ from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attenti
 
 OPERATORS = {
     "chunk_attention": chunk_attention,
+    "gated_delta_rule": gated_delta_rule,
     "gla": gla,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
@@ -26,11 +28,13 @@ __all__ = [
     "OPERATORS",
     "ChunkAttentionState",
     "GLAState",
+    "GatedDeltaRuleState",
     "SelectiveScanState",
     "ShortConvState",
     "SimpleGLAState",
     "TaylorAttentionState",
     "chunk_attention",
+    "gated_delta_rule",
     "gla",
     "selective_scan",
     "short_conv",

@@ -174,6 +174,8 @@ def plan(
     segment_ids: jax.Array | None,
     last_id: jax.Array,
     block_memory: jax.Array | None = None,
+    *,
+    fill: int = 1,
 ) -> tuple[Plan, jax.Array]:
     """How t tokens are cut into chunks, and the ids to carry on.
 
@@ -183,11 +185,12 @@ def plan(
         segment_ids: int32 `[b t]` or None.
         last_id: int32 `[b]`, or `[b m]` with memories.
         block_memory: int32 `[b t/64]` or None.
+        fill: the number of chunks is filled up to a multiple of it, by chunks without tokens.
 
     Raises:
         ValueError: the chunk does not divide the blocks of memories.
     """
-    padding = -t % chunk
+    padding = -t % (chunk * fill)
     memory = None
     if block_memory is not None:
         if BLOCK % chunk:
@@ -195,13 +198,14 @@ def plan(
                 f"chunk is {chunk}; with block_memory it must divide the blocks of {BLOCK} tokens"
             )
         memory = jnp.repeat(block_memory, BLOCK // chunk, axis=1).T
+        memory = jnp.pad(memory, ((0, padding // chunk), (0, 0)), mode="edge")
     if segment_ids is None:
         if not padding:
             return Plan(None, None, memory), last_id
         valid = jnp.broadcast_to(jnp.arange(t + padding) < t, (last_id.shape[0], t + padding))
         return Plan(_by_chunk(valid, chunk), None, memory), last_id
     reset, valid, last_id = resets(segment_ids, last_id, block_memory)
-    valid, reset = (_by_chunk(x, chunk) for x in (valid, reset))
+    valid, reset = (_by_chunk(jnp.pad(x, ((0, 0), (0, padding))), chunk) for x in (valid, reset))
     return Plan(valid, jnp.cumsum(reset, axis=2, dtype=jnp.int32), memory), last_id
 
 

@@ -1,0 +1,5 @@
+"""gated_delta_rule as a Mosaic TPU kernel: its place, not written yet (dispatch falls to xla)."""
+
+from pallas_kernels.core.unwritten import refuses, run
+
+__all__ = ["refuses", "run"]
