@@ -1,6 +1,7 @@
 """Channel mixers: what a block does to each token alone, after the sequence mixer."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from seqzoo.nn.linear import linear
@@ -20,6 +21,7 @@ class SwiGLU(nnx.Module):
     Args:
         d_model: width of the input and output.
         d_ff: inner width; None = 8/3 d_model, rounded up to a multiple of 8.
+        init_std: standard deviation that W starts with; None = 1 / sqrt(width of its input).
         n_residuals: residual additions of the whole network; W_down starts divided by its root.
         dtype: what to compute in.
         rngs: source of the initial values.
@@ -32,17 +34,17 @@ class SwiGLU(nnx.Module):
         d_model: int,
         *,
         d_ff: int | None = None,
+        init_std: float | None = None,
         n_residuals: int = 1,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
         width = _width(d_model, d_ff, 8 / 3)
         common = dict(dtype=dtype, rngs=rngs)
-        self.gate = linear(d_model, width, axes=("embed", "mlp"), **common)
-        self.up = linear(d_model, width, axes=("embed", "mlp"), **common)
-        self.down = linear(
-            width, d_model, axes=("mlp", "embed"), kernel_init=_shrunk(n_residuals), **common
-        )
+        init, init_down = _shrunk(1, init_std), _shrunk(n_residuals, init_std)
+        self.gate = linear(d_model, width, axes=("embed", "mlp"), kernel_init=init, **common)
+        self.up = linear(d_model, width, axes=("embed", "mlp"), kernel_init=init, **common)
+        self.down = linear(width, d_model, axes=("mlp", "embed"), kernel_init=init_down, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[b t d]` to `[b t d]`."""
@@ -81,5 +83,26 @@ class GELU(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x)))
 
 
-def _shrunk(n_residuals: int):
+class Identity(nnx.Module):
+    """y = x: behind its norm it adds the normalised stream to the stream, as Zoology's blocks do.
+
+    Args:
+        d_model: width of the input and output.
+        dtype: of the output.
+        rngs: unused; there are no parameters.
+    """
+
+    def __init__(self, d_model: int, *, dtype: str = "float32", rngs: nnx.Rngs):
+        del rngs
+        _width(d_model, None, 1)
+        self.dtype = str(jnp.dtype(dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `[b t d]` as it is, in `dtype`."""
+        return x.astype(self.dtype)
+
+
+def _shrunk(n_residuals: int, std: float | None = None):
+    if std is not None:
+        return nnx.initializers.normal(std * n_residuals**-0.5)
     return nnx.initializers.variance_scaling(1.0 / n_residuals, "fan_in", "normal")
