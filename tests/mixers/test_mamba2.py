@@ -52,7 +52,7 @@ def test_formula():
     y = (y.reshape(6, 32) * silu(z)).reshape(6, 2, 16)
     y = y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-5)
     want = y.reshape(6, 32) * np.linspace(0.5, 1.5, 32) @ array(mixer.out_proj.kernel)
-    got, state = mixer(jnp.asarray(x[None], jnp.float32))
+    got, state = jax.jit(mixer.__call__)(jnp.asarray(x[None], jnp.float32))
     np.testing.assert_allclose(got[0], want, atol=2e-5)
     np.testing.assert_allclose(state.ssm.s[0], s, atol=1e-5)
 
@@ -97,16 +97,22 @@ def test_bad_settings(keywords, message):
 
 
 @pytest.mark.parametrize(
-    "shape, groups",
+    "shape, groups, gradients",
     [
-        ((2, 2, 2, 1), 2),
-        ((1, 1, 8, 1), 1),
-        pytest.param((8, 1, 1, 1), 1, marks=pytest.mark.slow),
-        pytest.param((1, 2, 4, 1), 1, marks=pytest.mark.slow),
+        ((1, 1, 8, 1), 1, False),
+        *(
+            pytest.param(shape, groups, True, marks=pytest.mark.slow)
+            for shape, groups in (
+                ((1, 1, 8, 1), 1),
+                ((2, 2, 2, 1), 2),
+                ((8, 1, 1, 1), 1),
+                ((1, 2, 4, 1), 1),
+            )
+        ),
     ],
 )
-def test_spread_over_eight_devices(shape, groups):
-    """Each operator call stands in shard_map: outputs and gradients are those of one device."""
+def test_spread_over_eight_devices(shape, groups, gradients):
+    """Each operator call stands in shard_map: results are those of one device."""
     mixer = Mamba2(32, d_state=4, head_dim=8, n_groups=groups, rngs=nnx.Rngs(0))
     graphdef, variables = nnx.split(mixer)
     x = jax.random.normal(jax.random.key(0), (8, 37, 32))
@@ -116,14 +122,21 @@ def test_spread_over_eight_devices(shape, groups):
         y, state = nnx.merge(graphdef, variables)(x, segment_ids=ids)
         return jnp.sum(jnp.sin(y)) + jnp.sum(state.ssm.s) + jnp.sum(state.bc_conv.x)
 
-    grad = jax.value_and_grad(loss, argnums=(0, 1))
-    want = jax.jit(grad)(nnx.as_pure(variables), x)
+    run = jax.value_and_grad(loss, argnums=(0, 1)) if gradients else loss
+    want = jax.jit(run)(nnx.as_pure(variables), x)
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     params = jax.device_put(nnx.as_pure(variables), param_shardings(variables, mesh))
     rows = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     with use_mesh(mesh):
-        lowered = jax.jit(lambda p, x: grad(p, x)).lower(params, jax.device_put(x, rows))
+        lowered = jax.jit(lambda p, x: run(p, x)).lower(params, jax.device_put(x, rows))
     assert "manual" in lowered.as_text()
     got = lowered.compile()(params, jax.device_put(x, rows))
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_groups_that_cannot_be_spread():
+    mixer = Mamba2(32, d_state=4, head_dim=8, n_groups=2, rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((1, 1, 8, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with use_mesh(mesh), pytest.raises(ValueError, match="'heads' of 2 is no multiple of 8"):
+        jax.eval_shape(lambda x: mixer(x)[0], jnp.zeros((1, 3, 32)))

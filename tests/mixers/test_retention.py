@@ -49,7 +49,7 @@ def test_formula():
             score = np.real(np.sum(q[i] * np.conj(k[j]) * turned, -1)) / np.sqrt(8)
             y[i] += (fade * score)[:, None] * v[j]
     y = y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-5) * gate / (1 + np.exp(-gate))
-    got, state = mixer(jnp.asarray(x[None], jnp.float32))
+    got, state = jax.jit(mixer.__call__)(jnp.asarray(x[None], jnp.float32))
     np.testing.assert_allclose(got[0], y.reshape(5, 32) @ weight(mixer.out_proj), atol=2e-5)
     assert int(state.count[0]) == 5
 
@@ -85,9 +85,8 @@ def test_bad_settings(keywords, message):
         Retention(16, **keywords, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 2, 2, 1), pytest.param((1, 1, 8, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 1, 8, 1)])
 def test_spread_over_eight_devices(shape):
     """Each operator call stands in shard_map: outputs and gradients are those of one device."""
     graphdef, variables = nnx.split(Retention(32, n_heads=8, rngs=nnx.Rngs(0)))

@@ -30,12 +30,25 @@ def test_gated_norm():
     assert small(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+def test_gated_norm_in_groups():
+    x = np.random.default_rng(0).normal(size=(2, 3, 6)).astype(np.float32)
+    norm = GatedRMSNorm(6, n_groups=2, eps=1e-3, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.arange(6.0)
+    parts = x.reshape(2, 3, 2, 3)
+    want = parts / np.sqrt(np.mean(parts**2, -1, keepdims=True) + 1e-3)
+    want = want.reshape(x.shape) * np.arange(6)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=2e-6)
+    with pytest.raises(ValueError, match="n_groups is 4"):
+        GatedRMSNorm(6, n_groups=4, rngs=nnx.Rngs(0))
+
+
 def test_decay_formula():
     decay = SoftplusDecay(3, rngs=nnx.Rngs(0))
     a = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
     dt = np.log1p(np.exp(a + np.asarray(decay.dt_bias[...])))
     g = decay(jnp.asarray(a, jnp.float32))
     np.testing.assert_allclose(g, -np.exp(decay.A_log[...]) * dt, rtol=1e-5)
+    np.testing.assert_allclose(-decay.rates() * decay.step_sizes(jnp.asarray(a)), g, rtol=1e-6)
     assert decay(jnp.asarray(a, jnp.bfloat16)).dtype == jnp.float32
 
 

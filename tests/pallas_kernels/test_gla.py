@@ -13,23 +13,22 @@ from pallas_kernels.gla.xla import XlaConfig
 NARROW, SCALED, EXTREME = map(named, ("narrow", "scaled", "extreme"))
 
 
-@pytest.mark.parametrize("length", testing.FAST_LENGTHS)
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
-def test_agrees(documents, length):
-    testing.check_agrees(gla, SCALED, length, documents=documents)
+def test_agrees_on_one_token(documents):
+    testing.check_agrees(gla, SCALED, 1, documents=documents)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", testing.SLOW_LENGTHS)
+@pytest.mark.parametrize("length", (*testing.FAST_LENGTHS, *testing.SLOW_LENGTHS))
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
 def test_agrees_at_more_lengths(documents, dtype, length):
     testing.check_agrees(gla, NARROW, length, dtype=dtype, documents=documents)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_agrees_in_other_precisions(dtype):
-    testing.check_agrees(gla, NARROW, 130, dtype=dtype, documents=True)
+def test_agrees_to_the_last_digits_of_float64():
+    """The issue asks for 1e-12."""
+    testing.check_agrees(gla, NARROW, 130, dtype="float64", documents=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
@@ -41,7 +40,9 @@ def test_state_dtypes():
     testing.check_state_dtypes(gla, SCALED)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_documents_alone(implementation):
     testing.check_documents_alone(gla, SCALED, 130, implementation=implementation)
 
@@ -50,7 +51,8 @@ def test_padding_only():
     testing.check_padding_only(gla, SCALED)
 
 
-@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
 def test_hand_off(documents):
     testing.check_hand_off(gla, SCALED, 130, 51, documents=documents)
 
@@ -66,6 +68,7 @@ def test_vmap():
     testing.check_vmap(gla, NARROW, 37)
 
 
+@pytest.mark.slow
 def test_deterministic():
     testing.check_deterministic(gla, SCALED, 130)
 

@@ -41,22 +41,19 @@ def everything(call, arrays, s, dy, ds):
     return {"y": y, "s": after, "ds": dstate, **{f"d{n}": x for n, x in darrays.items()}}
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("documents", [pytest.param(False, marks=SLOW), True])
-@pytest.mark.parametrize("implementation", [pytest.param("reference", marks=SLOW), "xla"])
-@pytest.mark.parametrize("op", SPECS, ids=lambda op: op.__name__)
-def test_memories_are_streams_of_their_own(op, implementation, documents):
+def inputs(op, documents):
+    """Arrays, states, ids, and cotangents of y and of the states."""
     rng = np.random.default_rng(0)
     case = draw_case(op, SPECS[op], LENGTH)
     s, ds = states(op, rng)
     last_id = rng.integers(0, 2, (2, MEMORIES)).astype(np.int32)
-    ids = ids_of(rng) if documents else None
+    return case.arrays, s, last_id, ids_of(rng) if documents else None, case.dy, ds
 
-    carried = lambda *place: jnp.asarray(last_id[place])[None]
 
-    def together(arrays, s):
+def run(op, implementation, arrays, s, last_id, ids, dy, ds):
+    """One call for all memories."""
+
+    def call(arrays, s):
         y, state = op(
             **arrays,
             block_memory=jnp.asarray(BLOCK_MEMORY),
@@ -66,14 +63,20 @@ def test_memories_are_streams_of_their_own(op, implementation, documents):
         )
         return y, state.s
 
-    def alone(arrays, s):
-        y, after = jnp.zeros(case.dy.shape), s
+    return compiled(call, arrays, s, dy, ds)
+
+
+def run_alone(op, arrays, s, last_id, ids, dy, ds):
+    """One call for each memory of each row, of its own tokens."""
+
+    def call(arrays, s):
+        y, after = jnp.zeros(dy.shape), s
         for row, memory in np.ndindex(2, MEMORIES):
             places = np.flatnonzero(np.repeat(BLOCK_MEMORY[row], 64) == memory)
             if len(places):
                 part, state = op(
                     **{n: x[row : row + 1, places] for n, x in arrays.items()},
-                    initial_state=(s[row : row + 1, memory], carried(row, memory)),
+                    initial_state=(s[row : row + 1, memory], last_id[row, memory][None]),
                     segment_ids=None if ids is None else ids[row : row + 1, places],
                     implementation="reference",
                 )
@@ -81,10 +84,27 @@ def test_memories_are_streams_of_their_own(op, implementation, documents):
                 after = after.at[row, memory].set(state.s[0])
         return y, after
 
-    run = lambda call: jax.tree.map(
-        np.asarray, jax.jit(lambda *x: everything(call, *x))(case.arrays, s, case.dy, ds)
-    )
-    got, want = run(together), run(alone)
-    assert_close(got, want, "float32")
+    return compiled(call, arrays, s, dy, ds)
+
+
+def compiled(call, *numbers):
+    return jax.tree.map(np.asarray, jax.jit(lambda *x: everything(call, *x))(*numbers))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("op", SPECS, ids=lambda op: op.__name__)
+def test_memories_are_streams_of_their_own(op, documents):
+    numbers = inputs(op, documents)
+    assert_close(run(op, "reference", *numbers), run_alone(op, *numbers), "float32")
+
+
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("op", SPECS, ids=lambda op: op.__name__)
+def test_memories_in_chunks(op, documents):
+    numbers = inputs(op, documents)
+    got = run(op, "xla", *numbers)
+    assert_close(got, run(op, "reference", *numbers), "float32")
+    s, ds = numbers[1], numbers[-1]
     np.testing.assert_array_equal(got["s"][1, 1], s[1, 1])  # never hit: as it was, to the bit
     np.testing.assert_array_equal(got["ds"][1, 1], ds[1, 1])
