@@ -6,8 +6,23 @@ The contract (docs/add_a_mixer.md) is tested for every one by seqzoo/testing/mix
 from seqzoo.mixers.attention import Attention
 from seqzoo.mixers.base_conv import BaseConv
 from seqzoo.mixers.based import Based
+from seqzoo.mixers.gla import GLA
 from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
+from seqzoo.mixers.mamba2 import Mamba2
+from seqzoo.mixers.mom import MoM
+from seqzoo.mixers.retention import Retention
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 
-__all__ = ["Attention", "BaseConv", "Based", "Identity", "Mamba", "SlidingWindowAttention"]
+__all__ = [
+    "Attention",
+    "BaseConv",
+    "Based",
+    "GLA",
+    "Identity",
+    "Mamba",
+    "Mamba2",
+    "MoM",
+    "Retention",
+    "SlidingWindowAttention",
+]
