@@ -1,7 +1,8 @@
-"""taylor_attention for any device that XLA compiles for: two forms, chosen by length.
+"""taylor_attention for any device that XLA compiles for: three forms, chosen by length.
 
 Quadratic: all pairs of tokens at once, no features; cheaper for short sequences. Chunked: pairs
 inside a chunk, and a state of feature sums between chunks. Features exist for one chunk at a time.
+Step: one token, which goes into the state before it reads it: one pass over the state.
 Nothing that is of the size of pairs or features is kept for the backward pass: the quadratic form
 computes its weights again; the chunked form walks forward once more for the gradient of q (which
 needs the states) and backward for those of k and v (which need the states' gradients).
@@ -24,7 +25,7 @@ from pallas_kernels.core.numerics import einsum, state_dtype
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.taylor_attention.features import feature_count, features
 
-FORMS = ("chunked", "quadratic")
+FORMS = ("chunked", "quadratic", "step")
 # Pairs or features of this many numbers stay near a CPU core while they are worked on.
 _NEAR = 2**19
 
@@ -34,8 +35,8 @@ class XlaConfig(Config):
     """How the work is cut.
 
     Attributes:
-        form: "chunked" (time linear in length) or "quadratic".
-        chunk: tokens per chunk, at most; the quadratic form has none.
+        form: "chunked" (time linear in length), "quadratic", or "step" (a single token).
+        chunk: tokens per chunk, at most; the other forms have none.
         rows: sequences of the batch worked on at a time; None = all.
     """
 
@@ -54,9 +55,9 @@ class XlaConfig(Config):
     def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
         """The form that was measured to be the faster one; on a CPU as many rows as stay near."""
         t, f = sizes["t"], feature_count(sizes["k"])
-        form = "quadratic" if t <= 150 + 2 * f else "chunked"
+        form = "step" if t == 1 else "quadratic" if t <= 150 + 2 * f else "chunked"
         rows = None
-        if device_kind == "cpu":
+        if device_kind == "cpu" and form != "step":
             per_row = sizes["h"] * (t * t if form == "quadratic" else 2 * f * cls.chunk)
             fit = max(1, _NEAR // per_row)
             rows = max(r for r in range(1, fit + 1) if sizes["b"] % r == 0)
@@ -101,10 +102,15 @@ def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
     (b, t, h, width), v_width = q.shape, v.shape[-1]
     sizes = dict(b=b, t=t, h=h, k=width, v=v_width)
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
-    document = valid = None
+    reset = document = valid = None
     if segment_ids is not None:
         reset, valid, last_id = boundaries(segment_ids, last_id)
         document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)  # 0 = the one of the state
+    if config.form == "step":
+        if t != 1:
+            raise ValueError(f"taylor_attention: form 'step' takes one token; there are {t}")
+        how = _How(scale, normalize, eps, chunk=1, rows=b)
+        return *_step(q, k, v, kv, z, reset, valid, how), last_id
     state = None if kv is None else jnp.concatenate([kv, z[..., None]], axis=-1)
     n_chunks = 1 if config.form == "quadratic" else -(-t // config.chunk)
     how = _How(scale, normalize, eps, chunk=-(-t // n_chunks), rows=config.rows or b)
@@ -138,6 +144,29 @@ def _by_rows(function, rows: int, batched):
     join = lambda x: x.reshape(b, *x.shape[2:])
     blocks = jax.lax.map(lambda block: function(*block), jax.tree.map(cut, batched))
     return jax.tree.map(join, blocks)
+
+
+# --- one token ------------------------------------------------------------------------------------
+
+
+def _step(q, k, v, kv, z, reset, valid, how: _How):
+    """y `[b 1 h v]` and the state after: kv `[b h f v]`, z `[b h f]`."""
+    q_, k_, v1 = (x[:, :, 0] for x in _prepared(q, k, v, valid, how))  # [b h k], [b h v+1]
+    phi_q, phi_k = features(q_), features(k_)
+    new_kv = phi_k[..., None] * v1[:, :, None, :-1]
+    new_z = phi_k * v1[..., -1:]  # 0 at padding
+    if kv is not None:
+        kept = (kv, z) if reset is None else (_fresh(kv, reset), _fresh(z, reset))
+        new_kv, new_z = kept[0] + new_kv, kept[1] + new_z
+    o = einsum("bhf,bhfv->bhv", phi_q, new_kv)
+    total = jnp.sum(phi_q * new_z, axis=-1, keepdims=True)
+    o1 = jnp.concatenate([o, total], axis=-1)[:, None]
+    return _divide(o1, valid, how).astype(v.dtype), new_kv, new_z
+
+
+def _fresh(x, reset):
+    """A state with the rows set to 0 whose token `[b 1]` begins another document."""
+    return jnp.where(reset.reshape(-1, *(1,) * (x.ndim - 1)), 0, x)
 
 
 # --- the quadratic form ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""taylor_attention passes the operators' suite, in both forms; its memory; its bad settings."""
+"""taylor_attention passes the operators' suite in all its forms; its memory; bad settings."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ FORMS = pytest.mark.parametrize(
 
 
 def agree(spec, length, *, dtype="float32", documents=True):
-    """Both forms against one run of the oracle (compiling it takes longest)."""
+    """Its own choice, and chunks, against one run of the oracle (compiling it takes longest)."""
     case = testing.draw_case(taylor_attention, spec, length, dtype=dtype, documents=documents)
     expected = testing.oracle(taylor_attention, spec)(case)
     for config in (None, CHUNKED):
@@ -120,7 +120,7 @@ def test_configs():
 def test_the_form_follows_from_length_and_features():
     sizes = dict(b=4, h=4, k=16, v=64)
     of = lambda t: XlaConfig.heuristic({**sizes, "t": t}, "cpu")
-    assert (of(456).form, of(457).form) == ("quadratic", "chunked")
+    assert [of(t).form for t in (1, 2, 456, 457)] == ["step", "quadratic", "quadratic", "chunked"]
     assert (of(64).rows, of(256).rows) == (4, 2)
     assert XlaConfig.heuristic({**sizes, "t": 256}, "NVIDIA H100 80GB HBM3").rows is None
 
@@ -159,6 +159,7 @@ def test_widths_that_the_map_cannot_serve(k):
     [
         (dict(eps=-1.0), "eps is -1.0; it must be at least 0"),
         (dict(config=XlaConfig(chunk=1, rows=2)), "rows is 2, no divisor of a batch of 3"),
+        (dict(config=XlaConfig(form="step")), "takes one token; there are 4"),
         (dict(initial_state=WRONG_STATE), "initial_state_kv has shape"),
     ],
 )
@@ -170,5 +171,5 @@ def test_bad_calls(keywords, message):
 
 @pytest.mark.parametrize("keywords", [dict(form="linear"), dict(chunk=0)])
 def test_bad_configs(keywords):
-    with pytest.raises(ValueError, match="form must be one of chunked, quadratic"):
+    with pytest.raises(ValueError, match="form must be one of chunked, quadratic, step"):
         XlaConfig(**keywords)
