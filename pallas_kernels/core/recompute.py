@@ -127,5 +127,12 @@ def _masks(document: jax.Array | None, chunk: int) -> Masks:
     if document is None:
         return Masks(chunks.sees(Plan(None, None, None), chunk), None, None, None)
     plan = Plan(None, document[None], None)
-    parts = (chunks.sees(plan, chunk), chunks.sees_start(plan), chunks.reaches_end(plan))
-    return Masks(*(x[0] for x in (*parts, chunks.start_reaches_end(plan))))
+    start, end, through = (
+        None if mask is None else mask[0]
+        for mask in (
+            chunks.sees_start(plan),
+            chunks.reaches_end(plan),
+            chunks.start_reaches_end(plan),
+        )
+    )
+    return Masks(chunks.sees(plan, chunk)[0], start, end, through)

@@ -21,10 +21,13 @@ SMALL = ["data.seq_len=32", "data.num_kv_pairs=2"]
         ("mamba_790m", 793.2),
         ("mamba_1_4b", 1372.2),
         ("mamba_2_8b", 2768.3),
+        ("mamba2_130m", 129.0),
+        ("mamba2_2_7b", 2702.6),
+        ("gla_340m", 341.7),
     ],
 )
 def test_published_sizes(name, millions):
-    """Parameters of the released models (specs of state-spaces/mamba), counted from shapes."""
+    """Parameters of the released models (specs of state-spaces/mamba, fla), counted from shapes."""
     model = describe.abstract_model(compose([f"model={name}"]).model)
     assert round(describe.parameters(model).total / 1e6, 1) == millions
 
