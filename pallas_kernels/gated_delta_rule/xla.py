@@ -22,6 +22,8 @@ from pallas_kernels.gated_delta_rule import wy
 # accelerator wants work for all of its cores.
 _AT_A_TIME = {"cpu": 2**16}
 _ELSEWHERE = 2**26
+# Up to this many numbers per head a state is read faster than the pairs of a longer chunk.
+_SMALL_STATE = 2**14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,18 +32,30 @@ class XlaConfig(Config):
 
     Attributes:
         chunk: tokens per chunk, 16 times a power of two or at most 16; with memories it divides 64.
+            One state per chunk is kept for the backward pass.
         span: chunks worked on at a time.
     """
 
     chunk: int = 64
     span: int = 8
 
+    def __post_init__(self):
+        blocks, rest = divmod(self.chunk, ROWS)
+        if self.chunk < 1 or (self.chunk > ROWS and (rest or blocks & (blocks - 1))):
+            raise ValueError(
+                f"chunk is {self.chunk}; it must be 1 to {ROWS}, or {ROWS} times a power of two"
+            )
+        if self.span < 1:
+            raise ValueError(f"span is {self.span}; it must be at least 1")
+
     @classmethod
     def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
-        """64 tokens; as many chunks as fit."""
+        """64 tokens, on a CPU 32 where the state is small; as many chunks as fit."""
+        small = device_kind == "cpu" and sizes["k"] * sizes["v"] <= _SMALL_STATE
+        chunk = 32 if small else 64
+        per_chunk = sizes["b"] * sizes["h"] * chunk * max(sizes["k"], sizes["v"], chunk)
         near = _AT_A_TIME.get(device_kind or "", _ELSEWHERE)
-        per_chunk = sizes["b"] * sizes["h"] * 64 * max(sizes["k"], sizes["v"], 64)
-        return cls(span=max(1, near // per_chunk), device_kind=device_kind)
+        return cls(chunk=chunk, span=max(1, near // per_chunk), device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> None:
@@ -54,21 +68,17 @@ def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, confi
     b, t, h, width = q.shape
     sizes = dict(b=b, h=h, k=width, v=v.shape[-1])
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
-    short = t if t <= ROWS else ROWS << (-(-t // ROWS) - 1).bit_length()
-    chunk = min(config.chunk, short)
+    whole = t if t <= ROWS else ROWS << (-(-t // ROWS) - 1).bit_length()  # a chunk that holds t
+    chunk = min(config.chunk, whole)
     n = -(-t // chunk)
-    spans = -(-n // config.span)
-    span = -(-n // spans)
+    span = -(-n // -(-n // config.span))  # spans of equal length: the last one is not half empty
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory, fill=span)
-    filled = -(-n // span) * span * chunk
-    inputs = tuple(_fill(x, filled) for x in (q, k, v, g, beta))
+    fill = -t % (chunk * span)
+    inputs = tuple(
+        jnp.pad(x, [(0, fill * (i == 1)) for i in range(x.ndim)]) for x in (q, k, v, g, beta)
+    )
     y, s = _rule(inputs, s, plan, (chunk, span, scale))
     return y[:, :t], s, last_id
-
-
-def _fill(x: jax.Array, length: int) -> jax.Array:
-    """`[b t ...]` with zeros behind, up to a length."""
-    return jnp.pad(x, [(0, (length - x.shape[1]) * (i == 1)) for i in range(x.ndim)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,12 +1,13 @@
-"""simple_gla and gla with block_memory: each memory is a stream of its own."""
+"""simple_gla, gla and gated_delta_rule with block_memory: each memory is a stream of its own."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gla, simple_gla
+from pallas_kernels import gated_delta_rule, gla, simple_gla
 from pallas_kernels.core.testing import ArgSpec, assert_close, draw_case
+from pallas_kernels.gated_delta_rule.arg_specs import draw as draw_unit_keys
 from pallas_kernels.simple_gla.arg_specs import draw
 
 # Three memories in rows of four blocks of 64; memory 1 of row 1 has no block.
@@ -15,6 +16,7 @@ MEMORIES, LENGTH = 3, 256
 SPECS = {
     simple_gla: ArgSpec(name="memories", sizes=dict(b=2, h=2, g=1, k=3, v=4), draw=draw),
     gla: ArgSpec(name="memories", sizes=dict(b=2, h=2, k=3, v=4), draw=draw),
+    gated_delta_rule: ArgSpec(name="memories", sizes=dict(b=2, h=2, k=3, v=4), draw=draw_unit_keys),
 }
 
 
