@@ -127,7 +127,8 @@ def cost(
     """What a call costs at least: operations, and bytes if every array moves once.
 
     Forward per token and head: two products with the state, 2 f (v + 1) operations each, and twice
-    f for the features. Backward: the state again, and two products for each of q, k and v.
+    f for the features. Backward five such products: the state again, its gradient, and one each for
+    the gradients of q, k and v.
     """
     tokens, f = b * t * h, feature_count(k)
     products = 2 * f * (v + 1)

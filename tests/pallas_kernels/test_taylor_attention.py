@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import TaylorAttentionState, taylor_attention
-from pallas_kernels.core import bench, testing
+from pallas_kernels.core import bench, dispatch, testing
+from pallas_kernels.core.costs import count_flops
 from pallas_kernels.taylor_attention.arg_specs import named
 from pallas_kernels.taylor_attention.features import (
     feature_count,
@@ -143,6 +144,14 @@ def test_temporaries_are_small():
     program = bench.forward_and_gradients(taylor_attention)
     _, memory = bench.compile_(program, of(64), of(16), of(16), of(64))
     assert memory.temp_bytes < 2 * 4 * t * h * 273 / 8
+
+
+def test_cost_is_about_what_the_reference_does():
+    of = lambda width: jax.ShapeDtypeStruct((2, 32, 4, width), jnp.float32)
+    with dispatch.forced("reference"):
+        counted = count_flops(lambda *a: taylor_attention(*a)[0], of(16), of(16), of(32))
+    stated = taylor_attention.cost(b=2, t=32, h=4, k=16, v=32)
+    assert 1 < counted.flops / stated.flops < 2  # the reference also chooses and copies
 
 
 @pytest.mark.parametrize("k", [0, 65])
