@@ -62,7 +62,8 @@ def generate(
     """Continues each row of a prompt.
 
     Args:
-        model: a language model (`run`, `step`, `init_state`).
+        model: a language model (seqzoo.models.LanguageModel). For writing, its weights are held
+            twice: layer by layer besides.
         prompt: int `[b t]`, or one sequence per row of any lengths, none empty.
         max_new_tokens: tokens to write per row, at least 1.
         temperature: logits are divided by it; 0 = always the likeliest token.
@@ -102,6 +103,8 @@ def generate(
     jax.block_until_ready(carry)
     prefill_seconds = time.perf_counter() - start
 
+    graphdef, variables = nnx.split(model.unrolled())
+    carry = carry._replace(state=model.unrolled_state(state))
     program, compile_decode = _compiled(_decode, graphdef, flags, variables, carry, key, sampling)
     written, pieces = 0, []
     start = time.perf_counter()

@@ -18,8 +18,10 @@ class AttentionState(NamedTuple):
     has to be remembered of them.
 
     Attributes:
-        k: rotated keys `[b l g k]` in the compute dtype; l slots, g key-value heads.
-        v: values `[b l g k]`.
+        k: rotated keys `[b g l k]` in the compute dtype; l slots, g key-value heads. The slots of a
+            head lie side by side: so a step reads the cache once, as it lies, at the speed of
+            memory.
+        v: values `[b g l k]`.
         length: int32 `[b]`, slots in use.
         start: int32 `[b]`, slot of the first token of the current document.
         last_id: int32 `[b]`, id of the current document; 0 = none yet, or not tracked.
@@ -38,7 +40,8 @@ class Attention(nnx.Module):
         y = softmax(q k^T / sqrt(head_dim) + mask) v W_o,    q, k turned by their positions
 
     Positions count from the start of each document. The state is a cache of `max_length` slots:
-    it must be sized beforehand, and tokens that find it full come out as NaN.
+    it must be sized beforehand, and tokens that find it full come out as NaN. A step reads all
+    its slots, used or not.
 
     Args:
         d_model: width of the input and output.
@@ -49,7 +52,8 @@ class Attention(nnx.Module):
         rope_theta: base of the rotary wavelengths.
         use_bias: bias on all four projections.
         n_residuals: residual additions of the whole network; W_o starts divided by its root.
-        implementation: of jax.nn.dot_product_attention: "xla", "cudnn" or None = its own choice.
+        implementation: of jax.nn.dot_product_attention, for whole sequences: "xla", "cudnn" or None
+            = its own choice.
         dtype: what to compute in; parameters and the softmax are float32.
         rngs: source of the initial values.
 
@@ -136,9 +140,10 @@ class Attention(nnx.Module):
         whole = state is None
         if whole:
             state = self.init_state(b, max_length=t)
-        if t > state.k.shape[1]:
+        slots = state.k.shape[2]
+        if t > slots:
             raise ValueError(
-                f"{t} tokens do not fit into a cache of {state.k.shape[1]}: "
+                f"{t} tokens do not fit into a cache of {slots}: "
                 "give init_state a larger max_length"
             )
         slot, start, valid, new = _place(segment_ids, state, t)
@@ -146,19 +151,24 @@ class Attention(nnx.Module):
         if valid is not None:  # what stands at padding must not reach anyone, not even as 0 * nan
             k, v = (jnp.where(valid[:, :, None, None], a, 0) for a in (k, v))
         if whole and valid is None:
-            new = new._replace(k=k, v=v)
-            y = self._attend(q, k, v, is_causal=True)
+            new = new._replace(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
         else:
             new = new._replace(k=_write(state.k, k, slot, valid), v=_write(state.v, v, slot, valid))
-            if whole:  # keys stay where they came in: id and order say who sees whom
-                same = segment_ids[:, :, None] == segment_ids[:, None, :]
-                y = self._attend(q, k, v, is_causal=True, mask=same[:, None])
-            else:
-                slots = jnp.arange(new.k.shape[1])
-                seen = (slots >= start[..., None]) & (slots <= slot[..., None])  # [b t l]
-                y = self._attend(q, new.k, new.v, mask=seen[:, None])
-                full = slot >= new.k.shape[1]
-                y = jnp.where(full[:, :, None, None], jnp.nan, y)
+        if whole:  # keys stay where they came in: id and order say who sees whom
+            same = None if valid is None else segment_ids[:, :, None] == segment_ids[:, None, :]
+            y = jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=True,
+                mask=None if same is None else same[:, None],
+                implementation=self.implementation,
+            )
+        else:
+            places = jnp.arange(slots)
+            seen = (places >= start[..., None]) & (places <= slot[..., None])  # [b t l]
+            y = _look_up(q, new.k, new.v, seen)
+            y = jnp.where((slot >= slots)[:, :, None, None], jnp.nan, y)
         if valid is not None:
             y = jnp.where(valid[:, :, None, None], y, 0)
         out = self.out_proj(y.reshape(b, t, -1))
@@ -174,7 +184,7 @@ class Attention(nnx.Module):
         """
         if max_length is None:
             raise ValueError("attention keeps every token: init_state needs max_length")
-        shape = (batch_size, max_length, self.n_kv_heads, self.head_dim)
+        shape = (batch_size, self.n_kv_heads, max_length, self.head_dim)
         # One array each: a state is donated, and no buffer can be given away twice.
         k, v = (jnp.zeros(shape, self.dtype) for _ in range(2))
         length, start, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(3))
@@ -201,9 +211,6 @@ class Attention(nnx.Module):
             q, k = (rotate(a, positions, theta=self.rope_theta) for a in (q, k))
         return q, k, v
 
-    def _attend(self, q, k, v, **masks):
-        return jax.nn.dot_product_attention(q, k, v, implementation=self.implementation, **masks)
-
 
 def _place(segment_ids, state: AttentionState, t: int):
     """Where t new tokens go.
@@ -228,7 +235,31 @@ def _place(segment_ids, state: AttentionState, t: int):
 
 def _write(cache, rows, slot, valid):
     """Puts `rows` `[b t g k]` into their slots; padding and what finds no room is dropped."""
-    rows = rows.astype(cache.dtype)
+    b, g, slots, _ = cache.shape
+    rows = jnp.swapaxes(rows, 1, 2).astype(cache.dtype)  # [b g t k]
     if valid is not None:
-        slot = jnp.where(valid, slot, cache.shape[1])
-    return jax.vmap(lambda c, r, s: c.at[s].set(r, mode="drop"))(cache, rows, slot)
+        slot = jnp.where(valid, slot, slots)
+    if b * g * slot.shape[1] == 1:
+        # A single row would be no scatter but an update, which XLA does once for each reader of the
+        # cache, on copies of it: beside a second row, which is dropped, it stays a scatter.
+        rows = jnp.concatenate([rows, rows], axis=2)
+        slot = jnp.concatenate([slot, jnp.full_like(slot, slots)], axis=1)
+    at = (jnp.arange(b)[:, None, None], jnp.arange(g)[:, None], slot[:, None])
+    return cache.at[at].set(rows, mode="drop")
+
+
+def _look_up(q, k, v, seen):
+    """Attention of `[b t h k]` to a cache `[b g l k]`, as far as `seen` `[b t l]` says."""
+    b, t, h, width = q.shape
+    g, slots = k.shape[1:3]
+    # One matrix product per sequence and key-value head, in the order in which the cache lies:
+    # with an einsum over all axes, XLA may turn the cache round first.
+    q = jnp.swapaxes(q.reshape(b, t, g, -1), 1, 2).reshape(b * g, -1, width)  # [b*g t*r k]
+    k, v = (x.reshape(b * g, slots, width) for x in (k, v))
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("xqk,xlk->xql", q, k, preferred_element_type=dtype) * width**-0.5
+    seen = jnp.repeat(jnp.repeat(seen, g, axis=0), h // g, axis=1)
+    scores = jnp.where(seen, scores, jnp.finfo(dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = jnp.einsum("xql,xlk->xqk", weights, v).reshape(b, g, t, h // g, width)
+    return jnp.swapaxes(y, 1, 2).reshape(b, t, h, width)

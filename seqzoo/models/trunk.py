@@ -1,5 +1,6 @@
 """What language models, classifiers and encoders share: embedding, stack, final norm."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,6 +133,16 @@ class Trunk(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None):
         """The state before the first token; max_length sizes caches (attention needs it)."""
         return self.stack.init_state(batch_size, max_length=max_length)
+
+    def unrolled(self):
+        """The same model with arrays of its own for each layer: what writes fastest."""
+        apart = copy.copy(self)
+        apart.stack = self.stack.unrolled()
+        return apart
+
+    def unrolled_state(self, state):
+        """A state of this model as one of `unrolled()`."""
+        return self.stack.unrolled_state(state)
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence while decoding: {recurrent, total}, all layers together."""

@@ -5,6 +5,7 @@ repeated periods, here (mamba, mamba, attention) x 2 and (mamba) x 1. The parame
 stacked along a leading axis, and one lax.scan goes over its repeats.
 """
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -201,9 +202,35 @@ class Stack(nnx.Module):
                     new.append(one)
                 return x_t, tuple(new)
 
-            x_t, new = jax.lax.scan(period, x_t, (variables, state[i]))
+            x_t, new = jax.lax.scan(period, x_t, (variables, state[i]), unroll=run.repeats == 1)
             states.append(new)
         return x_t, states
+
+    def unrolled(self) -> "Stack":
+        """The same layers, each a run of its own with arrays of its own: for writing.
+
+        A scan over layers copies what it hands to each of them. That is nothing beside a whole
+        sequence, but a step does little more than read its weights and its state once.
+        """
+        apart = copy.copy(self)
+        apart.plan = tuple(
+            Run(run.start + i * len(run.period), run.period, 1)
+            for run in self.plan
+            for i in range(run.repeats)
+        )
+        apart.runs = nnx.List()
+        for run, blocks in zip(self.plan, self.runs, strict=True):
+            graphdef, variables = nnx.split(blocks)
+            apart.runs += [nnx.merge(graphdef, one) for one in _apart(variables, run.repeats)]
+        return apart
+
+    def unrolled_state(self, state: list) -> list:
+        """A state of this stack as one of `unrolled()`."""
+        return [
+            one
+            for run, part in zip(self.plan, state, strict=True)
+            for one in _apart(part, run.repeats)
+        ]
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> list:
         """The state before the first token; max_length sizes caches."""
@@ -226,6 +253,12 @@ class Stack(nnx.Module):
                 for name, count in block.mixer.state_bytes(context_length).items():
                     total[name] += run.repeats * count
         return total
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _apart(tree, repeats: int) -> list:
+    """Arrays with a leading axis of repeats, cut into trees with one of 1."""
+    return [jax.tree.map(lambda x, i=i: x[i : i + 1], tree) for i in range(repeats)]
 
 
 def _stacked(run: Run, make, key: jax.Array) -> nnx.List:

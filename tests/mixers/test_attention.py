@@ -80,6 +80,23 @@ def test_a_full_cache_says_so():
         mixer.init_state(1)
 
 
+@pytest.mark.parametrize("batch, n_kv_heads", [(1, 1), (1, 4), (3, 2)])
+def test_steps_leave_the_cache_where_it_is(batch, n_kv_heads):
+    """A loop of steps holds one cache: nothing as large is copied beside it."""
+    mixer = Attention(64, n_heads=4, n_kv_heads=n_kv_heads, head_dim=64, rngs=nnx.Rngs(0))
+    graphdef, variables = nnx.split(mixer)
+    state = jax.eval_shape(lambda: mixer.init_state(batch, max_length=4096))
+
+    def loop(variables, x, state):
+        step = lambda state, x_t: nnx.merge(graphdef, variables).step(x_t, state)[::-1]
+        return jax.lax.scan(step, state, x)
+
+    x = jax.ShapeDtypeStruct((8, batch, 64), jnp.float32)
+    compiled = jax.jit(loop, donate_argnums=2).lower(variables, x, state).compile()
+    cache = state.k.size * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 2
+
+
 @pytest.mark.parametrize(
     "keywords, message",
     [

@@ -114,6 +114,22 @@ def test_steps_and_chunks():
     assert stack(x).state is None
 
 
+def test_unrolled_is_the_same_layer_by_layer():
+    """For steps: no layer shares an array, and a state that was read with goes on."""
+    stack = make(5, pattern=("a", "a", "b"))
+    apart = stack.unrolled()
+    assert [run.repeats for run in apart.plan] == [1] * len(apart.plan)
+    assert apart.layers == stack.layers
+    x = jax.random.normal(jax.random.key(0), (2, 4, D))
+    state = stack(x[:, :3], return_state=True).state
+    want, after = stack.step(x[:, 3], state)
+    got, apart_after = apart.step(x[:, 3], stack.unrolled_state(state))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, stack.unrolled_state(after), apart_after)
+    fresh = jax.tree.map(jnp.shape, apart.init_state(2))
+    assert fresh == jax.tree.map(jnp.shape, stack.unrolled_state(state))
+
+
 def test_reports_come_per_layer():
     stack = make(5, ("a", "a", "b"))
     x = jax.random.normal(jax.random.key(1), (2, 7, D))
