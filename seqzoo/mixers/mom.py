@@ -1,7 +1,7 @@
 """MoM: a mixture of memories, of which each token writes and reads a few."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +27,13 @@ class MoMState(NamedTuple):
     set to 0 when the row goes on to the next.
 
     Attributes:
-        q, k, v: the last `d_conv - 1` inputs of the convolutions in each memory, `[b m w-1 e]`
-            float32.
+        conv: the last `d_conv - 1` inputs of the convolution in each memory, `[b m w-1 e]` float32;
+            e goes over heads, and in each over its query, key and value.
         s: the memories, `[b m h k v]` float32.
         last_id: int32 `[b]`, id of the document; 0 = none yet, or not tracked.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
+    conv: jax.Array
     s: jax.Array
     last_id: jax.Array
 
@@ -84,7 +82,7 @@ class MoM(nnx.Module):
         shared_mem: whether there is a memory that every token goes to, with weight 1.
         single_kv_proj: one projection for keys, values and gates, shared by all memories.
         rule: how a memory is written: gated_deltanet, gla, retention, mamba2, linear.
-        d_conv: taps of the convolutions (w), which all memories share; 0 = none.
+        d_conv: taps of the convolution (w), which all memories share; 0 = none.
         use_output_gate: multiply by silu(x W_gate) after the norm.
         normalize_weights: divide the weights of the chosen memories by their sum. With topk 1 they
             are 1 then, and the router learns from the auxiliary loss alone.
@@ -207,13 +205,14 @@ class MoM(nnx.Module):
         self.q_proj = project(keys)
         self.k_proj = PerMemory(r, d_model, keys, axis="heads", **common)
         self.v_proj = PerMemory(r, d_model, values, axis="heads", **common)
-        conv = lambda width: ShortConv(
-            width, d_conv, use_bias=False, implementation=implementation, **common
-        )
         # Assigned once: an attribute that was None first would be static.
-        self.q_conv = conv(keys) if d_conv else None
-        self.k_conv = conv(keys) if d_conv else None
-        self.v_conv = conv(values) if d_conv else None
+        self.conv = (
+            ShortConv(
+                2 * keys + values, d_conv, use_bias=False, implementation=implementation, **common
+            )
+            if d_conv
+            else None
+        )
         self.rule = RULES[rule](
             r,
             d_model,
@@ -235,6 +234,11 @@ class MoM(nnx.Module):
     def n_states(self) -> int:
         """Memories in all, the shared one counted (m)."""
         return self.num_memories + self.shared_mem
+
+    @property
+    def _kept(self) -> int:
+        """Inputs that the convolution keeps (w-1)."""
+        return max(self.d_conv - 1, 0)
 
     def __call__(
         self,
@@ -267,17 +271,15 @@ class MoM(nnx.Module):
             documents.ids,
             documents.entry,
             n_memories=self.n_states,
-            keep=max(self.d_conv - 1, 0),
+            keep=self._kept,
         )
         self._report(routed, documents.valid, slots)
         to_slots = lambda y: _each_to_slots(y, slots)
-        q, q_past = self._convolved(
-            self.q_conv, mom_slots.tokens_to_slots(self.q_proj(x), slots), state.q, slots, fresh
-        )
-        k, k_past = self._convolved(self.k_conv, to_slots(self.k_proj(x)), state.k, slots, fresh)
-        v, v_past = self._convolved(self.v_conv, to_slots(self.v_proj(x)), state.v, slots, fresh)
+        q = mom_slots.tokens_to_slots(self.q_proj(x), slots)
+        parts = self._heads(q, to_slots(self.k_proj(x)), to_slots(self.v_proj(x)))
+        parts, past = self._convolved(parts, state.conv, slots, fresh)
         gates = self.rule.gates(x)
-        arguments = self._arguments(q, k, v, None if gates is None else to_slots(gates))
+        arguments = self.rule.arguments(*parts, None if gates is None else to_slots(gates))
         entry = jnp.broadcast_to(documents.entry[:, None], (b, self.n_states))
         y, after = sharded(
             self.rule.op_over_memories,
@@ -290,7 +292,7 @@ class MoM(nnx.Module):
         )
         found = mom_slots.slots_to_visits(y.reshape(b, y.shape[1], -1), slots)
         out = self._output(x, found, weights)
-        new = MoMState(q_past, k_past, v_past, after.s, documents.last_id)
+        new = MoMState(past, after.s, documents.last_id)
         if documents.valid is not None:
             new = _forget(new, after.last_id != documents.last_id[:, None])
         return out, new
@@ -298,15 +300,12 @@ class MoM(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> MoMState:
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
-        keys, values = self.n_heads * self.head_dim, self.n_heads * self.value_dim
-        past = lambda e: jnp.zeros(
-            (batch_size, self.n_states, max(self.d_conv - 1, 0), e), jnp.float32
+        m, h, k, v = self.n_states, self.n_heads, self.head_dim, self.value_dim
+        return MoMState(
+            jnp.zeros((batch_size, m, self._kept, h * (2 * k + v)), jnp.float32),
+            jnp.zeros((batch_size, m, h, k, v), jnp.float32),
+            jnp.zeros((batch_size,), jnp.int32),
         )
-        s = jnp.zeros(
-            (batch_size, self.n_states, self.n_heads, self.head_dim, self.value_dim), jnp.float32
-        )
-        last_id = jnp.zeros((batch_size,), jnp.int32)
-        return MoMState(past(keys), past(keys), past(values), s, last_id)
 
     def step(self, x_t: jax.Array, state: MoMState) -> tuple[jax.Array, MoMState]:
         """One token `[b d]`: returns `[b d]` and the state after it.
@@ -322,29 +321,32 @@ class MoM(nnx.Module):
         mine = lambda y: (
             jnp.broadcast_to(y, (b, j, y.shape[-1])) if y.shape[1] == 1 else y[rows, visits]
         ).reshape(b * j, 1, y.shape[-1])
-        q, q_past = self._one(self.q_conv, mine(self.q_proj(x_t)[:, None]), take(state.q))
-        k, k_past = self._one(self.k_conv, mine(self.k_proj(x_t)), take(state.k))
-        v, v_past = self._one(self.v_conv, mine(self.v_proj(x_t)), take(state.v))
+        parts = self._heads(
+            mine(self.q_proj(x_t)[:, None]), mine(self.k_proj(x_t)), mine(self.v_proj(x_t))
+        )
+        past = take(state.conv)
+        if self.conv is not None:
+            fresh_id = jnp.zeros((b * j,), jnp.int32)
+            y, (past, _) = self.conv(_joined(parts), state=ShortConvState(past, fresh_id))
+            parts = self._split(y)
         gates = self.rule.gates(x_t)
         y, after = sharded(
             self.rule.op,
-            *self._arguments(q, k, v, None if gates is None else mine(gates)),
+            *self.rule.arguments(*parts, None if gates is None else mine(gates)),
             initial_state=self.rule.state(take(state.s), jnp.zeros((b * j,), jnp.int32)),
             implementation=self.implementation,
             **self.rule.options,
         )
         out = self._output(x_t, y.reshape(b, j, -1), weights)
         put = lambda a, new: a.at[rows, visits].set(new.reshape(b, j, *a.shape[2:]))
-        old = (state.q, state.k, state.v, state.s)
-        parts = map(put, old, (q_past, k_past, v_past, after.s))
-        return out, MoMState(*parts, state.last_id)
+        return out, MoMState(put(state.conv, past), put(state.s, after.s), state.last_id)
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the memories alone, and with the conv inputs and the id."""
         del context_length
         m, h, k, v = self.n_states, self.n_heads, self.head_dim, self.value_dim
         recurrent = 4 * m * h * k * v
-        past = 4 * m * max(self.d_conv - 1, 0) * h * (2 * k + v)
+        past = 4 * m * self._kept * h * (2 * k + v)
         return {"recurrent": recurrent, "total": recurrent + past + 4}
 
     def idle_parameters(self) -> int:
@@ -376,25 +378,23 @@ class MoM(nnx.Module):
         tokens = b * t if valid is None else jnp.sum(valid)
         report(self, "router_dropped", j * tokens - jnp.sum(slots.visit < t * j))
 
-    def _convolved(self, conv, packed, past, slots: Slots, fresh: bool):
-        """`[b s e]` after the convolution along each memory's tokens, and what it keeps."""
-        if conv is None:
-            return packed, past
+    def _heads(self, *parts: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(y.reshape(*y.shape[:2], self.n_heads, -1) for y in parts)
+
+    def _split(self, y: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries, keys and values of each head out of `[b s e]`: the inverse of `_joined`."""
+        (y,) = self._heads(y)
+        return tuple(jnp.split(y, [self.head_dim, 2 * self.head_dim], axis=-1))
+
+    def _convolved(self, parts, past, slots: Slots, fresh: bool):
+        """q, k, v after the convolution along each memory's tokens, and what it keeps."""
+        if self.conv is None:
+            return parts, past
+        packed = _joined(parts)
         if not fresh:
             packed = mom_slots.with_past(packed, past, slots)
-        y, _ = conv(packed, segment_ids=slots.groups)
-        return y, mom_slots.kept(packed, past, slots)
-
-    def _one(self, conv, x_t, past):
-        """The same for one token per row, `[b 1 e]` with its past `[b w-1 e]`."""
-        if conv is None:
-            return x_t, past
-        y, after = conv(x_t, state=ShortConvState(past, jnp.zeros(past.shape[:1], jnp.int32)))
-        return y, after.x
-
-    def _arguments(self, q, k, v, gates) -> tuple[Any, ...]:
-        heads = lambda y: y.reshape(*y.shape[:2], self.n_heads, -1)
-        return self.rule.arguments(heads(q), heads(k), heads(v), gates)
+        y, _ = self.conv(packed, segment_ids=slots.groups)
+        return self._split(y), mom_slots.kept(packed, past, slots)
 
     def _output(self, x, found, weights):
         """`[... d]` from what the visits of each token brought, `[... j e]`."""
@@ -404,6 +404,12 @@ class MoM(nnx.Module):
         gate = None if self.gate is None else heads(self.gate(x))
         y = self.norm(heads(total), gate)
         return self.out_proj(y.reshape(*x.shape[:-1], -1))
+
+
+def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
+    """`[b s e]`: head by head its query, key and value, so that heads can be cut apart."""
+    y = jnp.concatenate(parts, axis=-1)
+    return y.reshape(*y.shape[:2], -1)
 
 
 def _each_to_slots(y: jax.Array, slots: Slots) -> jax.Array:

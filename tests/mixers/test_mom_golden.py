@@ -34,7 +34,7 @@ def named(mixer, theirs):
         [*(theirs[f"{own}.{i}.weight"].T for i in memories), theirs[f"{shared}.weight"].T]
     )
     matrix = lambda name: theirs[f"{name}.weight"].T
-    taps = lambda name: theirs[f"{name}.weight"][:, 0].T
+    taps = [theirs[f"{name}_conv1d.weight"][:, 0].T.reshape(4, 2, -1) for name in "qkv"]
     return [
         (mixer.router.kernel, matrix("gate")),
         (mixer.q_proj.kernel, matrix("q_proj")),
@@ -44,9 +44,7 @@ def named(mixer, theirs):
         (mixer.rule.b_proj.kernel, each("b_proj", "shared_b")),
         (mixer.rule.decay.A_log, theirs["A_log"]),
         (mixer.rule.decay.dt_bias, theirs["dt_bias"]),
-        (mixer.q_conv.weight, taps("q_conv1d")),
-        (mixer.k_conv.weight, taps("k_conv1d")),
-        (mixer.v_conv.weight, taps("v_conv1d")),
+        (mixer.conv.weight, np.concatenate(taps, axis=-1).reshape(4, -1)),
         (mixer.gate.kernel, matrix("g_proj")),
         (mixer.norm.scale, theirs["o_norm.weight"]),
         (mixer.out_proj.kernel, matrix("o_proj")),

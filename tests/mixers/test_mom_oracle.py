@@ -14,6 +14,7 @@ from flax import nnx
 
 from pallas_kernels.core.segments import from_lengths
 from seqzoo.mixers import MoM
+from seqzoo.mixers.mom import _joined
 
 D = 6
 KEYWORDS = dict(n_heads=2, head_dim=3, expand_v=4 / 3, num_memories=3, gate_low_rank=2)
@@ -58,14 +59,11 @@ def document(w, x, mixer):
         mine = np.arange(len(x)) if memory == shared else np.flatnonzero((chosen == memory).any(-1))
         scale = [1.0 if memory == shared else weights[i][chosen[i] == memory][0] for i in mine]
         read = x[mine]
-        q, k, v = (
-            taps(read @ kernel, w.get(f"{name}_conv")).reshape(len(mine), h, -1)
-            for name, kernel in (
-                ("q", w["q_proj"]["kernel"]),
-                ("k", w["k_proj"]["kernel"][r]),
-                ("v", w["v_proj"]["kernel"][r]),
-            )
-        )
+        projections = w["q_proj"]["kernel"], w["k_proj"]["kernel"][r], w["v_proj"]["kernel"][r]
+        parts = [(read @ one).reshape(len(mine), h, -1) for one in projections]
+        together = np.concatenate(parts, axis=-1)  # head by head
+        together = taps(together.reshape(len(mine), -1), w.get("conv")).reshape(together.shape)
+        q, k, v = np.split(together, [mixer.head_dim, 2 * mixer.head_dim], axis=-1)
         S = np.zeros((h, mixer.head_dim, mixer.value_dim))
         for n, i in enumerate(mine):
             S, query = RULES[type(mixer.rule).__name__](
@@ -207,12 +205,10 @@ def unpacked(mixer, x, ids):
         chosen = visits == memory
         own = jnp.where(jnp.any(chosen, axis=-1), ids, 0)
         earlier = places_before(own, mixer.d_conv)
-        arguments = mixer._arguments(
-            taken(q, mixer.q_conv, earlier),
-            taken(k[:, :, r], mixer.k_conv, earlier),
-            taken(v[:, :, r], mixer.v_conv, earlier),
-            None if gates is None else gates[:, :, r],
-        )
+        parts = mixer._heads(q, k[:, :, r], v[:, :, r])
+        if mixer.conv is not None:
+            parts = mixer._split(taken(_joined(parts), mixer.conv, earlier))
+        arguments = mixer.rule.arguments(*parts, None if gates is None else gates[:, :, r])
         y, _ = mixer.rule.op(*arguments, segment_ids=own, **mixer.rule.options)
         total += y.reshape(*x.shape[:2], -1) * jnp.sum(jnp.where(chosen, weights, 0), -1)[..., None]
     return mixer._output(x, total[:, :, None], jnp.ones((*x.shape[:2], 1)))
@@ -229,8 +225,6 @@ def places_before(own, n):
 
 
 def taken(x, conv, earlier):
-    if conv is None:
-        return x
     padded = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
     rows = jnp.arange(len(x))[:, None]
     taps = conv.weight[...][::-1]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from seqzoo.mixers import mom_slots
-from seqzoo.mixers.mom_slots import BLOCK, place
+from seqzoo.mixers.mom_slots import BLOCK
+
+place = jax.jit(mom_slots.place, static_argnames=("n_memories", "keep"))
 
 
 def visits_of(b, t, m, j, seed=0):
@@ -86,13 +88,13 @@ def test_authors_gather_and_restore(golden):
     x, chosen = jnp.asarray(have["in.x"]), have["out.topk_indices"]
     b, t, m = *chosen.shape[:2], have["out.gathered_x"].shape[0]
     slots = place(chosen, np.ones((b, t), np.int32), np.ones(b, np.int32), n_memories=m)
-    packed = np.asarray(mom_slots.tokens_to_slots(x, slots))
+    packed = np.asarray(jax.jit(mom_slots.tokens_to_slots)(x, slots))
     for memory in range(m):
         for row in range(b):
             want = have["out.gathered_x"][memory, row][have["out.gather_mask"][memory, row]]
             first, n = int(slots.first[row, memory]), len(want)
             np.testing.assert_array_equal(packed[row, first : first + n], want)
-    found = mom_slots.slots_to_visits(jnp.asarray(packed), slots)
+    found = jax.jit(mom_slots.slots_to_visits)(packed, slots)
     restored = jnp.sum(found * have["out.topk_weights"][..., None], axis=2)
     np.testing.assert_allclose(restored, have["out.restored_x"], atol=1e-6)
 
@@ -112,17 +114,12 @@ def test_gradients_are_those_of_indexing():
         return jnp.sum(jnp.sin(mom_slots.slots_to_visits(packed * weight, slots)))
 
     def plain(x, each):
-        total = 0.0
-        for row in range(b):
-            for i in np.flatnonzero(ids[row]):
-                for which in range(j):
-                    y = x[row, i] * each[row, i, visits[row, i, which]]
-                    y = y * weight[row, slots.slot[row, i, which]]
-                    total += jnp.sum(jnp.sin(y))
-        return total
+        rows, tokens = jnp.arange(b)[:, None, None], jnp.arange(t)[:, None]
+        y = x[rows, tokens] * each[rows, tokens, visits] * weight[rows, slots.slot]
+        return jnp.sum(jnp.where((ids > 0)[..., None, None], jnp.sin(y), 0))
 
     got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, each)
-    want = jax.value_and_grad(plain, argnums=(0, 1))(x, each)
+    want = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(x, each)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
@@ -136,14 +133,19 @@ def test_the_past_goes_before_and_is_kept():
     x, past = (
         jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((b, t, e), (b, m, keep, e))
     )
-    packed = mom_slots.with_past(mom_slots.tokens_to_slots(x, slots), past, slots)
-    after = mom_slots.kept(packed, past, slots)
+
+    @jax.jit
+    def both(x, past):
+        packed = mom_slots.with_past(mom_slots.tokens_to_slots(x, slots), past, slots)
+        return packed, mom_slots.kept(packed, past, slots)
+
+    packed, after = map(np.asarray, both(x, past))
     for row in range(b):
         for memory in range(m):
-            mine = x[row, np.flatnonzero(visits[row, :, 0] == memory)]
-            both = np.concatenate([past[row, memory], mine])
-            np.testing.assert_array_equal(after[row, memory], both[-keep:])
+            mine = np.asarray(x)[row, np.flatnonzero(visits[row, :, 0] == memory)]
+            want = np.concatenate([past[row, memory], mine])
+            np.testing.assert_array_equal(after[row, memory], want[-keep:])
             if len(mine):
                 first = int(slots.first[row, memory])
-                np.testing.assert_array_equal(packed[row, first : first + len(both)], both)
+                np.testing.assert_array_equal(packed[row, first : first + len(want)], want)
     assert not np.any(visits[1] == 0)  # the one that got nothing kept what it had
