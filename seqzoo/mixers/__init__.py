@@ -6,6 +6,7 @@ The contract (docs/add_a_mixer.md) is tested for every one by seqzoo/testing/mix
 from seqzoo.mixers.attention import Attention
 from seqzoo.mixers.base_conv import BaseConv
 from seqzoo.mixers.based import Based
+from seqzoo.mixers.gated_deltanet import GatedDeltaNet
 from seqzoo.mixers.gla import GLA
 from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
@@ -19,6 +20,7 @@ __all__ = [
     "BaseConv",
     "Based",
     "GLA",
+    "GatedDeltaNet",
     "Identity",
     "Mamba",
     "Mamba2",
