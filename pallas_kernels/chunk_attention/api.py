@@ -14,21 +14,24 @@ from pallas_kernels.core.numerics import check_documents, check_shapes, state_dt
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 AXES = axes(
     "b t h k, b t g k, b t g v -> b t h v",
-    state="b l g k, b l g v, b, b",
+    state="b g l k, b g l v, b, b",
     independent="b h g",
 )
 
 
 class ChunkAttentionState(NamedTuple):
-    """The keys and values that are still in sight, in a ring: a token overwrites the oldest one.
+    """The keys and values in sight of the last token, in a ring: a token overwrites the oldest one.
 
     Token n of a document (from 0) lies in slot n mod l, so that a step writes one slot and moves
-    nothing, and a prompt, chunks and steps leave the same ring behind. Slots that the document has
-    not reached yet are never looked at.
+    nothing, and a prompt, chunks and steps leave the same ring behind. A step then reads the ring
+    as it lies, its own token included: that is why there are as many slots as a query sees keys,
+    although the next token will not see the oldest one any more. Slots that the document has not
+    reached yet are never looked at.
 
     Attributes:
-        k: keys `[b l g k]`, l = window - 1; float32 (float64 for float64 inputs).
-        v: values `[b l g v]`.
+        k: keys `[b g l k]`, l = window; float32 (float64 for float64 inputs). The slots of a head
+            lie side by side, as a product with them wants it.
+        v: values `[b g l v]`.
         count: int32 `[b]`, tokens of the current document so far: the position of the next one.
         last_id: int32 `[b]`, id of that document; 0 = none yet, or not tracked.
     """
@@ -100,17 +103,17 @@ def chunk_attention(
             "the heads of q must be a multiple of those of k and v"
         )
     dtype = state_dtype(q, k, v)
-    sizes["l"] = window - 1
+    sizes["l"] = window
     if initial_state is None:
-        ring = lambda width: jnp.zeros((sizes["b"], window - 1, sizes["g"], width), dtype)
+        ring = lambda width: jnp.zeros((sizes["b"], sizes["g"], window, width), dtype)
         zero = jnp.zeros((sizes["b"],), jnp.int32)
         initial_state = ChunkAttentionState(ring(sizes["k"]), ring(sizes["v"]), zero, zero)
     old_k, old_v, count, last_id = initial_state
     check_shapes(
         "chunk_attention",
         sizes,
-        initial_state_k=("b l g k", old_k),
-        initial_state_v=("b l g v", old_v),
+        initial_state_k=("b g l k", old_k),
+        initial_state_v=("b g l v", old_v),
     )
     if count.shape != (sizes["b"],) or not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(

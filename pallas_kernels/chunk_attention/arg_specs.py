@@ -21,7 +21,7 @@ def draw_extreme(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 def settle(state, rng: np.random.Generator):
     """A ring that a stream can leave behind: counts below, at and far above its slots."""
-    slots = state.k.shape[1]
+    slots = state.k.shape[2]
     choices = np.array([slots // 2, slots, 5 * slots + 3, 1])
     return state._replace(count=choices[: len(state.count)].astype(np.int32))
 

@@ -15,7 +15,7 @@ def refuses(shapes, device_kind) -> None:
 
 
 def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, config):
-    """See `chunk_attention`; the ring `[b l g k]`, `[b l g v]` in the dtype to compute in."""
+    """See `chunk_attention`; the ring `[b g l k]`, `[b g l v]` in the dtype to compute in."""
     del config
     dtype, out_dtype = ring_k.dtype, q.dtype
     b, t, h, _ = q.shape
@@ -26,9 +26,9 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
     q, k, v = (jnp.where(valid[:, :, None, None], x, 0).astype(dtype) for x in (q, k, v))
 
     # Every key with its document (0 = the one of the state) and its position in it.
-    slots = jnp.arange(window - 1)
+    slots = jnp.arange(window)
     reached = count[:, None] - 1
-    ring_position = reached - (reached - slots) % max(window - 1, 1)
+    ring_position = reached - (reached - slots) % window
     ring_document = jnp.where(ring_position >= 0, 0, -1)
 
     def token(carry, inputs):
@@ -37,10 +37,10 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
         document = document + reset_t
         fresh = lambda ring: jnp.where(reset_t[:, None, None, None], 0, ring)
         ring_k, ring_v, place = fresh(ring_k), fresh(ring_v), jnp.where(reset_t, 0, count)
-        if window > 1:
-            here = (slots == place[:, None] % (window - 1)) & valid_t[:, None]  # [b l]
-            ring_k = jnp.where(here[..., None, None], k_t[:, None], ring_k)
-            ring_v = jnp.where(here[..., None, None], v_t[:, None], ring_v)
+        here = (slots == place[:, None] % window) & valid_t[:, None]  # [b l]
+        here = here[:, None, :, None]
+        ring_k = jnp.where(here, k_t[:, :, None], ring_k)
+        ring_v = jnp.where(here, v_t[:, :, None], ring_v)
         return (ring_k, ring_v, place + valid_t, document), (place, document)
 
     by_time = lambda x: jnp.swapaxes(x, 0, 1)
@@ -49,8 +49,9 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
     (after_k, after_v, after, _), (position, document) = jax.lax.scan(token, before, tokens)
     position, document = by_time(position), by_time(document)
 
-    keys = jnp.repeat(jnp.concatenate([ring_k, k], axis=1), h // k.shape[2], axis=2)
-    values = jnp.repeat(jnp.concatenate([ring_v, v], axis=1), h // k.shape[2], axis=2)
+    both = lambda ring, new: jnp.concatenate([jnp.swapaxes(ring, 1, 2), new], axis=1)
+    keys = jnp.repeat(both(ring_k, k), h // k.shape[2], axis=2)
+    values = jnp.repeat(both(ring_v, v), h // k.shape[2], axis=2)
     key_document = jnp.concatenate([ring_document, jnp.where(valid, document, -1)], axis=1)
     key_position = jnp.concatenate([ring_position, position], axis=1)
     lag = position[:, :, None] - key_position[:, None, :]

@@ -46,7 +46,7 @@ def refuses(shapes, device_kind) -> None:
 
 
 def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, config):
-    """See `chunk_attention`; the ring `[b l g k]`, `[b l g v]` in the dtype to compute in."""
+    """See `chunk_attention`; the ring `[b g l k]`, `[b g l v]` in the dtype to compute in."""
     b, t, h, _ = q.shape
     g = k.shape[2]
     if t == 1 and segment_ids is None:
@@ -78,26 +78,40 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
     return y, *after, place.count, place.last_id
 
 
-# --- One token: the ring as it lies, one slot written ------------------------------------------
+# --- One token: write it, then read the ring as it lies ------------------------------------------
 
 
 def _one_token(q, k, v, ring_k, ring_v, count, scale: float):
     """y `[b 1 h v]` and the ring after the token; the order of keys is of no matter here."""
     b, _, h, _ = q.shape
-    slots, g = ring_k.shape[1:3]
-    dtype, out_dtype = ring_k.dtype, q.dtype
-    q = scale * q.astype(dtype).reshape(b, g, h // g, -1)
-    k, v = k[:, 0], v[:, 0]  # [b g k], [b g v]
-    old = numerics.einsum("bgrk,blgk->bgrl", q, ring_k)
-    old = jnp.where((jnp.arange(slots) < count[:, None])[:, None, None], old, -jnp.inf)
-    own = numerics.einsum("bgrk,bgk->bgr", q, k.astype(dtype))[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([old, own], axis=-1), axis=-1)
-    y = numerics.einsum("bgrl,blgv->bgrv", weights[..., :slots], ring_v)
-    y = y + weights[..., slots:] * v.astype(dtype)[:, :, None]
-    if slots:
-        at = (jnp.arange(b), count % slots)
-        ring_k, ring_v = ring_k.at[at].set(k.astype(dtype)), ring_v.at[at].set(v.astype(dtype))
-    return y.reshape(b, 1, h, -1).astype(out_dtype), ring_k, ring_v
+    g, slots = ring_k.shape[1:3]
+    slot = count % slots
+    ring_k, ring_v = _write(ring_k, k[:, 0], slot), _write(ring_v, v[:, 0], slot)
+    # One product per sequence and key-value head, in the order in which the ring lies: with an
+    # einsum over all axes, XLA may turn it round first.
+    flat = lambda x: x.reshape(b * g, *x.shape[2:])
+    scores = numerics.einsum(
+        "xrk,xlk->xrl",
+        scale * q.astype(ring_k.dtype).reshape(b * g, h // g, -1),
+        flat(ring_k),
+    )
+    reached = jnp.repeat(jnp.arange(slots) <= count[:, None], g, axis=0)[:, None]
+    weights = jax.nn.softmax(jnp.where(reached, scores, -jnp.inf), axis=-1)
+    y = numerics.einsum("xrl,xlv->xrv", weights, flat(ring_v))
+    return y.reshape(b, 1, h, -1).astype(q.dtype), ring_k, ring_v
+
+
+def _write(ring, x, slot):
+    """Puts `[b g k]` into a slot `[b]` of each row."""
+    b, g, slots, _ = ring.shape
+    x, slot = x[:, :, None].astype(ring.dtype), slot[:, None]
+    if b * g == 1:
+        # A single row would be no scatter but an update, which XLA does once for each reader of the
+        # ring, on copies of it: beside a second row, which is dropped, it stays a scatter.
+        x = jnp.concatenate([x, x], axis=2)
+        slot = jnp.concatenate([slot, jnp.full_like(slot, slots)], axis=1)
+    at = (jnp.arange(b)[:, None, None], jnp.arange(g)[:, None], slot[:, None])
+    return ring.at[at].set(x, mode="drop")
 
 
 # --- Where tokens stand ------------------------------------------------------------------------
@@ -153,44 +167,40 @@ def _places(segment_ids, last_id, count, b: int, t: int) -> _Places:
 
 
 def _in_order(ring, x, count, place: _Places):
-    """The keys of the ring, oldest first, right before the first token: `[b l+t ...]`.
+    """The keys that came before and are still in sight, oldest first, right before the first token.
 
     Returns:
-        them, in the dtype of x, and the document of each `[b l+t]`.
+        them and those of this call `[b w-1+t ...]`, in the dtype of x, and the document of each.
     """
-    slots = ring.shape[1]
-    documents = place.queries
-    if place.valid is not None:
-        documents = jnp.where(place.valid, documents, _PADDING_KEY)
-    if not slots:
-        return x, documents
-    age = jnp.arange(slots)
-    slot = (count[:, None] + age) % slots
-    old = jnp.take_along_axis(ring, slot[..., None, None], axis=1).astype(x.dtype)
-    old_documents = jnp.where(count[:, None] + age >= slots, 0, _PADDING_KEY)
+    window = ring.shape[2]
+    earlier = jnp.arange(window - 1)
+    position = count[:, None] - (window - 1) + earlier
+    old = jnp.swapaxes(ring, 1, 2)
+    old = jnp.take_along_axis(old, (position % window)[..., None, None], axis=1).astype(x.dtype)
+    old_documents = jnp.where(position >= 0, 0, _PADDING_KEY)
     if place.valid is None:
-        join = lambda old, new: jnp.concatenate([old, new], axis=1)
-        return join(old, x), join(old_documents, documents)
+        join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        return join(old, x), join(old_documents, place.queries)
 
     def lay(old, new, fill):
-        room = jnp.pad(new, [(0, 0), (slots, 0)] + [(0, 0)] * (new.ndim - 2), constant_values=fill)
+        room = [(0, 0), (window - 1, 0)] + [(0, 0)] * (new.ndim - 2)
+        room = jnp.pad(new, room, constant_values=fill)
         put = lambda row, old, at: jax.lax.dynamic_update_slice_in_dim(row, old, at, 0)
         return jax.vmap(put)(room, old.astype(new.dtype), place.leading)
 
+    documents = jnp.where(place.valid, place.queries, _PADDING_KEY)
     return lay(old, x, 0), lay(old_documents, documents, _PADDING_KEY)
 
 
 def _after(ring, x, place: _Places):
     """The ring after the last token: a slot takes the last token of its own, or stays."""
-    slots = ring.shape[1]
-    if not slots:
-        return ring
-    back = (place.count[:, None] - 1 - jnp.arange(slots)) % slots  # tokens before the last one
+    window = ring.shape[2]
+    back = (place.count[:, None] - 1 - jnp.arange(window)) % window  # tokens before the last one
     source = place.end[:, None] - back
-    wide = lambda mask: mask[..., None, None]
-    new = jnp.take_along_axis(x, wide(jnp.maximum(source, 0)), axis=1).astype(ring.dtype)
-    old = jnp.where(wide(place.reset)[:, None], 0, ring)
-    return jnp.where(wide(source >= place.first[:, None]), new, old)
+    new = jnp.take_along_axis(x, jnp.maximum(source, 0)[..., None, None], axis=1)
+    new = jnp.swapaxes(new, 1, 2).astype(ring.dtype)
+    old = jnp.where(place.reset[:, None, None, None], 0, ring)
+    return jnp.where((source >= place.first[:, None])[:, None, :, None], new, old)
 
 
 # --- Blocks ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class SlidingWindowAttention(nnx.Module):
         y_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j W_o,    i - window < j <= i
 
     Queries and keys are turned by their positions, which count from the start of each document; a
-    key is turned before it is kept. The state is a ring of the last window - 1 keys and values: it
+    key is turned before it is kept. The state is a ring of the last `window` keys and values: it
     does not grow, and a step writes one slot of it.
 
     Args:
@@ -152,7 +152,7 @@ class SlidingWindowAttention(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> ChunkAttentionState:
         """An empty ring; `max_length` changes nothing here."""
         del max_length
-        shape = (batch_size, self.window - 1, self.n_kv_heads, self.head_dim)
+        shape = (batch_size, self.n_kv_heads, self.window, self.head_dim)
         # One array each: a state is donated, and no buffer can be given away twice.
         k, v = (jnp.zeros(shape, jnp.float32) for _ in range(2))
         count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
@@ -168,7 +168,7 @@ class SlidingWindowAttention(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the ring, and with its count and the id."""
         del context_length
-        ring = 2 * 4 * (self.window - 1) * self.n_kv_heads * self.head_dim
+        ring = 2 * 4 * self.window * self.n_kv_heads * self.head_dim
         return {"recurrent": ring, "total": ring + 8}
 
     def _check_mesh(self) -> None:
