@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,8 +25,15 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-def panels(metric: str | None) -> list[Panel]:
-    """What is drawn of every run; `metric` is what the task is scored by."""
+def panels(metric: str | None, names: Iterable[str] = ()) -> list[Panel]:
+    """What is drawn of every run.
+
+    Args:
+        metric: what the task is scored by.
+        names: of all series; what mixers reported (.../report/NAME or .../report/NAME/PART) gets a
+            panel per NAME, in which its parts stand together.
+    """
+    reported = {name.partition("report/")[2].partition("/")[0] for name in names} - {""}
     found = [Panel("loss", "loss", ("loss",))]
     if metric and metric != "loss":
         found.append(Panel("metric", metric, (metric,)))
@@ -35,6 +42,10 @@ def panels(metric: str | None) -> list[Panel]:
         Panel("lr", "learning rate", ("lr",)),
         Panel("grad_norm", "gradient norm", ("grad_norm",), log=True),
         Panel("tokens_per_second", "tokens per second", ("tokens_per_second",)),
+        *(
+            Panel(f"report_{name}", name.replace("_", " "), (f"report/{name}",))
+            for name in sorted(reported)
+        ),
     ]
 
 
@@ -45,7 +56,8 @@ def draw(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
         record.label: {**series(record.timing), **series(record.metrics)} for record in records
     }
     files = []
-    for panel in panels(next(iter(sorted(metrics)), None)):
+    names = {name for found in everything.values() for name in found}
+    for panel in panels(next(iter(sorted(metrics)), None), names):
         lines = {
             label: {name: one for name, one in found.items() if belongs(name, panel.names)}
             for label, found in everything.items()

@@ -101,7 +101,7 @@ def report_routing(module: nnx.Module, routed: Routed, valid: jax.Array | None =
     """Reports how a router fares, for log and plots.
 
     router_load/I: the fraction of tokens that went to place I (k / m when even).
-    router_load_max: the largest of them, which a mean over layers cannot hide.
+    router_load/max: the largest of them, which a mean over layers cannot hide.
     router_entropy/token: of one token's probabilities, as a fraction of log m: 0 = always sure.
     router_entropy/load: of the load, likewise: 1 = all places are used alike.
     """
@@ -109,7 +109,7 @@ def report_routing(module: nnx.Module, routed: Routed, valid: jax.Array | None =
     used, _ = load(routed, valid)
     for i in range(m):
         report(module, f"router_load/{i}", used[i])
-    report(module, "router_load_max", jnp.max(used))
+    report(module, "router_load/max", jnp.max(used))
     by_token = _entropy(routed.probabilities)
     if valid is not None:
         n = jnp.maximum(jnp.sum(valid), 1)

@@ -25,6 +25,22 @@ def test_one_run(write_run, tmp_path):
         assert shown in text, shown
 
 
+def test_what_mixers_report_is_drawn(write_run, tmp_path):
+    """Load per memory and entropy over time, for train and valid: a panel per name."""
+    run = write_run(tmp_path)
+    with open(run / "metrics.jsonl", "a") as out:
+        for step in (110, 120):
+            told = {"router_load/0": 0.4, "router_load/1": 0.6, "router_entropy/load": 0.97}
+            line = {
+                f"{split}/report/{k}": v for split in ("train", "valid") for k, v in told.items()
+            }
+            out.write(json.dumps({"step": step, **line}) + "\n")
+    text = write_report(run).read_text()
+    for name in ("report_router_load", "report_router_entropy"):
+        assert (run / f"report/{name}.png").read_bytes().startswith(PNG)
+        assert f'alt="{name}"' in text
+
+
 def test_the_page_needs_no_network(write_run, tmp_path):
     text = write_report(write_run(tmp_path)).read_text()
     assert not re.search(r"(src|href)=(?!\"data:)", text)

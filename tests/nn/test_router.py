@@ -88,7 +88,7 @@ def test_what_is_reported():
     _, told = captured(Router(), lambda router: router(logits))
     told = {name.removeprefix("value__"): float(value) for name, value in told.items()}
     assert [told[f"router_load/{i}"] for i in range(4)] == [1, 1, 0, 0]
-    assert told["router_load_max"] == 1
+    assert told["router_load/max"] == 1
     assert told["router_entropy/load"] == pytest.approx(math.log(2) / math.log(4))
     p = np.exp(np.array([9.0, 8.0, 0.0, 0.0]))
     p /= p.sum()
