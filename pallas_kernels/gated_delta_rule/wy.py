@@ -61,31 +61,29 @@ class Inside(NamedTuple):
         return self.start[..., -1]
 
 
-def forward(tokens: Tokens, s: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y `[n b h c v]`, the states after (shaped as s) and at the start of chunks `[n b h k v]`."""
-    q, k, v, _, _ = tokens
+def forward(tokens: Tokens, s: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """y `[n b h c v]` and the states after, from the states before `[b h k v]` (`[b m h k v]`)."""
+    q, _, v, _, _ = tokens
     x = _inside(tokens, plan)
-
-    def step(s, chunk):
-        values, keys, k_end, through = chunk
-        written = values - einsum("bhck,bhkv->bhcv", keys, s)
-        after = _wide(through, s) * s + einsum("bhck,bhcv->bhkv", k_end, written)
-        return after, (written, s)
-
-    inputs = (x.values, x.keys, _wide(x.end, k) * k, x.through)
-    s, (written, starts) = chunks.carry(step, s, inputs, plan.memory)
+    s, (written, starts) = _states(tokens, x, s, plan)
     y = _wide(x.start, v) * einsum("...ik,...kv->...iv", q, starts)
-    return y + einsum("...ij,...jv->...iv", _scores(tokens, x), written), s, starts
+    return y + einsum("...ij,...jv->...iv", _scores(tokens, x), written), s
 
 
 def backward(
-    tokens: Tokens, starts: jax.Array, plan: Plan, dy: jax.Array, ds: jax.Array
+    tokens: Tokens, s: jax.Array, plan: Plan, dy: jax.Array, ds: jax.Array
 ) -> tuple[Tokens, jax.Array]:
-    """Gradients of the tokens, and of the states before from those of the states after."""
+    """Gradients of the tokens, and of the states before from those of the states after.
+
+    Args:
+        tokens, s, plan: what `forward` was given.
+        dy: gradient of y.
+        ds: of the states after.
+    """
     q, k, v, _, beta = tokens
     x = _inside(tokens, plan)
     scores = _scores(tokens, x)
-    written = x.values - einsum("...ik,...kv->...iv", x.keys, starts)
+    _, (written, starts) = _states(tokens, x, s, plan)
 
     # The states, from the last chunk to the first.
     def step(ds, chunk):
@@ -162,6 +160,19 @@ def _inside(tokens: Tokens, plan: Plan) -> Inside:
         values=einsum("...ij,...jv->...iv", solved, _wide(beta, v) * v),
         keys=einsum("...ij,...jk->...ik", solved, _wide(beta * start, k) * k),
     )
+
+
+def _states(tokens: Tokens, x: Inside, s: jax.Array, plan: Plan):
+    """The states after; what tokens write `[n b h c v]`, chunks' first states `[n b h k v]`."""
+
+    def step(s, chunk):
+        values, keys, k_end, through = chunk
+        written = values - einsum("bhck,bhkv->bhcv", keys, s)
+        after = _wide(through, s) * s + einsum("bhck,bhcv->bhkv", k_end, written)
+        return after, (written, s)
+
+    inputs = (x.values, x.keys, _wide(x.end, tokens.k) * tokens.k, x.through)
+    return chunks.carry(step, s, inputs, plan.memory)
 
 
 def _scores(tokens: Tokens, inside: Inside) -> jax.Array:

@@ -1,7 +1,7 @@
 """gated_delta_rule for any device that XLA compiles for: matrix products inside chunks.
 
 Some chunks at a time (a span) are worked on together, so that products are many and what they need
-stays near: wy.py. The forward pass keeps the state at the start of each chunk and nothing else; the
+stays near: wy.py. The forward pass keeps the state at the start of each span and nothing else; the
 backward pass computes the rest again. README.md has the maths, and what was tried and measured.
 """
 
@@ -32,8 +32,8 @@ class XlaConfig(Config):
 
     Attributes:
         chunk: tokens per chunk, 16 times a power of two or at most 16; with memories it divides 64.
-            One state per chunk is kept for the backward pass.
-        span: chunks worked on at a time.
+        span: chunks worked on at a time. One state per span (and memory) is kept for the backward
+            pass.
     """
 
     chunk: int = 64
@@ -55,7 +55,7 @@ class XlaConfig(Config):
         chunk = 32 if small else 64
         per_chunk = sizes["b"] * sizes["h"] * chunk * max(sizes["k"], sizes["v"], chunk)
         near = _AT_A_TIME.get(device_kind or "", _ELSEWHERE)
-        return cls(chunk=chunk, span=max(1, near // per_chunk), device_kind=device_kind)
+        return cls(chunk=chunk, span=max(4, near // per_chunk), device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> None:
@@ -94,8 +94,8 @@ def _rule_forward(inputs, s, plan, how):
         s, y = carry
         i, plan = x
         tokens = _tokens(inputs, i, plan, how, s.dtype)
-        y_i, s, starts = wy.forward(tokens, s, plan)
-        return (s, _write(y, y_i, i)), starts
+        y_i, after = wy.forward(tokens, s, plan)
+        return (after, _write(y, y_i, i)), s
 
     xs = _by_span(plan, inputs[0].shape[1], how)
     (s, y), starts = jax.lax.scan(one_span, (s, jnp.zeros_like(inputs[2])), xs)
@@ -109,10 +109,10 @@ def _rule_backward(how, residuals, cotangents):
 
     def one_span(carry, x):
         ds, out = carry
-        (i, plan), starts = x
+        (i, plan), s = x
         tokens = _tokens(inputs, i, plan, how, ds.dtype)
         dy_i = _cut(dy, i, plan, how, ds.dtype)
-        dtokens, ds = wy.backward(tokens, starts, plan, dy_i, ds)
+        dtokens, ds = wy.backward(tokens, s, plan, dy_i, ds)
         dtokens = dtokens._replace(q=scale * dtokens.q)
         out = tuple(
             _write(x, _where_valid(dx, plan), i) for x, dx in zip(out, dtokens, strict=True)
