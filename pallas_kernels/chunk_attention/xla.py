@@ -29,15 +29,13 @@ class XlaConfig(Config):
         block: queries per block.
     """
 
-    block: int = 128
+    block: int = 64
 
     @classmethod
     def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
-        """About as many queries as the window has keys, so that half of a block's pairs count."""
-        block = 32
-        while block < min(sizes["window"], 128):
-            block *= 2
-        return cls(block=block, device_kind=device_kind)
+        """On a CPU what was measured; else blocks that fill a matrix unit."""
+        del sizes
+        return cls(block=64 if device_kind == "cpu" else 128, device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> None:
@@ -52,7 +50,7 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
     if t == 1 and segment_ids is None:
         y, ring_k, ring_v = _one_token(q, k, v, ring_k, ring_v, count, scale)
         return y, ring_k, ring_v, count + 1, last_id
-    config = XlaConfig.of(config, dict(window=window), dispatch.device_kind(config))
+    config = XlaConfig.of(config, {}, dispatch.device_kind(config))
     block = min(config.block, t)
     place = _places(segment_ids, last_id, count, b, t)
     if place.valid is not None:  # a nan at padding times a weight of 0 would stay
@@ -220,13 +218,16 @@ def _banded(q, k, v, queries, keys, how):
 def _banded_forward(q, k, v, queries, keys, how):
     block, scale, dtype = how
     reach = k.shape[1] - q.shape[1]  # window - 1
+    product = _products(q.dtype)
 
     def one_block(y, i):
         q_c, queries_c = (_cut(x, i * block, block) for x in (q, queries))
         k_c, v_c, keys_c = (_cut(x, i * block, block + reach) for x in (k, v, keys))
-        weights = _weights(q_c, k_c, queries_c, keys_c, scale, dtype)
-        y_c = _product("bgrcs,bsgv->bcgrv", weights.astype(v.dtype), v_c, dtype)
-        return jax.lax.dynamic_update_slice_in_dim(y, y_c.astype(y.dtype), i * block, axis=1), None
+        q_c, k_c, v_c = (x.astype(dtype) for x in (q_c, k_c, v_c))
+        powers, total = _softmax(scale * product("bcgrk,bsgk->bgrcs", q_c, k_c), queries_c, keys_c)
+        y_c = product("bgrcs,bsgv->bgrcv", powers, v_c) / total
+        y_c = jnp.moveaxis(y_c, 3, 1).astype(y.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y, y_c, i * block, axis=1), None
 
     y = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     y, _ = jax.lax.scan(one_block, y, jnp.arange(q.shape[1] // block))
@@ -237,18 +238,21 @@ def _banded_backward(how, residuals, dy):
     block, scale, dtype = how
     q, k, v, queries, keys = residuals
     reach = k.shape[1] - q.shape[1]
+    product = _products(q.dtype)
 
     def one_block(carry, i):
         dq, dk, dv = carry
         q_c, queries_c, dy_c = (_cut(x, i * block, block) for x in (q, queries, dy))
         k_c, v_c, keys_c = (_cut(x, i * block, block + reach) for x in (k, v, keys))
-        weights = _weights(q_c, k_c, queries_c, keys_c, scale, dtype)
-        dv_c = _product("bgrcs,bcgrv->bsgv", weights.astype(v.dtype), dy_c, dtype)
-        dweights = _product("bcgrv,bsgv->bgrcs", dy_c, v_c, dtype)
+        q_c, k_c, v_c, dy_c = (x.astype(dtype) for x in (q_c, k_c, v_c, dy_c))
+        powers, total = _softmax(scale * product("bcgrk,bsgk->bgrcs", q_c, k_c), queries_c, keys_c)
+        weights = powers / total
+        dv_c = product("bgrcs,bcgrv->bsgv", weights, dy_c)
+        dweights = product("bcgrv,bsgv->bgrcs", dy_c, v_c)
         mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
-        dscores = (scale * weights * (dweights - mean)).astype(k.dtype)
-        dq_c = _product("bgrcs,bsgk->bcgrk", dscores, k_c, dtype)
-        dk_c = _product("bgrcs,bcgrk->bsgk", dscores, q_c, dtype)
+        dscores = scale * weights * (dweights - mean)
+        dq_c = product("bgrcs,bsgk->bcgrk", dscores, k_c)
+        dk_c = product("bgrcs,bcgrk->bsgk", dscores, q_c)
         # A key is met by the queries of several blocks.
         add = lambda total, part: jax.lax.dynamic_update_slice_in_dim(
             total, _cut(total, i * block, block + reach) + part, i * block, axis=1
@@ -264,24 +268,25 @@ def _banded_backward(how, residuals, dy):
 _banded.defvjp(_banded_forward, _banded_backward)
 
 
-def _weights(q, k, queries, keys, scale: float, dtype):
-    """The softmax `[b g r c s]` of a block of c queries over its s = c + window - 1 keys."""
-    c, s = q.shape[1], k.shape[1]
-    scores = scale * _product("bcgrk,bsgk->bgrcs", q, k, dtype)
+def _softmax(scores, queries, keys):
+    """Numerators `[b g r c s]` and denominators `[b g r c 1]`, of c queries and s = c + w - 1 keys.
+
+    A query of padding sees nothing: its numerators are 0 and its denominator 1.
+    """
+    c, s = scores.shape[-2:]
     ahead = jnp.arange(s) - jnp.arange(c)[:, None]  # of the oldest key that the query sees
     seen = (ahead >= 0) & (ahead <= s - c) & (queries[:, :, None] == keys[:, None, :])
-    seen = seen[:, None, None]
-    scores = jnp.where(seen, scores, -jnp.inf)
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     largest = jnp.max(scores, axis=-1, keepdims=True)
-    # A query of padding sees nothing: its weights are 0, not nan.
-    weights = jnp.exp(scores - jnp.where(largest > -jnp.inf, largest, 0))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)
+    powers = jnp.exp(scores - jnp.where(largest > -jnp.inf, largest, 0))
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    return powers, jnp.where(total > 0, total, 1)
 
 
-def _product(letters: str, a, b, dtype):
-    """A product of inputs as they are, summed in `dtype`."""
-    return numerics.einsum(letters, a, b, preferred_element_type=dtype)
+def _products(dtype):
+    """Products in float32; of bfloat16 inputs an accelerator may round what they multiply."""
+    exact = jnp.promote_types(dtype, jnp.float32) == dtype
+    return numerics.einsum if exact else jnp.einsum
 
 
 def _cut(x, start, size: int):
