@@ -23,7 +23,7 @@ chunk by its state. How a rule uses this page (gated_delta_rule does so):
 `cut` sets arguments to 0 where there is no token (padding, what was filled up), log decays among
 them; then nothing but documents needs a mask.
 
-Memories: with `block_memory` int32 `[b t/64]`, each block of 64 tokens belongs to one of m memories
+Memories: with `block_memory` int32 `[b blocks]`, each block of tokens belongs to one of m memories
 of its row, a memory's blocks lie together and run in order, and the state is `[b m h k v]` with
 last_id `[b m]`. `carry` takes each chunk's state out of its memory's place and puts it back, so a
 memory without blocks keeps its state, and its gradient passes by.
@@ -41,9 +41,6 @@ import jax.numpy as jnp
 from pallas_kernels.core import numerics
 from pallas_kernels.core.axes import Axes
 from pallas_kernels.core.segments import boundaries
-
-# Tokens that belong to one memory together; chunks must divide it where there are memories.
-BLOCK = 64
 
 
 class Plan(NamedTuple):
@@ -79,7 +76,7 @@ def open_call(
         sizes: b, t, h, k, v by letter.
         initial_state: (s, last_id) or None = zeros.
         segment_ids: int32 `[b t]` or None.
-        block_memory: int32 `[b t/64]` or None.
+        block_memory: int32 `[b blocks]` or None.
         dtype: of the state.
 
     Returns:
@@ -88,7 +85,7 @@ def open_call(
 
     Raises:
         ValueError: shapes do not fit; memories without an initial state (it says how many there
-            are); a length with memories that is no multiple of 64.
+            are); blocks that are no power of two.
         TypeError: ids are not integers.
     """
     b, t = sizes["b"], sizes["t"]
@@ -108,10 +105,14 @@ def open_call(
 
     numerics.check_shapes(op, sizes, initial_state_s=("b m h k v", s))
     segment_ids, _ = numerics.check_documents(op, sizes, segment_ids, no_id)
-    if t % BLOCK:
-        raise ValueError(f"{op}: with block_memory, t must be a multiple of {BLOCK}; it is {t}")
+    blocks = block_memory.shape[-1] if block_memory.ndim else 0
+    if not blocks or t % blocks or (t // blocks) & (t // blocks - 1):
+        raise ValueError(
+            f"{op}: block_memory has shape {block_memory.shape} and there are {t} tokens; it must "
+            "be [b blocks], and t / blocks a power of two"
+        )
     for name, array, shape in (
-        ("block_memory", block_memory, (b, t // BLOCK)),
+        ("block_memory", block_memory, (b, blocks)),
         ("last_id of initial_state", last_id, (b, s.shape[1])),
     ):
         if array.shape != shape:
@@ -148,7 +149,7 @@ def resets(
     if block_memory is None:
         return boundaries(segment_ids, last_id)
     valid = segment_ids > 0
-    memory = jnp.repeat(block_memory, BLOCK, axis=1)
+    memory = by_token(block_memory, segment_ids.shape[1])
     at_row = lambda x, places: jnp.take_along_axis(x, places, axis=1)
     # The token before each one, -1 = none; the id before it is that token's if both are of one
     # memory, else what the memory came with.
@@ -163,6 +164,16 @@ def resets(
     own = memory[:, :, None] == jnp.arange(last_id.shape[1])
     largest = jnp.max(jnp.where(own, segment_ids[:, :, None], 0), axis=1)
     return reset, valid, jnp.maximum(last_id, largest)
+
+
+def by_token(block_memory: jax.Array, t: int) -> jax.Array:
+    """int32 `[b t]`, the memory of each of t tokens (or other equal parts of a row)."""
+    return jnp.repeat(block_memory, t // block_memory.shape[1], axis=1)
+
+
+def fitting(chunk: int, t: int, block_memory: jax.Array | None) -> int:
+    """The chunk, or where there are memories a block of theirs if that is shorter."""
+    return chunk if block_memory is None else min(chunk, t // block_memory.shape[1])
 
 
 # --- Chunks ------------------------------------------------------------------------------------
@@ -181,10 +192,10 @@ def plan(
 
     Args:
         t: tokens, at least 1.
-        chunk: tokens per chunk; divides 64 where there are memories.
+        chunk: tokens per chunk; divides the blocks of memories.
         segment_ids: int32 `[b t]` or None.
         last_id: int32 `[b]`, or `[b m]` with memories.
-        block_memory: int32 `[b t/64]` or None.
+        block_memory: int32 `[b blocks]` or None.
         fill: the number of chunks is filled up to a multiple of it, by chunks without tokens.
 
     Raises:
@@ -193,11 +204,12 @@ def plan(
     padding = -t % (chunk * fill)
     memory = None
     if block_memory is not None:
-        if BLOCK % chunk:
+        block = t // block_memory.shape[1]
+        if block % chunk:
             raise ValueError(
-                f"chunk is {chunk}; with block_memory it must divide the blocks of {BLOCK} tokens"
+                f"chunk is {chunk}; with block_memory it must divide the blocks of {block} tokens"
             )
-        memory = jnp.repeat(block_memory, BLOCK // chunk, axis=1).T
+        memory = by_token(block_memory, t // chunk).T
         memory = jnp.pad(memory, ((0, padding // chunk), (0, 0)), mode="edge")
     if segment_ids is None:
         if not padding:

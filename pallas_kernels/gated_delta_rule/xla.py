@@ -31,7 +31,7 @@ class XlaConfig(Config):
     """How the work is cut.
 
     Attributes:
-        chunk: tokens per chunk, 16 times a power of two or at most 16; with memories it divides 64.
+        chunk: tokens per chunk, 16 times a power of two or at most 16; at most a block of memories.
         span: chunks worked on at a time. One state per span (and memory) is kept for the backward
             pass.
     """
@@ -69,7 +69,7 @@ def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, confi
     sizes = dict(b=b, h=h, k=width, v=v.shape[-1])
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
     whole = t if t <= ROWS else ROWS << (-(-t // ROWS) - 1).bit_length()  # a chunk that holds t
-    chunk = min(config.chunk, whole)
+    chunk = chunks.fitting(min(config.chunk, whole), t, block_memory)
     n = -(-t // chunk)
     span = -(-n // -(-n // config.span))  # spans of equal length: the last one is not half empty
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory, fill=span)

@@ -24,7 +24,7 @@ class XlaConfig(Config):
     """How the work is cut.
 
     Attributes:
-        chunk: tokens per chunk, a power of two; with memories at most 64. One state per chunk is
+        chunk: tokens per chunk, a power of two; at most a block of memories. One state per chunk is
             kept for the backward pass.
     """
 
@@ -46,6 +46,7 @@ def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
     sizes = dict(k=q.shape[3], v=v.shape[3])
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
     chunk = min(config.chunk, 1 << (t - 1).bit_length())  # the power of two that holds t
+    chunk = chunks.fitting(chunk, t, block_memory)
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory)
     y, s = over_chunks(_chunk, scale, (q, k, v, g), s, plan, chunk)
     return y, s, last_id

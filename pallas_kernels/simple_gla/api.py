@@ -59,8 +59,9 @@ def simple_gla(
         v: `[b t h v]`.
         g: `[b t h]`, natural logarithms of the decays, <= 0.
         scale: of q; None = k^-1/2.
-        block_memory: int32 `[b t/64]`, the memory that each block of 64 tokens belongs to,
-            ascending along a row; None = there is one memory. Needs initial_state.
+        block_memory: int32 `[b blocks]`, the memory that each block of t / blocks tokens (a power
+            of two) belongs to, ascending along a row; None = there is one memory. Needs
+            initial_state.
         initial_state: where the stream stopped; None = zeros. With memories s is `[b m h k v]`:
             each runs through its own blocks, and one without blocks comes back as it was.
         segment_ids: int32 `[b t]`, documents numbered upward (inside each memory), 0 = padding;

@@ -32,7 +32,7 @@ def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
         x = x if x.dtype == bool else jnp.where(_wide(valid, x, 2), x, 0).astype(dtype)
         return jnp.swapaxes(x, 0, 1)
 
-    memory = None if block_memory is None else jnp.repeat(block_memory, chunks.BLOCK, axis=1).T
+    memory = None if block_memory is None else chunks.by_token(block_memory, t).T
     s, y = chunks.carry(token, s, tuple(map(by_time, (q, k, v, g, reset, valid))), memory)
     return jnp.swapaxes(y, 0, 1).astype(out_dtype), s, last_id
 

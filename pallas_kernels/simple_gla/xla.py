@@ -25,8 +25,8 @@ class XlaConfig(Config):
     """How the work is cut.
 
     Attributes:
-        chunk: tokens per chunk; with memories it divides 64. One state per chunk is kept for the
-            backward pass, and chunk^2 numbers per head for the chunk in hand.
+        chunk: tokens per chunk; it divides the blocks of memories. One state per chunk is kept for
+            the backward pass, and chunk^2 numbers per head for the chunk in hand.
     """
 
     chunk: int = 64
@@ -52,7 +52,7 @@ def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
     t = q.shape[1]
     sizes = dict(k=q.shape[3], v=v.shape[3])
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
-    chunk = min(config.chunk, t)
+    chunk = chunks.fitting(min(config.chunk, t), t, block_memory)
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory)
     y, s = over_chunks(_chunk, scale, (q, k, v, g), s, plan, chunk)
     return y, s, last_id

@@ -277,7 +277,8 @@ class MoM(nnx.Module):
         to_slots = lambda y: _each_to_slots(y, slots)
         q = mom_slots.tokens_to_slots(self.q_proj(x), slots)
         parts = self._heads(q, to_slots(self.k_proj(x)), to_slots(self.v_proj(x)))
-        parts, past = self._convolved(parts, state.conv, slots, fresh)
+        several = documents.valid is not None
+        parts, past = self._convolved(parts, state.conv, slots, fresh, several)
         gates = self.rule.gates(x)
         arguments = self.rule.arguments(*parts, None if gates is None else to_slots(gates))
         entry = jnp.broadcast_to(documents.entry[:, None], (b, self.n_states))
@@ -293,7 +294,7 @@ class MoM(nnx.Module):
         found = mom_slots.slots_to_visits(y.reshape(b, y.shape[1], -1), slots)
         out = self._output(x, found, weights)
         new = MoMState(past, after.s, documents.last_id)
-        if documents.valid is not None:
+        if several:
             new = _forget(new, after.last_id != documents.last_id[:, None])
         return out, new
 
@@ -386,14 +387,17 @@ class MoM(nnx.Module):
         (y,) = self._heads(y)
         return tuple(jnp.split(y, [self.head_dim, 2 * self.head_dim], axis=-1))
 
-    def _convolved(self, parts, past, slots: Slots, fresh: bool):
-        """q, k, v after the convolution along each memory's tokens, and what it keeps."""
+    def _convolved(self, parts, past, slots: Slots, fresh: bool, several: bool):
+        """q, k, v after the convolution along each memory's tokens, and what it keeps.
+
+        The slots of the past, zeros at first, part the memories; documents must be cut.
+        """
         if self.conv is None:
             return parts, past
         packed = _joined(parts)
         if not fresh:
             packed = mom_slots.with_past(packed, past, slots)
-        y, _ = self.conv(packed, segment_ids=slots.groups)
+        y, _ = self.conv(packed, segment_ids=slots.groups if several else None)
         return self._split(y), mom_slots.kept(packed, past, slots)
 
     def _output(self, x, found, weights):

@@ -1,7 +1,7 @@
 """Tokens sorted by memory: the sub-sequences that memories read, packed into one row of slots.
 
-A row of slots holds one memory after the other, each memory's tokens in time order, from a multiple
-of BLOCK on: a block of slots belongs to one memory. How many slots there are follows from shapes
+A row of slots holds one memory after the other, each memory's tokens in time order, from the start
+of a block on: a block of slots belongs to one memory. How many slots there are follows from shapes
 alone. Before its tokens each memory has `keep` slots for what a convolution kept of its past.
 
     row of t tokens     a b c d e f        memory 0 takes a c d, memory 1 takes b c f, ...
@@ -15,7 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core.chunks import BLOCK
+from pallas_kernels.core import chunks
+
+# Slots per block. Operators like them long; in short rows many long ones would be half empty.
+LONG, SHORT = 64, 16
 
 
 class Slots(NamedTuple):
@@ -25,7 +28,7 @@ class Slots(NamedTuple):
         slot: int32 `[b t j]`, the slot of each of a token's j visits; s at padding.
         visit: int32 `[b s]`, the visit (token * j + which) that holds a slot; t * j where empty.
         by_memory: int32 `[b t m]`, the slot of a token in each memory; s where it does not go.
-        memory: int32 `[b s/BLOCK]`, whose block it is, ascending along a row.
+        memory: int32 `[b blocks]`, whose block it is, ascending along a row.
         ids: int32 `[b s]`, the document of the token in a slot; 0 where there is none.
         groups: int32 `[b s]`, numbers the (memory, document) pairs upward along a row, the kept
             slots of the past included; 0 where empty.
@@ -43,10 +46,11 @@ class Slots(NamedTuple):
     first: jax.Array
 
 
-def number_of_slots(t: int, visits: int, n_memories: int, keep: int) -> int:
-    """Slots that suffice, whoever goes where: a multiple of BLOCK."""
-    used = min(n_memories, visits * t)  # memories that get tokens at all
-    return (visits * t + used * (keep + BLOCK - 1)) // BLOCK * BLOCK
+def slots_for(t: int, visits: int, n_memories: int, keep: int) -> tuple[int, int]:
+    """(slots, slots per block): slots that suffice, whoever goes where, and whole blocks."""
+    taken, used = visits * t, min(n_memories, visits * t)  # memories that get tokens at all
+    block = LONG if 2 * used * LONG <= taken else SHORT
+    return (taken + used * (keep + block - 1)) // block * block, block
 
 
 def place(
@@ -62,15 +66,15 @@ def place(
         keep: slots before each memory's tokens.
     """
     b, t, j = visits.shape
-    s = number_of_slots(t, j, n_memories, keep)
+    s, block = slots_for(t, j, n_memories, keep)
     memories = jnp.arange(n_memories, dtype=jnp.int32)
     chosen = visits[..., None] == memories  # [b t j m]
     hit = jnp.any(chosen, axis=2) & (ids > 0)[..., None]
     so_far = jnp.cumsum(hit, axis=1, dtype=jnp.int32)
     count = so_far[:, -1]
-    blocks = jnp.where(count > 0, -(-(count + keep) // BLOCK), 0)
+    blocks = jnp.where(count > 0, -(-(count + keep) // block), 0)
     end = jnp.cumsum(blocks, axis=1, dtype=jnp.int32)  # in blocks
-    first = (end - blocks) * BLOCK
+    first = (end - blocks) * block
     by_memory = jnp.where(hit, first[:, None] + keep + so_far - 1, s)
     slot = jnp.sum(jnp.where(chosen, by_memory[:, :, None], 0), axis=-1)
 
@@ -79,10 +83,10 @@ def place(
     visit = jnp.full((b, s), t * j, jnp.int32)
     visit = visit.at[rows, slot.reshape(b, t * j)].set(numbers, mode="drop")
 
-    block = jnp.arange(s // BLOCK, dtype=jnp.int32)
-    passed = jnp.sum(block[:, None] >= end[:, None, :], axis=-1, dtype=jnp.int32)  # [b s/BLOCK]
+    number = jnp.arange(s // block, dtype=jnp.int32)
+    passed = jnp.sum(number[:, None] >= end[:, None, :], axis=-1, dtype=jnp.int32)  # [b blocks]
     memory = jnp.minimum(passed, n_memories - 1)
-    of_slot = jnp.repeat(memory, BLOCK, axis=1)
+    of_slot = chunks.by_token(memory, s)
     inside = jnp.arange(s, dtype=jnp.int32) - jnp.take_along_axis(first, of_slot, axis=1)
     past = (inside < keep) & (jnp.take_along_axis(count, of_slot, axis=1) > 0)
     token_ids = gather(ids, visit // j)
@@ -134,7 +138,7 @@ def memories_to_slots(x: jax.Array, slots: Slots) -> jax.Array:
     """`[b s e]` from what each token has for each memory, `[b t m e]`; 0 in empty slots."""
     b, t, m, e = x.shape
     j = slots.slot.shape[-1]
-    mine = slots.visit // j * m + jnp.repeat(slots.memory, BLOCK, axis=1)
+    mine = slots.visit // j * m + chunks.by_token(slots.memory, slots.visit.shape[1])
     there = jnp.where(slots.visit < t * j, mine, t * m)
     return moved(x.reshape(b, t * m, e), there, slots.by_memory.reshape(b, t * m, 1))
 

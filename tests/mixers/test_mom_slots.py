@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqzoo.mixers import mom_slots
-from seqzoo.mixers.mom_slots import BLOCK
+from seqzoo.mixers.mom_slots import LONG, SHORT, slots_for
 
 place = jax.jit(mom_slots.place, static_argnames=("n_memories", "keep"))
 
@@ -31,10 +31,18 @@ def ids_of(b, t):
 
 
 @pytest.mark.parametrize(
-    "t, m, j, keep", [(1, 4, 2, 3), (63, 4, 2, 3), (150, 5, 3, 0), (130, 3, 3, 1), (70, 1, 1, 2)]
+    "t, m, j, keep, block",
+    [
+        (1, 4, 2, 3, SHORT),
+        (63, 4, 2, 3, SHORT),
+        (220, 5, 3, 0, LONG),
+        (130, 3, 3, 1, LONG),
+        (128, 1, 1, 2, LONG),
+    ],
 )
-def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep):
+def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep, block):
     b = 3
+    assert slots_for(t, j, m, keep)[1] == block
     visits, ids = visits_of(b, t, m, j), ids_of(b, t)
     entry = np.array([0, 2, 1], np.int32)
     slots = jax.tree.map(np.asarray, place(visits, ids, entry, n_memories=m, keep=keep))
@@ -45,9 +53,9 @@ def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep):
             assert slots.count[row, memory] == len(tokens)
             if not tokens:
                 continue
-            assert slots.first[row, memory] == at and at % BLOCK == 0
-            size = -(-(len(tokens) + keep) // BLOCK) * BLOCK
-            assert np.all(slots.memory[row, at // BLOCK : (at + size) // BLOCK] == memory)
+            assert slots.first[row, memory] == at and at % block == 0
+            size = -(-(len(tokens) + keep) // block) * block
+            assert np.all(slots.memory[row, at // block : (at + size) // block] == memory)
             mine = slice(at + keep, at + keep + len(tokens))
             np.testing.assert_array_equal(slots.visit[row, mine] // j, tokens)
             which = [list(visits[row, i]).index(memory) for i in tokens]
@@ -71,15 +79,18 @@ def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep):
         assert np.all(slots.slot[row, ids[row] == 0] == slots.visit.shape[1])
 
 
-def test_slots_suffice_when_every_memory_is_hit_badly():
-    """The most unlucky counts, one more than a block each, still fit."""
-    t, m, j = BLOCK * 2 + 2, 4, 2
+@pytest.mark.parametrize("block", [SHORT, LONG])
+def test_slots_suffice_when_every_memory_is_hit_badly(block):
+    """The most unlucky counts, one more than full blocks each, still fit."""
+    each = block + 1 if block == SHORT else 4 * block + 1
+    t, m, j = 2 * each, 4, 2
+    assert slots_for(t, j, m, 0)[1] == block
     visits = np.zeros((1, t, j), np.int32)
-    visits[0, : BLOCK + 1] = [0, 1]
-    visits[0, BLOCK + 1 :] = [2, 3]
+    visits[0, :each] = [0, 1]
+    visits[0, each:] = [2, 3]
     ids = np.ones((1, t), np.int32)
     slots = place(visits, ids, np.ones(1, np.int32), n_memories=m)
-    np.testing.assert_array_equal(slots.count[0], BLOCK + 1)
+    np.testing.assert_array_equal(slots.count[0], each)
     assert np.sum(slots.visit < t * j) == t * j
 
 

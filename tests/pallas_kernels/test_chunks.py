@@ -112,7 +112,7 @@ SIZES = dict(b=2, t=320, h=1, k=2, v=2)
     "change, message",
     [
         (dict(initial_state=None), "block_memory is given and initial_state is not"),
-        (dict(sizes={**SIZES, "t": 63}, segment_ids=None), "multiple of 64; it is 63"),
+        (dict(sizes={**SIZES, "t": 63}, segment_ids=None), "63 tokens; .* a power of two"),
         (dict(block_memory=BLOCK_MEMORY[:, 1:]), r"block_memory has shape \(2, 4\)"),
         (
             dict(initial_state=(np.zeros((2, 3, 1, 2, 2)), np.zeros((2,), int))),
