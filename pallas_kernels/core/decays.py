@@ -9,15 +9,22 @@ All sums are <= 0 where the log decays are, so no exponential overflows.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.numerics import einsum
+
+# exp of it is 0 in any precision, and sums of it are finite: a 0 times -inf would be nan.
+_LOWEST = -1e30
+
 
 def between(g: jax.Array) -> jax.Array:
     """What decays on the way from token j to token i.
 
     Args:
-        g: log decays `[... c x]`, one per token and channel.
+        g: log decays `[... c]`, one per token; -inf is a decay to 0.
 
     Returns:
-        `[... i j x]`: the sum of g over the tokens after j up to i; 0 where i <= j.
+        `[... i j]`: the sum of g over the tokens after j up to i; 0 where i <= j.
     """
-    later = jnp.tri(g.shape[-2], k=-1, dtype=bool)  # [l j]: token l comes after j
-    return jnp.cumsum(jnp.where(later[..., None], g[..., :, None, :], 0), axis=-3)
+    c = g.shape[-1]
+    after = jnp.tri(c, k=-1, dtype=bool)  # [l j]: token l comes after j
+    terms = jnp.where(after, jnp.maximum(g, _LOWEST)[..., :, None], 0)
+    return einsum("il,...lj->...ij", jnp.tri(c, dtype=g.dtype), terms)

@@ -53,7 +53,7 @@ def gla(
         q: `[b t h k]`, float32, bfloat16 or float64.
         k: `[b t h k]`.
         v: `[b t h v]`.
-        g: `[b t h k]`, natural logarithms of the decays, <= 0.
+        g: `[b t h k]`, natural logarithms of the decays, <= 0; -inf is a decay to 0.
         scale: of q; None = k^-1/2.
         block_memory: int32 `[b blocks]`, the memory that each block of t / blocks tokens (a power
             of two) belongs to, ascending along a row; None = there is one memory. Needs

@@ -9,14 +9,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from pallas_kernels.core import chunks, decays, dispatch
+from pallas_kernels.core import chunks, dispatch
 from pallas_kernels.core.chunks import keep
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.recompute import Masks, over_chunks
-
-# Among so few tokens pairs are taken one by one; everything further apart goes by halves.
-_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,7 @@ class XlaConfig(Config):
             kept for the backward pass.
     """
 
-    chunk: int = 32
+    chunk: int = 64
 
     def __post_init__(self):
         if self.chunk < 1 or self.chunk & (self.chunk - 1):
@@ -75,12 +72,10 @@ def _scores(q, k, g):
         from the start of the chunk up to each token, and from each token up to the end.
     """
     b, h, c, _ = g.shape
-    size = min(_TOGETHER, c)
-    blocks = lambda x: x.reshape(b, h, c // size, size, -1)
-    sums = decays.between(blocks(g))  # [b h n i j k]
-    faded = jnp.exp(sums) * blocks(k)[..., None, :, :]
-    scores = einsum("bhnik,bhnijk->bhnij", blocks(q), faded)
-    start, end = jnp.cumsum(blocks(g), axis=-2), sums[..., -1, :, :]
+    # A token by itself: nothing decays between it and its own key.
+    scores = einsum("bhck,bhck->bhc", q, k)[..., None, None]  # [b h n i j], n blocks of size tokens
+    start, end = g[..., None, :], jnp.zeros_like(g)[..., None, :]  # [b h n size k]
+    size = 1
     while size < c:
         # Two blocks become one. A pair across them decays from its key to the end of the first,
         # then from the start of the second to its query: two factors of at most 1.

@@ -57,7 +57,7 @@ def simple_gla(
         q: `[b t g k]`, float32, bfloat16 or float64; g divides h.
         k: `[b t g k]`.
         v: `[b t h v]`.
-        g: `[b t h]`, natural logarithms of the decays, <= 0.
+        g: `[b t h]`, natural logarithms of the decays, <= 0; -inf is a decay to 0.
         scale: of q; None = k^-1/2.
         block_memory: int32 `[b blocks]`, the memory that each block of t / blocks tokens (a power
             of two) belongs to, ascending along a row; None = there is one memory. Needs

@@ -12,11 +12,12 @@ def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndar
 
 
 def draw_extreme(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Decays from 1 - 1e-9 to exp(-4000), which is 0, side by side: some are exactly 1."""
+    """Decays from 1 - 1e-9 to exp(-4000), which is 0, side by side; some are exactly 1 or 0."""
     if name != "g":
         return draw(name, shape, rng)
     rates = np.exp(rng.uniform(np.log(1e-9), np.log(4000), size=shape))
-    return np.where(rng.uniform(size=shape) < 0.1, 0.0, -rates)
+    chance = rng.uniform(size=shape)
+    return np.select([chance < 0.1, chance > 0.95], [0.0, -np.inf], -rates)
 
 
 SPECS = (

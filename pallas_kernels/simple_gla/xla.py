@@ -6,7 +6,6 @@ what was tried and measured.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -15,9 +14,6 @@ from pallas_kernels.core.chunks import keep
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.recompute import Masks, over_chunks
-
-# Up to this many numbers per head a state is read faster than the pairs of a longer chunk.
-_SMALL_STATE = 2**13
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,12 +30,6 @@ class XlaConfig(Config):
     def __post_init__(self):
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}; it must be at least 1")
-
-    @classmethod
-    def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
-        """64 tokens; on a CPU 32 where the state is small."""
-        small = device_kind == "cpu" and sizes["k"] * sizes["v"] <= _SMALL_STATE
-        return cls(chunk=32 if small else 64, device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> None:
@@ -63,7 +53,7 @@ def _chunk(scale: float, s, inputs: tuple, masks: Masks):
     q, k, v, g = (x.astype(s.dtype) for x in inputs)
     groups = q.shape[1]  # heads of q and k, each shared by r heads
     by_group = lambda x: x.reshape(x.shape[0], groups, -1, *x.shape[2:])  # [b h ...]: [b g r ...]
-    sums = decays.between(g[..., None])[..., 0]  # [b h i j]
+    sums = decays.between(g)  # [b h i j]
     start = jnp.cumsum(g, axis=-1)
     pairs = keep(jnp.exp(sums), masks.pairs)
     from_start = keep(jnp.exp(start), masks.start)  # [b h c]
