@@ -151,10 +151,7 @@ def wide(tree):
 
 @pytest.mark.parametrize(
     "rule",
-    [
-        r if r in ("gated_deltanet", "gla") else pytest.param(r, marks=pytest.mark.slow)
-        for r in CASES
-    ],
+    [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in CASES],
 )
 def test_equals_the_loops_in_float64(rule):
     """Outputs, and the slope along a random direction in all parameters and x at once."""
