@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.core.segments import boundaries
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.mixers import mom_slots
 from seqzoo.mixers.mom_rules import INIT, RULES, PerMemory
@@ -38,22 +37,6 @@ class MoMState(NamedTuple):
     last_id: jax.Array
 
 
-class Documents(NamedTuple):
-    """Where the documents of a call lie.
-
-    Attributes:
-        ids: int32 `[b t]`, 0 = padding.
-        entry: int32 `[b]`, the document that the state is in.
-        last_id: int32 `[b]`, the id to carry on.
-        valid: bool `[b t]`; None = there is no padding, and one document.
-    """
-
-    ids: jax.Array
-    entry: jax.Array
-    last_id: jax.Array
-    valid: jax.Array | None
-
-
 class MoM(nnx.Module):
     """Each token goes to `topk` of `num_memories` memories, and all go to a shared one.
 
@@ -82,7 +65,7 @@ class MoM(nnx.Module):
         shared_mem: whether there is a memory that every token goes to, with weight 1.
         single_kv_proj: one projection for keys, values and gates, shared by all memories.
         rule: how a memory is written: gated_deltanet, gla, retention, mamba2, linear.
-        d_conv: taps of the convolution (w), which all memories share; 0 = none.
+        d_conv: taps of the convolution (w), which all memories share; 0 = none, nor silu after it.
         use_output_gate: multiply by silu(x W_gate) after the norm.
         normalize_weights: divide the weights of the chosen memories by their sum. With topk 1 they
             are 1 then, and the router learns from the auxiliary loss alone.
@@ -159,11 +142,12 @@ class MoM(nnx.Module):
                 "change one or set head_dim"
             )
         head_dim = d_model // n_heads if head_dim is None else head_dim
-        value_dim = int(head_dim * expand_v)
-        if head_dim < 1 or value_dim < 1:
+        value_dim = round(head_dim * expand_v)
+        if head_dim < 1 or value_dim < 1 or abs(value_dim - head_dim * expand_v) > 1e-5 * value_dim:
             raise ValueError(
-                f"head_dim is {head_dim} and expand_v {expand_v}; both heads of keys and of values "
-                "must be at least 1 wide"
+                f"head_dim is {head_dim} and expand_v {expand_v}: they make "
+                f"{head_dim * expand_v:g} channels of a value; both must be whole numbers of at "
+                "least 1"
             )
         for name, value in dict(d_conv=d_conv, aux_loss_scale=aux_loss_scale).items():
             if value < 0:
@@ -261,7 +245,7 @@ class MoM(nnx.Module):
         b, t, _ = x.shape
         fresh = state is None
         state = self.init_state(b) if state is None else state
-        documents = _documents(segment_ids, state.last_id, t)
+        documents = mom_slots.documents_of(segment_ids, state.last_id, t)
         if documents.valid is not None:  # what stands at padding must not reach anyone
             x = jnp.where(documents.valid[..., None], x, 0)
         routed = self._route(x)
@@ -274,7 +258,7 @@ class MoM(nnx.Module):
             keep=self._kept,
         )
         self._report(routed, documents.valid, slots)
-        to_slots = lambda y: _each_to_slots(y, slots)
+        to_slots = lambda y: mom_slots.memories_to_slots(y, slots)
         q = mom_slots.tokens_to_slots(self.q_proj(x), slots)
         parts = self._heads(q, to_slots(self.k_proj(x)), to_slots(self.v_proj(x)))
         several = documents.valid is not None
@@ -414,27 +398,6 @@ def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
     """`[b s e]`: head by head its query, key and value, so that heads can be cut apart."""
     y = jnp.concatenate(parts, axis=-1)
     return y.reshape(*y.shape[:2], -1)
-
-
-def _each_to_slots(y: jax.Array, slots: Slots) -> jax.Array:
-    """`[b s e]` of `[b t r e]`: r is 1 where all memories share what a token gives."""
-    if y.shape[2] == 1:
-        return mom_slots.tokens_to_slots(y[:, :, 0], slots)
-    return mom_slots.memories_to_slots(y, slots)
-
-
-def _documents(segment_ids, last_id: jax.Array, t: int) -> Documents:
-    if segment_ids is None:
-        entry = jnp.maximum(last_id, 1)
-        return Documents(
-            jnp.broadcast_to(entry[:, None], (entry.shape[0], t)), entry, last_id, None
-        )
-    _, valid, after = boundaries(segment_ids, last_id)
-    # A state that tracks no document is in the first one that comes.
-    latest = jnp.iinfo(jnp.int32).max
-    first = jnp.min(jnp.where(valid, segment_ids, latest), axis=1)
-    first = jnp.where(jnp.any(valid, axis=1), first, 0)
-    return Documents(segment_ids, jnp.where(last_id > 0, last_id, first), after, valid)
 
 
 def _forget(state: MoMState, memories: jax.Array) -> MoMState:

@@ -16,9 +16,26 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import chunks
+from pallas_kernels.core.segments import boundaries
 
 # Slots per block. Operators like them long; in short rows many long ones would be half empty.
 LONG, SHORT = 64, 16
+
+
+class Documents(NamedTuple):
+    """Where the documents of a call lie.
+
+    Attributes:
+        ids: int32 `[b t]`, 0 = padding.
+        entry: int32 `[b]`, the document that the state is in.
+        last_id: int32 `[b]`, the id to carry on.
+        valid: bool `[b t]`; None = there is no padding, and one document.
+    """
+
+    ids: jax.Array
+    entry: jax.Array
+    last_id: jax.Array
+    valid: jax.Array | None
 
 
 class Slots(NamedTuple):
@@ -44,6 +61,21 @@ class Slots(NamedTuple):
     groups: jax.Array
     count: jax.Array
     first: jax.Array
+
+
+def documents_of(segment_ids: jax.Array | None, last_id: jax.Array, t: int) -> Documents:
+    """Reads the segment ids `[b t]` of a call (None = one document) from a state in `last_id`."""
+    if segment_ids is None:
+        entry = jnp.maximum(last_id, 1)
+        return Documents(
+            jnp.broadcast_to(entry[:, None], (entry.shape[0], t)), entry, last_id, None
+        )
+    _, valid, after = boundaries(segment_ids, last_id)
+    # A state that tracks no document is in the first one that comes.
+    latest = jnp.iinfo(jnp.int32).max
+    first = jnp.min(jnp.where(valid, segment_ids, latest), axis=1)
+    first = jnp.where(jnp.any(valid, axis=1), first, 0)
+    return Documents(segment_ids, jnp.where(last_id > 0, last_id, first), after, valid)
 
 
 def slots_for(t: int, visits: int, n_memories: int, keep: int) -> tuple[int, int]:
@@ -135,8 +167,13 @@ def tokens_to_slots(x: jax.Array, slots: Slots) -> jax.Array:
 
 
 def memories_to_slots(x: jax.Array, slots: Slots) -> jax.Array:
-    """`[b s e]` from what each token has for each memory, `[b t m e]`; 0 in empty slots."""
+    """`[b s e]` from what each token has for each memory, `[b t m e]`; 0 in empty slots.
+
+    `[b t 1 e]` is what it has for all of them.
+    """
     b, t, m, e = x.shape
+    if m == 1:
+        return tokens_to_slots(x[:, :, 0], slots)
     j = slots.slot.shape[-1]
     mine = slots.visit // j * m + chunks.by_token(slots.memory, slots.visit.shape[1])
     there = jnp.where(slots.visit < t * j, mine, t * m)

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.core.segments import from_lengths
-from seqzoo.mixers import MoM
+from seqzoo.mixers import GatedDeltaNet, MoM
+from seqzoo.mixers.mom_slots import slots_for
 from seqzoo.nn.report import captured
 from seqzoo.nn.sharding import MESH_AXES, param_shardings, use_mesh
 from seqzoo.testing import PROMISES, Subject, check_promise
@@ -69,6 +70,28 @@ def avoiding(mixer, memory):
     """The mixer with a router that sends no token whose first number is positive to a memory."""
     mixer.router.kernel[...] = mixer.router.kernel[...].at[0, memory].set(-1e3)
     return mixer
+
+
+def test_a_single_memory_is_gated_deltanet():
+    mixer = make(num_memories=1, topk=1, shared_mem=False)
+    plain = GatedDeltaNet(12, n_heads=2, head_dim=4, expand_v=1.0, rngs=nnx.Rngs(1))
+    for theirs, ours in (
+        (plain.q_proj, mixer.q_proj.kernel[...]),
+        (plain.k_proj, mixer.k_proj.kernel[0]),
+        (plain.v_proj, mixer.v_proj.kernel[0]),
+        (plain.a_proj, mixer.rule.a_proj.kernel[0]),
+        (plain.b_proj, mixer.rule.b_proj.kernel[0]),
+        (plain.gate_proj, mixer.gate.kernel[...]),
+        (plain.out_proj, mixer.out_proj.kernel[...]),
+    ):
+        theirs.kernel[...] = ours
+    plain.decay = mixer.rule.decay
+    taps = mixer.conv.weight[...].reshape(4, 2, 3, 4)  # head by head, q k v in each
+    for i, conv in enumerate((plain.q_conv, plain.k_conv, plain.v_conv)):
+        conv.weight[...] = taps[:, :, i].reshape(4, 8)
+    x = inputs(2, T)
+    want, _ = nnx.jit(lambda mixer, x: mixer(x))(plain, x)
+    np.testing.assert_allclose(run(mixer, x)[0], want, atol=1e-6)
 
 
 def test_labels_of_memories_mean_nothing():
@@ -209,6 +232,16 @@ def test_lengths(length):
     np.testing.assert_allclose(y, jnp.stack(stepped, 1), atol=1e-6)
 
 
+def test_long_rows_have_longer_blocks_and_the_same_answer():
+    mixer, x = make(rule="retention"), inputs(2, 224)
+    assert [slots_for(t, 3, 5, 3)[1] for t in (112, 224)] == [16, 64]
+    whole, end, _ = run(mixer, x)
+    first, state, _ = run(mixer, x[:, :112])
+    second, state, _ = run(mixer, x[:, 112:], state=state)
+    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-6)
+    np.testing.assert_allclose(state.s, end.s, atol=1e-6)
+
+
 def test_an_empty_document_in_a_pack():
     """It takes no token, and its number may be missing: nobody notices."""
     mixer, x = make(), inputs(2, T)
@@ -281,7 +314,7 @@ def test_initial_values():
         (dict(num_memories=0), "num_memories is 0"),
         (dict(rule="delta"), "rule is 'delta'; allowed: gated_deltanet, gla"),
         (dict(n_heads=5, head_dim=None), "no multiple of n_heads"),
-        (dict(expand_v=0.1), "expand_v 0.1"),
+        (dict(expand_v=0.3), "expand_v 0.3: they make 1.2 channels"),
         (dict(d_conv=-1), "d_conv is -1"),
         (dict(aux_loss_scale=-1.0), "aux_loss_scale is -1.0"),
         (dict(gate_normalizer=0.0), "gate_normalizer is 0.0"),
