@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from seqzoo.eval.records import Record, Series, series
 
 _MOST_POINTS = 2000
+_REPORTED = "train/report/"
 # Told apart without colour vision (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
@@ -21,7 +22,7 @@ class Panel(NamedTuple):
 
     file: str
     title: str
-    names: tuple[str, ...]  # the last parts of the names of series
+    names: tuple[str, ...]  # parts of the names of series
     log: bool = False
 
 
@@ -30,10 +31,11 @@ def panels(metric: str | None, names: Iterable[str] = ()) -> list[Panel]:
 
     Args:
         metric: what the task is scored by.
-        names: of all series; what mixers reported (.../report/NAME or .../report/NAME/PART) gets a
-            panel per NAME, in which its parts stand together.
+        names: of all series; what mixers reported while training (train/report/NAME or
+            train/report/NAME/PART) gets a panel per NAME, in which its parts stand together.
     """
-    reported = {name.partition("report/")[2].partition("/")[0] for name in names} - {""}
+    told = (name.removeprefix(_REPORTED) for name in names if name.startswith(_REPORTED))
+    reported = {name.partition("/")[0] for name in told}
     found = [Panel("loss", "loss", ("loss",))]
     if metric and metric != "loss":
         found.append(Panel("metric", metric, (metric,)))
@@ -43,7 +45,7 @@ def panels(metric: str | None, names: Iterable[str] = ()) -> list[Panel]:
         Panel("grad_norm", "gradient norm", ("grad_norm",), log=True),
         Panel("tokens_per_second", "tokens per second", ("tokens_per_second",)),
         *(
-            Panel(f"report_{name}", name.replace("_", " "), (f"report/{name}",))
+            Panel(f"report_{name}", name.replace("_", " "), (_REPORTED + name,))
             for name in sorted(reported)
         ),
     ]
@@ -69,7 +71,7 @@ def draw(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
 
 def belongs(name: str, wanted: tuple[str, ...]) -> bool:
     """Whether a series (train/loss, valid/accuracy/pairs_4) is one of the wanted."""
-    return any(name == one or name.endswith("/" + one) or f"/{one}/" in name for one in wanted)
+    return any(f"/{one}/" in f"/{name}/" for one in wanted)
 
 
 def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path) -> pathlib.Path:

@@ -26,7 +26,7 @@ def test_one_run(write_run, tmp_path):
 
 
 def test_what_mixers_report_is_drawn(write_run, tmp_path):
-    """Load per memory and entropy over time, for train and valid: a panel per name."""
+    """Load per memory and entropy over time: a panel per name, of what training reported."""
     run = write_run(tmp_path)
     with open(run / "metrics.jsonl", "a") as out:
         for step in (110, 120):
