@@ -14,9 +14,6 @@ from seqzoo.nn.gated_norm import GatedRMSNorm, l2_norm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.sharded import sharded
 
-# Every matrix starts as the authors start theirs: uniform within 2^-5/2 of Xavier's bound.
-INIT = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
-
 
 class GatedDeltaNetState(NamedTuple):
     """What a Gated DeltaNet layer keeps of everything it has read; its size does not grow.
@@ -56,6 +53,8 @@ class GatedDeltaNet(nnx.Module):
         allow_negative_eigenvalues: beta from 0 to 2 instead of 1: a write may turn what stands
             under its key around (arXiv 2411.12537).
         norm_eps: added under the root of the output norm.
+        init_gain: matrices start uniform within init_gain times Xavier's bound, the root of
+            6 / (inputs + outputs). The authors' value makes small models slow to begin; 1 does not.
         implementation: which implementation of the operators ("xla", ...); None = the best.
         dtype: what to compute in; parameters, state, gates and norms are float32.
         rngs: source of the initial values.
@@ -86,6 +85,7 @@ class GatedDeltaNet(nnx.Module):
         use_conv_bias: bool = False,
         allow_negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
+        init_gain: float = 2**-2.5,
         implementation: str | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -107,6 +107,8 @@ class GatedDeltaNet(nnx.Module):
                 f"expand_v is {expand_v}: it makes {head_dim * expand_v:g} channels of a value of "
                 f"head_dim {head_dim}; that must be a whole number of at least 1"
             )
+        if init_gain <= 0:
+            raise ValueError(f"init_gain is {init_gain}; it must be above 0")
 
         self.n_heads, self.n_v_heads = n_heads, n_v_heads
         self.head_k_dim, self.head_v_dim, self.d_conv = head_dim, head_v_dim, d_conv
@@ -115,9 +117,10 @@ class GatedDeltaNet(nnx.Module):
         self.implementation, self.dtype = implementation, str(jnp.dtype(dtype))
 
         common = dict(dtype=self.dtype, rngs=rngs)
+        init = nnx.initializers.variance_scaling(init_gain**2, "fan_avg", "uniform")
         keys, values = n_heads * head_dim, n_v_heads * head_v_dim
         project = lambda width: linear(
-            d_model, width, axes=("embed", "heads"), kernel_init=INIT, **common
+            d_model, width, axes=("embed", "heads"), kernel_init=init, **common
         )
         self.q_proj, self.k_proj, self.v_proj = project(keys), project(keys), project(values)
         self.a_proj, self.b_proj = project(n_v_heads), project(n_v_heads)
@@ -130,7 +133,7 @@ class GatedDeltaNet(nnx.Module):
         if use_output_gate:
             self.gate_proj = project(values)
         self.norm = GatedRMSNorm(head_v_dim, eps=norm_eps, **common)
-        self.out_proj = linear(values, d_model, axes=("heads", "embed"), kernel_init=INIT, **common)
+        self.out_proj = linear(values, d_model, axes=("heads", "embed"), kernel_init=init, **common)
 
     def __call__(
         self,

@@ -97,9 +97,11 @@ def test_parameter_count_is_that_of_the_source():
     )
 
 
-def test_initial_values():
-    mixer = GatedDeltaNet(256, n_heads=4, head_dim=64, rngs=nnx.Rngs(0))
-    xavier = lambda n: 2**-2.5 * (6 / n) ** 0.5
+@pytest.mark.parametrize("gain", [2**-2.5, 1.0])
+def test_initial_values(gain):
+    keywords = {} if gain == 2**-2.5 else dict(init_gain=gain)  # the authors' is the default
+    mixer = GatedDeltaNet(256, n_heads=4, head_dim=64, **keywords, rngs=nnx.Rngs(0))
+    xavier = lambda n: gain * (6 / n) ** 0.5
     for kernel, bound in (
         (mixer.q_proj.kernel, xavier(512)),
         (mixer.v_proj.kernel, xavier(256 + 512)),
@@ -121,6 +123,7 @@ def test_initial_values():
         (dict(head_dim=6, expand_v=1.25), "expand_v is 1.25: it makes 7.5 channels"),
         (dict(expand_v=0.0), "expand_v is 0"),
         (dict(d_conv=0), "d_conv is 0"),
+        (dict(init_gain=0.0), "init_gain is 0"),
     ],
 )
 def test_bad_settings(keywords, message):
