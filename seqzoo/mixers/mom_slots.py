@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import chunks
 from pallas_kernels.core.segments import boundaries
 
-# Slots per block. Operators like them long; in short rows many long ones would be half empty.
+# Slots per block. Operators like them long; in short rows long ones would be half empty.
 LONG, SHORT = 64, 16
 
 
@@ -81,7 +81,7 @@ def documents_of(segment_ids: jax.Array | None, last_id: jax.Array, t: int) -> D
 def slots_for(t: int, visits: int, n_memories: int, keep: int) -> tuple[int, int]:
     """(slots, slots per block): slots that suffice, whoever goes where, and whole blocks."""
     taken, used = visits * t, min(n_memories, visits * t)  # memories that get tokens at all
-    block = LONG if 2 * used * LONG <= taken else SHORT
+    block = LONG if 4 * used * LONG <= taken else SHORT
     return (taken + used * (keep + block - 1)) // block * block, block
 
 

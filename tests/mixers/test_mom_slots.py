@@ -35,9 +35,9 @@ def ids_of(b, t):
     [
         (1, 4, 2, 3, SHORT),
         (63, 4, 2, 3, SHORT),
-        (220, 5, 3, 0, LONG),
-        (130, 3, 3, 1, LONG),
-        (128, 1, 1, 2, LONG),
+        (430, 5, 3, 0, LONG),
+        (260, 3, 3, 1, LONG),
+        (256, 1, 1, 2, LONG),
     ],
 )
 def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep, block):
@@ -82,7 +82,7 @@ def test_each_memory_gets_its_tokens_in_time_order(t, m, j, keep, block):
 @pytest.mark.parametrize("block", [SHORT, LONG])
 def test_slots_suffice_when_every_memory_is_hit_badly(block):
     """The most unlucky counts, one more than full blocks each, still fit."""
-    each = block + 1 if block == SHORT else 4 * block + 1
+    each = block + 1 if block == SHORT else 8 * block + 1
     t, m, j = 2 * each, 4, 2
     assert slots_for(t, j, m, 0)[1] == block
     visits = np.zeros((1, t, j), np.int32)

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqzoo.nn import router
 from seqzoo.nn.report import captured
-from seqzoo.nn.router import load, load_balance, report_routing, route
+from seqzoo.nn.router import load_balance, report_routing
+
+# Compiled as one: run eagerly, each operation would compile alone.
+route = jax.jit(router.route, static_argnames=("k", "normalize"))
+load = jax.jit(router.load)
 
 
 def test_choices_of_the_authors(golden):
@@ -24,7 +29,7 @@ def test_loss_of_the_authors(golden):
     have = golden("mom/routing")
     logits = jnp.asarray(have["in.router_logits"])
     valid = jnp.broadcast_to(have["in.attention_mask"] > 0, logits.shape[:3])
-    loss = lambda logits, valid=None: load_balance(route(logits, 2), valid)
+    loss = jax.jit(lambda logits, valid=None: load_balance(route(logits, 2), valid))
     np.testing.assert_allclose(loss(logits), have["out.aux_loss"], rtol=1e-6)
     np.testing.assert_allclose(loss(logits, valid), have["out.aux_loss_masked"], rtol=1e-6)
     gradient = jax.jit(jax.grad(loss))(logits)
@@ -34,7 +39,7 @@ def test_loss_of_the_authors(golden):
 @pytest.mark.parametrize("m, k", [(4, 2), (5, 1), (3, 3)])
 def test_an_even_router_loses_k(m, k):
     routed = route(jnp.zeros((7, m)), k)
-    np.testing.assert_allclose(load_balance(routed), k, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(load_balance)(routed), k, rtol=1e-6)
 
 
 def test_load_counts_tokens():
@@ -85,7 +90,7 @@ class Router(nnx.Module):
 
 def test_what_is_reported():
     logits = jnp.asarray([[9.0, 8.0, 0.0, 0.0], [9.0, 8.0, 0.0, 0.0]])
-    _, told = captured(Router(), lambda router: router(logits))
+    told = jax.jit(lambda logits: captured(Router(), lambda router: router(logits))[1])(logits)
     told = {name.removeprefix("value__"): float(value) for name, value in told.items()}
     assert [told[f"router_load/{i}"] for i in range(4)] == [1, 1, 0, 0]
     assert told["router_load/max"] == 1
