@@ -9,7 +9,7 @@ from flax import nnx
 
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.mixers import mom_slots
-from seqzoo.mixers.mom_rules import INIT, RULES, PerMemory
+from seqzoo.mixers.mom_rules import RULES, PerMemory, start_uniform
 from seqzoo.mixers.mom_slots import Slots
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import GatedRMSNorm
@@ -72,6 +72,8 @@ class MoM(nnx.Module):
         norm_eps: added under the root of the output norm.
         aux_loss_scale: weight of the load-balance loss.
         n_layers: layers of the whole network, over which that loss is a mean.
+        init_gain: matrices start uniform within init_gain times Xavier's bound, the root of
+            6 / (inputs + outputs). The authors' value makes small models slow to begin; 1 does not.
         gate_low_rank: rank of the gates of rule gla.
         gate_normalizer: divides the log decays of rule gla.
         implementation: which implementation of the operators ("xla", ...); None = the best.
@@ -115,6 +117,7 @@ class MoM(nnx.Module):
         norm_eps: float = 1e-5,
         aux_loss_scale: float = 0.01,
         n_layers: int = 1,
+        init_gain: float = 2**-2.5,
         gate_low_rank: int = 16,
         gate_normalizer: float = 16.0,
         implementation: str | None = None,
@@ -152,8 +155,9 @@ class MoM(nnx.Module):
         for name, value in dict(d_conv=d_conv, aux_loss_scale=aux_loss_scale).items():
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be at least 0")
-        if gate_normalizer <= 0:
-            raise ValueError(f"gate_normalizer is {gate_normalizer}; it must be positive")
+        for name, value in dict(gate_normalizer=gate_normalizer, init_gain=init_gain).items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         if topk == 1 < num_memories and normalize_weights:
             warnings.warn(
                 "topk is 1: the weight of the chosen memory is always 1, so the router gets no "
@@ -173,22 +177,24 @@ class MoM(nnx.Module):
 
         keys, values = n_heads * head_dim, n_heads * value_dim
         common = dict(dtype=self.dtype, rngs=rngs)
+        per_memory = dict(dtype=self.dtype, init_gain=init_gain)
+        init = start_uniform(init_gain)
         project = lambda width: linear(
-            d_model, width, axes=("embed", "heads"), kernel_init=INIT, **common
+            d_model, width, axes=("embed", "heads"), kernel_init=init, **common
         )
         self.router = linear(
             d_model,
             num_memories,
             axes=("embed", None),
-            kernel_init=INIT,
+            kernel_init=init,
             dtype=str(jnp.promote_types(self.dtype, jnp.float32)),
             rngs=rngs,
         )
         # One projection per memory, the shared one's last.
         r = 1 if single_kv_proj else self.n_states
         self.q_proj = project(keys)
-        self.k_proj = PerMemory(r, d_model, keys, axis="heads", **common)
-        self.v_proj = PerMemory(r, d_model, values, axis="heads", **common)
+        self.k_proj = PerMemory(r, d_model, keys, axis="heads", rngs=rngs, **per_memory)
+        self.v_proj = PerMemory(r, d_model, values, axis="heads", rngs=rngs, **per_memory)
         # Assigned once: an attribute that was None first would be static.
         self.conv = (
             ShortConv(
@@ -204,7 +210,8 @@ class MoM(nnx.Module):
             head_dim,
             low_rank=gate_low_rank,
             gate_normalizer=gate_normalizer,
-            **common,
+            rngs=rngs,
+            common=per_memory,
         )
         own = keys + values
         self.idle_per_memory = d_model * own + RULES[rule].gate_parameters(
@@ -212,7 +219,7 @@ class MoM(nnx.Module):
         )
         self.gate = project(values) if use_output_gate else None
         self.norm = GatedRMSNorm(value_dim, eps=norm_eps, **common)
-        self.out_proj = linear(values, d_model, axes=("heads", "embed"), kernel_init=INIT, **common)
+        self.out_proj = linear(values, d_model, axes=("heads", "embed"), kernel_init=init, **common)
 
     @property
     def n_states(self) -> int:

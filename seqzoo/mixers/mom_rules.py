@@ -18,9 +18,10 @@ from seqzoo.nn.decay import SoftplusDecay
 from seqzoo.nn.gated_norm import l2_norm
 from seqzoo.nn.param import param
 
-# Every matrix starts as the authors start theirs: uniform within 2^-5/2 of Xavier's bound.
-INIT = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform")
-_INIT_EACH = nnx.initializers.variance_scaling(2.0**-5, "fan_avg", "uniform", batch_axis=(0,))
+
+def start_uniform(gain: float, **axes):
+    """Uniform within gain times Xavier's bound, the root of 6 / (inputs + outputs)."""
+    return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform", **axes)
 
 
 class PerMemory(nnx.Module):
@@ -30,15 +31,25 @@ class PerMemory(nnx.Module):
         r: maps; 1 where all memories share it.
         d_in, d_out: widths.
         axis: logical name of the second width.
+        init_gain: each starts uniform within this times Xavier's bound.
         dtype: what to compute in.
         rngs: source of the initial values.
     """
 
     def __init__(
-        self, r: int, d_in: int, d_out: int, *, axis: str | None, dtype: str, rngs: nnx.Rngs
+        self,
+        r: int,
+        d_in: int,
+        d_out: int,
+        *,
+        axis: str | None,
+        init_gain: float,
+        dtype: str,
+        rngs: nnx.Rngs,
     ):
         self.dtype = str(jnp.dtype(dtype))
-        kernel = _INIT_EACH(rngs.params(), (r, d_in, d_out), jnp.float32)
+        start = start_uniform(init_gain, batch_axis=(0,))
+        kernel = start(rngs.params(), (r, d_in, d_out), jnp.float32)
         self.kernel = param(kernel, axes=(None, "embed", axis))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,6 +61,13 @@ class PerMemory(nnx.Module):
 
 class Rule(nnx.Module):
     """What all rules offer; this one needs no gates.
+
+    Args:
+        r: memories with projections of their own; 1 where all share them.
+        d_model: width of the input.
+        n_heads: heads (h).
+        head_dim: width of queries and keys per head (k).
+        **settings: rngs; common, the keywords of `PerMemory` beside it; and what rule gla wants.
 
     Attributes:
         op, state: the operator, and the class of its state.
@@ -90,10 +108,10 @@ class GatedDeltaNet(Rule):
     op, state = staticmethod(gated_delta_rule), GatedDeltaRuleState
     op_over_memories = staticmethod(over_memories(gated_delta_rule))
 
-    def __init__(self, r, d_model, n_heads, head_dim, *, dtype, rngs, **settings):
+    def __init__(self, r, d_model, n_heads, head_dim, *, rngs, common, **settings):
         del head_dim, settings
         self.n_heads = n_heads
-        make = lambda: PerMemory(r, d_model, n_heads, axis="heads", dtype=dtype, rngs=rngs)
+        make = lambda: PerMemory(r, d_model, n_heads, axis="heads", rngs=rngs, **common)
         self.b_proj, self.a_proj = make(), make()
         self.decay = SoftplusDecay(n_heads, rngs=rngs)
 
@@ -116,14 +134,12 @@ class GLA(Rule):
     op, state = staticmethod(gla), GLAState
     op_over_memories = staticmethod(over_memories(gla))
 
-    def __init__(
-        self, r, d_model, n_heads, head_dim, *, low_rank, gate_normalizer, dtype, rngs, **settings
-    ):
-        del settings
+    def __init__(self, r, d_model, n_heads, head_dim, *, low_rank, gate_normalizer, rngs, common):
         self.n_heads, self.gate_normalizer = n_heads, float(gate_normalizer)
         width = n_heads * head_dim
-        self.down = PerMemory(r, d_model, low_rank, axis=None, dtype=dtype, rngs=rngs)
-        up = _INIT_EACH(rngs.params(), (r, low_rank, width), jnp.float32)
+        self.down = PerMemory(r, d_model, low_rank, axis=None, rngs=rngs, **common)
+        start = start_uniform(common["init_gain"], batch_axis=(0,))
+        up = start(rngs.params(), (r, low_rank, width), jnp.float32)
         self.up = param(up, axes=(None, None, "heads"))
         self.bias = param(jnp.zeros((r, width)), axes=(None, "heads"), decay=False)
 
@@ -161,10 +177,10 @@ class Mamba2(Rule):
     op_over_memories = staticmethod(over_memories(simple_gla))
     options = {"scale": 1.0}
 
-    def __init__(self, r, d_model, n_heads, head_dim, *, dtype, rngs, **settings):
+    def __init__(self, r, d_model, n_heads, head_dim, *, rngs, common, **settings):
         del head_dim, settings
         self.n_heads = n_heads
-        self.dt_proj = PerMemory(r, d_model, n_heads, axis="heads", dtype=dtype, rngs=rngs)
+        self.dt_proj = PerMemory(r, d_model, n_heads, axis="heads", rngs=rngs, **common)
         self.decay = SoftplusDecay(n_heads, rngs=rngs)
 
     @classmethod
@@ -186,10 +202,11 @@ class Linear(Rule):
     op, state = staticmethod(simple_gla), SimpleGLAState
     op_over_memories = staticmethod(over_memories(simple_gla))
 
-    def __init__(self, r, d_model, n_heads, head_dim, *, dtype, rngs, **settings):
+    def __init__(self, r, d_model, n_heads, head_dim, *, rngs, common, **settings):
         del r, d_model, settings
         self.n_heads = n_heads
-        self.q_map, self.k_map = (Hadamard(head_dim, dtype=dtype, rngs=rngs) for _ in range(2))
+        make = lambda: Hadamard(head_dim, dtype=common["dtype"], rngs=rngs)
+        self.q_map, self.k_map = make(), make()
 
     def arguments(self, q, k, v, gates):
         no_decay = jnp.zeros(v.shape[:3], jnp.promote_types(v.dtype, jnp.float32))

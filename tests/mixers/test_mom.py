@@ -318,6 +318,7 @@ def test_initial_values():
         (dict(d_conv=-1), "d_conv is -1"),
         (dict(aux_loss_scale=-1.0), "aux_loss_scale is -1.0"),
         (dict(gate_normalizer=0.0), "gate_normalizer is 0.0"),
+        (dict(init_gain=0.0), "init_gain is 0.0"),
     ],
 )
 def test_bad_settings(keywords, message):
