@@ -38,7 +38,7 @@ class ChunkAttentionState(NamedTuple):
 
     k: jax.Array
     v: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
     last_id: jax.Array
 
 

@@ -73,7 +73,7 @@ def run(q, k, v, ring_k, ring_v, count, last_id, segment_ids, *, window, scale, 
     if place.valid is not None:
         y = jnp.where(place.valid[:, :, None, None], y, 0)
     after = (_after(ring_k, k, place), _after(ring_v, v, place))
-    return y, *after, place.count, place.last_id
+    return y, *after, place.total, place.last_id
 
 
 # --- One token: write it, then read the ring as it lies ------------------------------------------
@@ -125,7 +125,7 @@ class _Places(NamedTuple):
         first: int32 `[b]`, where the last document begins in this call.
         end: int32 `[b]`, the last token; -1 = there is none.
         reset: `[b]`, whether a document began that leaves the state's behind.
-        count: int32 `[b]`, tokens of the last document, those before this call included.
+        total: int32 `[b]`, tokens of the last document, those before this call included.
         last_id: int32 `[b]`, its id.
     """
 
@@ -135,7 +135,7 @@ class _Places(NamedTuple):
     first: jax.Array
     end: jax.Array
     reset: jax.Array
-    count: jax.Array
+    total: jax.Array
     last_id: jax.Array
 
 
@@ -181,8 +181,8 @@ def _in_order(ring, x, count, place: _Places):
         return join(old, x), join(old_documents, place.queries)
 
     def lay(old, new, fill):
-        room = [(0, 0), (window - 1, 0)] + [(0, 0)] * (new.ndim - 2)
-        room = jnp.pad(new, room, constant_values=fill)
+        widths = [(0, 0), (window - 1, 0)] + [(0, 0)] * (new.ndim - 2)
+        room = jnp.pad(new, widths, constant_values=fill)
         put = lambda row, old, at: jax.lax.dynamic_update_slice_in_dim(row, old, at, 0)
         return jax.vmap(put)(room, old.astype(new.dtype), place.leading)
 
@@ -193,7 +193,7 @@ def _in_order(ring, x, count, place: _Places):
 def _after(ring, x, place: _Places):
     """The ring after the last token: a slot takes the last token of its own, or stays."""
     window = ring.shape[2]
-    back = (place.count[:, None] - 1 - jnp.arange(window)) % window  # tokens before the last one
+    back = (place.total[:, None] - 1 - jnp.arange(window)) % window  # tokens before the last one
     source = place.end[:, None] - back
     new = jnp.take_along_axis(x, jnp.maximum(source, 0)[..., None, None], axis=1)
     new = jnp.swapaxes(new, 1, 2).astype(ring.dtype)

@@ -11,6 +11,7 @@ from pallas_kernels import ChunkAttentionState, chunk_attention
 from pallas_kernels.chunk_attention.arg_specs import named
 from pallas_kernels.chunk_attention.xla import XlaConfig
 from pallas_kernels.core import bench, testing
+from pallas_kernels.core.costs import Cost, count_flops
 
 GROUPED, ALONE, WIDE = map(named, ("grouped", "alone", "wide"))
 
@@ -129,6 +130,23 @@ def test_memory_is_tokens_times_window_at_most():
 
     short, long = temporaries(2048), temporaries(8192)
     assert long - short < 6144 * 2 * 256 * 4 / 2  # half a float per pair in sight
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_cost_is_about_what_xla_does(backward):
+    """Which computes the pairs of a block of 64, of which those in the window count."""
+    sizes = dict(b=2, t=512, h=4, g=2, k=16, v=16)
+    b, t, h, g, k, v = sizes.values()
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    arrays = struct(b, t, h, k), struct(b, t, g, k), struct(b, t, g, v)
+    run = lambda *a: jnp.sum(chunk_attention(*a, window=64, config=XlaConfig(block=64))[0])
+    stated, counted = chunk_attention.cost(**sizes, window=64), count_flops(run, *arrays)
+    if backward:
+        whole = count_flops(jax.grad(run, argnums=(0, 1, 2)), *arrays)
+        stated = chunk_attention.cost(**sizes, window=64, backward=True)
+        counted = Cost(*(w - f for w, f in zip(whole, counted, strict=True)))
+    assert 0.3 < stated.flops / counted.flops < 0.7
+    assert 0.3 < stated.transcendentals / counted.transcendentals < 0.7
 
 
 @pytest.mark.parametrize(

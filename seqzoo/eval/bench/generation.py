@@ -53,7 +53,7 @@ def run(quick: bool = False) -> list[dict[str, object]]:
     bandwidth = read_bandwidth(megabytes=128 if quick else 512)
     rows: list[dict[str, object]] = [_row("memory, read by one sum", GB_per_s=bandwidth / 1e9)]
     for name, model in models.items():
-        rows.append(_row(f"{name}, parameters", millions=weight_bytes(model) / 4e6))
+        rows.append(_row("parameters", name, millions=weight_bytes(model) / 4e6))
     for batch in (1, 8) if quick else (1, 2, 4, 8, 16, 32):
         rows += written(models, batch, 64 if quick else NEW, bandwidth)
     for batch in (1, 8) if quick else (1, 8, 32):
@@ -64,13 +64,15 @@ def run(quick: bool = False) -> list[dict[str, object]]:
 def written(models, batch: int, new: int, bandwidth: float) -> list[dict[str, object]]:
     """Both write `new` tokens after a prompt of PROMPT."""
     prompt = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT))
-    rows, speeds = [], {}
+    case, rows, speeds = f"{new:,} tokens after {PROMPT}", [], {}
     for name, model in models.items():
         found = generate(model, prompt, max_new_tokens=new, temperature=0)
         speeds[name] = found.tokens_per_second
         rows.append(
             _row(
-                f"{name}, batch {batch}, {new:,} tokens after {PROMPT}",
+                case,
+                name,
+                batch,
                 tokens_per_s=found.tokens_per_second,
                 step=batch / found.tokens_per_second,
                 floor=(weight_bytes(model) + found.state_bytes) / bandwidth,
@@ -78,7 +80,7 @@ def written(models, batch: int, new: int, bandwidth: float) -> list[dict[str, ob
             )
         )
     times = speeds["BASED"] / speeds["attention"]
-    return [*rows, _row(f"BASED against attention, batch {batch}, {new:,} tokens", times=times)]
+    return [*rows, _row(f"{case}, against attention", "BASED", batch, times=times)]
 
 
 def by_context(
@@ -97,7 +99,9 @@ def by_context(
         moved = weight_bytes(models[name]) + loops[name, context].state_bytes
         rows.append(
             _row(
-                f"{name}, batch {batch}, context {f'{context:,}' if context else 'any'}",
+                f"a step at context {context:,}" if context else "a step at any context",
+                name,
+                batch,
                 tokens_per_s=batch / taken,
                 step=taken,
                 floor=moved / bandwidth,
@@ -106,14 +110,9 @@ def by_context(
     growing = [medians["attention", n] for n in contexts]
     ideal = batch / np.mean(np.interp(np.arange(PROMPT, PROMPT + NEW), contexts, growing))
     found = crossing(contexts, growing, medians["BASED", 0])
-    return [
-        *rows,
-        _row(
-            f"attention, batch {batch}, {NEW:,} tokens, its cache grown for free",
-            tokens_per_s=ideal,
-        ),
-        _row(f"batch {batch}: context where the lines cross", tokens=found),
-    ]
+    case = f"{NEW:,} tokens after {PROMPT}, were its cache never longer than needed"
+    rows.append(_row(case, "attention", batch, tokens_per_s=ideal))
+    return [*rows, _row("context where the lines cross", "both", batch, tokens=found)]
 
 
 class Loop:
@@ -179,6 +178,8 @@ def weight_bytes(model: nnx.Module) -> int:
 
 def _row(
     case: str,
+    model: str = "",
+    batch: int | None = None,
     *,
     tokens_per_s: float | None = None,
     step: float | None = None,
@@ -187,7 +188,7 @@ def _row(
     **figure: float,
 ) -> dict[str, object]:
     """A speed, with the seconds of a step (one token in every row) and their floor; or a figure."""
-    row: dict[str, object] = {"bench": "generation", "case": case}
+    row: dict[str, object] = {"bench": "generation", "model": model, "batch": batch, "case": case}
     for unit, value in figure.items():
         row |= {"measured": float(f"{value:.4g}"), "unit": unit.replace("_per_", "/")}
     if tokens_per_s is not None:
