@@ -43,6 +43,7 @@ def test_lines_that_never_cross():
 
 def test_a_loop_goes_on_where_it_stopped():
     words = ("data=stdlib_text", "task=next_token", "model=sliding_window_small")
+    words = (*words, "model.n_layers=1")
     model = build(compose(words).model, rngs=nnx.Rngs(0))
     loop = generation.Loop(model, 2, 1)
     assert loop.seconds_per_step() > 0
