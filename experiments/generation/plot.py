@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results.csv"
 COLUMNS = (
-    *("model", "batch", "case", "tokens/s", "ms/step", "floor ms", "by floor"),
+    *("model", "batch", "case", "tokens/s", "ms/step", "floor ms", "by floor", "read GB/s"),
     *("measured", "unit", "to reach"),
 )
 COLOURS = {"BASED": "C0", "attention": "C1"}
@@ -37,7 +37,7 @@ def draw():
         rows = list(csv.DictReader(file))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for model, colour in COLOURS.items():
-        written = [r for r in rows if r["model"] == model and r["ms/step"] and "after" in r["case"]]
+        written = [r for r in rows if r["model"] == model and r["case"].endswith(" tokens")]
         batches = [int(row["batch"]) for row in written]
         left.plot(
             batches, [float(row["tokens/s"]) for row in written], "o-", color=colour, label=model

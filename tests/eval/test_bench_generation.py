@@ -46,13 +46,21 @@ def test_a_loop_goes_on_where_it_stopped():
     words = (*words, "model.n_layers=1")
     model = build(compose(words).model, rngs=nnx.Rngs(0))
     loop = generation.Loop(model, 2, 1)
-    assert loop.seconds_per_step() > 0
+    loop()
     counts = [leaf for leaf in jax.tree.leaves(loop.carry[1]) if leaf.dtype == np.int32]
     assert max(int(leaf.max()) for leaf in counts) == 2 * generation.STEPS
     assert loop.state_bytes == 2 * model.state_bytes(1)["total"]
 
 
 def test_rows():
-    row = generation._row("a", tokens_per_s=10.4, step=0.02, floor=0.016, reach="<= 1.5")
-    assert row["tokens/s"] == 10 and row["ms/step"] == 20 and row["by floor"] == 1.25
-    assert generation._row("b", GB_per_s=12.3456)["unit"] == "GB/s"
+    row = generation._row("a", "BASED", 2, step=0.02, floor=0.016, rate=12.34e9, reach="<= 1.5")
+    assert row["tokens/s"] == 100 and row["ms/step"] == 20
+    assert row["by floor"] == 1.25 and row["read GB/s"] == 12.3
+    figure = generation._row("b", "both", 2, tokens=123.456)
+    assert figure["measured"] == 123.5 and figure["unit"] == "tokens"
+
+
+def test_candidates_take_turns():
+    order = []
+    found = generation.take_turns({n: lambda n=n: order.append(n) for n in "ab"}, rounds=2)
+    assert order == ["a", "b", "a", "b"] and [len(s) for s in found.values()] == [2, 2]

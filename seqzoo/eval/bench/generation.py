@@ -2,30 +2,30 @@
 
 BASED's claim (arXiv 2402.18668) in kind: its state does not grow, so it writes faster where many
 sequences have a long past each. `floor` is the weights and what the sequences keep, once through
-memory, at the rate at which this machine reads. Attention reads its whole cache in every step, as
-it was sized beforehand; by context, the cache is exactly as long as the context.
+memory, at the rate at which this machine reads. The models and the reading of memory take turns, 32
+tokens at a time, so that a busy machine slows all of them alike. Attention reads its whole cache in
+every step, as it was sized beforehand; by context, the cache is exactly as long as the context.
 """
 
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_kernels.core import bench
 from seqzoo.config.build import build
 from seqzoo.config.compose import compose
-from seqzoo.eval.generate import generate
 
-PROMPT, NEW = 16, 1024
+NEW = 1024
 STEPS = 32  # in one call of a compiled loop
-VOCAB = 256
 
 _COMMON = ("data=stdlib_text", "task=next_token", "model.d_model=768", "model.n_layers=5")
+ANY_CONTEXT = "a step at any context"
+
 # The pattern, window and feature dimension of the released models, narrower and less deep.
 MODELS = {
     "BASED": (
@@ -50,69 +50,65 @@ MODELS = {
 def run(quick: bool = False) -> list[dict[str, object]]:
     """Rows: tokens per second of both by batch, the floor, and where the lines cross."""
     models = {name: build(compose(words).model, rngs=nnx.Rngs(0)) for name, words in MODELS.items()}
-    bandwidth = read_bandwidth(megabytes=128 if quick else 512)
-    rows: list[dict[str, object]] = [_row("memory, read by one sum", GB_per_s=bandwidth / 1e9)]
-    for name, model in models.items():
-        rows.append(_row("parameters", name, millions=weight_bytes(model) / 4e6))
+    read = Read(megabytes=128 if quick else 512)
+    rows = [
+        _row("parameters", name, millions=weight_bytes(model) / 4e6)
+        for name, model in models.items()
+    ]
     for batch in (1, 8) if quick else (1, 2, 4, 8, 16, 32):
-        rows += written(models, batch, 64 if quick else NEW, bandwidth)
+        rows += written(models, batch, read, 64 if quick else NEW)
     for batch in (1, 8) if quick else (1, 8, 32):
-        rows += by_context(models, batch, (64, 256) if quick else (64, 256, 1024, 2048), bandwidth)
+        rows += by_context(models, batch, read, (64, 256) if quick else (16, 64, 256, 1024, 2048))
     return rows
 
 
-def written(models, batch: int, new: int, bandwidth: float) -> list[dict[str, object]]:
-    """Both write `new` tokens after a prompt of PROMPT."""
-    prompt = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT))
-    case, rows, speeds = f"{new:,} tokens after {PROMPT}", [], {}
-    for name, model in models.items():
-        found = generate(model, prompt, max_new_tokens=new, temperature=0)
-        speeds[name] = found.tokens_per_second
-        rows.append(
-            _row(
-                case,
-                name,
-                batch,
-                tokens_per_s=found.tokens_per_second,
-                step=batch / found.tokens_per_second,
-                floor=(weight_bytes(model) + found.state_bytes) / bandwidth,
-                reach="by floor <= 1.5" if name == "attention" else "",
-            )
-        )
-    times = speeds["BASED"] / speeds["attention"]
+def written(models, batch: int, read: "Read", new: int = NEW) -> list[dict[str, object]]:
+    """Both write `new` tokens, in turns."""
+    loops = {name: Loop(model, batch, new) for name, model in models.items()}
+    seconds = take_turns({**loops, "read": read}, rounds=new // STEPS)
+    rate = read.nbytes / statistics.median(seconds["read"])
+    case, rows = f"{new:,} tokens", []
+    for name, loop in loops.items():
+        step = sum(seconds[name]) / new
+        reach = "by floor <= 1.5" if name == "attention" else ""
+        floor = (weight_bytes(models[name]) + loop.state_bytes) / rate
+        rows.append(_row(case, name, batch, step=step, floor=floor, rate=rate, reach=reach))
+    times = sum(seconds["attention"]) / sum(seconds["BASED"])
     return [*rows, _row(f"{case}, against attention", "BASED", batch, times=times)]
 
 
 def by_context(
-    models, batch: int, contexts: Sequence[int], bandwidth: float, rounds: int = 5
+    models, batch: int, read: "Read", contexts: Sequence[int], rounds: int = 9
 ) -> list[dict[str, object]]:
-    """Milliseconds per step at each context, in turns, and where the two lines cross."""
-    loops = {("BASED", 0): Loop(models["BASED"], batch, 1)}
-    loops |= {("attention", n): Loop(models["attention"], batch, n) for n in contexts}
-    seconds: dict = {which: [] for which in loops}
-    for _ in range(rounds):
-        for which, loop in loops.items():
-            seconds[which].append(loop.seconds_per_step())
-    medians = {which: statistics.median(found) for which, found in seconds.items()}
+    """Time of a step at each context, and where the two lines cross."""
+    loops = {0: Loop(models["BASED"], batch, 1)}
+    loops |= {n: Loop(models["attention"], batch, n) for n in contexts}
+    seconds = take_turns({**loops, "read": read}, rounds=rounds)
+    rate = read.nbytes / statistics.median(seconds.pop("read"))
+    medians = {n: statistics.median(found) / STEPS for n, found in seconds.items()}
     rows = []
-    for (name, context), taken in medians.items():
-        moved = weight_bytes(models[name]) + loops[name, context].state_bytes
-        rows.append(
-            _row(
-                f"a step at context {context:,}" if context else "a step at any context",
-                name,
-                batch,
-                tokens_per_s=batch / taken,
-                step=taken,
-                floor=moved / bandwidth,
-            )
-        )
-    growing = [medians["attention", n] for n in contexts]
-    ideal = batch / np.mean(np.interp(np.arange(PROMPT, PROMPT + NEW), contexts, growing))
-    found = crossing(contexts, growing, medians["BASED", 0])
-    case = f"{NEW:,} tokens after {PROMPT}, were its cache never longer than needed"
-    rows.append(_row(case, "attention", batch, tokens_per_s=ideal))
+    for n, step in medians.items():
+        name, case = ("attention", f"a step at context {n:,}") if n else ("BASED", ANY_CONTEXT)
+        floor = (weight_bytes(models[name]) + loops[n].state_bytes) / rate
+        rows.append(_row(case, name, batch, step=step, floor=floor, rate=rate))
+    growing = [medians[n] for n in contexts]
+    if contexts[-1] >= NEW:
+        mean = float(np.mean(np.interp(np.arange(NEW), contexts, growing)))
+        case = f"{NEW:,} tokens, were the cache never longer than needed"
+        rows.append(_row(case, "attention", batch, step=mean))
+    found = crossing(contexts, growing, medians[0])
     return [*rows, _row("context where the lines cross", "both", batch, tokens=found)]
+
+
+def take_turns(candidates: Mapping, rounds: int) -> dict:
+    """Calls each once per round; the seconds of each call."""
+    seconds: dict = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 class Loop:
@@ -141,13 +137,28 @@ class Loop:
 
         self.carry = (jnp.zeros((batch,), jnp.int32), state)
         self.steps = steps.lower(self.variables, self.carry).compile()
-        self.seconds_per_step()  # the first call touches memory for the first time
+        self()  # the first call touches its memory for the first time
 
-    def seconds_per_step(self) -> float:
-        """Runs it once."""
-        started = time.perf_counter()
+    def __call__(self) -> None:
+        """Writes STEPS tokens in each row."""
         self.carry = jax.block_until_ready(self.steps(self.variables, self.carry))
-        return (time.perf_counter() - started) / STEPS
+
+
+class Read:
+    """Reads memory as fast as this machine does: a sum of an array that fits into no cache.
+
+    Args:
+        megabytes: of the array.
+    """
+
+    def __init__(self, megabytes: int):
+        self.large = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
+        self.nbytes = self.large.nbytes
+        self.sum: Callable = jax.jit(jnp.sum)
+        self()
+
+    def __call__(self) -> None:
+        jax.block_until_ready(self.sum(self.large))
 
 
 def crossing(contexts: Sequence[int], growing: Sequence[float], flat: float) -> float:
@@ -164,13 +175,6 @@ def crossing(contexts: Sequence[int], growing: Sequence[float], flat: float) -> 
     return float("inf")
 
 
-def read_bandwidth(*, megabytes: int, rounds: int = 7) -> float:
-    """Bytes per second at which this machine reads, at best: a sum of an array out of any cache."""
-    large = jnp.ones((megabytes * 2**20 // 4,), jnp.float32)
-    found = bench.take_turns({"": jnp.sum}, (large,), rounds=rounds)[""]
-    return large.nbytes / min(found.seconds)
-
-
 def weight_bytes(model: nnx.Module) -> int:
     """Of all parameters: a step reads each of them."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -178,25 +182,23 @@ def weight_bytes(model: nnx.Module) -> int:
 
 def _row(
     case: str,
-    model: str = "",
+    model: str,
     batch: int | None = None,
     *,
-    tokens_per_s: float | None = None,
     step: float | None = None,
     floor: float | None = None,
+    rate: float | None = None,
     reach: str = "",
     **figure: float,
 ) -> dict[str, object]:
-    """A speed, with the seconds of a step (one token in every row) and their floor; or a figure."""
+    """The seconds of a step (one token in every row), their floor and the rate behind it in bytes
+    per second; or a figure with its unit."""
     row: dict[str, object] = {"bench": "generation", "model": model, "batch": batch, "case": case}
+    if step is not None and batch is not None:
+        row |= {"tokens/s": round(batch / step), "ms/step": round(1e3 * step, 2)}
+        if floor is not None and rate is not None:
+            row |= {"floor ms": round(1e3 * floor, 2), "by floor": round(step / floor, 2)}
+            row |= {"read GB/s": round(rate / 1e9, 1)}
     for unit, value in figure.items():
-        row |= {"measured": float(f"{value:.4g}"), "unit": unit.replace("_per_", "/")}
-    if tokens_per_s is not None:
-        row["tokens/s"] = round(float(tokens_per_s))
-    if step is not None and floor is not None:
-        row |= {
-            "ms/step": round(1e3 * step, 2),
-            "floor ms": round(1e3 * floor, 2),
-            "by floor": round(step / floor, 2),
-        }
+        row |= {"measured": float(f"{value:.4g}"), "unit": unit}
     return row | {"to reach": reach}
