@@ -67,7 +67,7 @@ def compile_(function: Callable, *arguments: Any) -> tuple[Any, Measured]:
 
 
 def take_turns(
-    candidates: Mapping[str, Callable], arguments: tuple, *, rounds: int = 9
+    candidates: Mapping[str, Callable], arguments: tuple, *, rounds: int = 9, pause: float = 0.0
 ) -> dict[str, Measured]:
     """Compiles the candidates, warms them up, then runs each once per round.
 
@@ -75,6 +75,8 @@ def take_turns(
         candidates: functions of the same arguments, by name.
         arguments: arrays.
         rounds: how many; nine at least give a median worth quoting.
+        pause: seconds before each call. Hundreds of megabytes that one candidate used go back to
+            the system after it has ended, at the expense of the next.
 
     Returns:
         What each took, by name.
@@ -85,6 +87,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, (program, _) in compiled.items():
+            time.sleep(pause)
             started = time.perf_counter()
             jax.block_until_ready(program(*arguments))
             seconds[name].append(time.perf_counter() - started)
