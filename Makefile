@@ -17,7 +17,7 @@ EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
 
 ARGS ?=
 
-.PHONY: help install train test test-slow bench torture-resume docs check lint types clean
+.PHONY: help install train test test-slow bench torture-resume frontier docs check lint types clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -44,6 +44,9 @@ torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an u
 
 bench: $(STAMP)  ## measures the operators and the train loop on this machine
 	$(BIN)/seqzoo bench $(ARGS)
+
+frontier: $(STAMP)  ## recall against state size, tuned alike (hours; goes on where it stopped; ARGS="--help")
+	$(BIN)/python experiments/recall_frontier/frontier.py $(ARGS)
 
 docs: $(STAMP)  ## writes docs/keys.md anew from the constructors
 	$(BIN)/python -m seqzoo.config.keys > docs/keys.md

@@ -33,7 +33,27 @@ SOLVED = 0.95
 
 # What each mixer is at each size: settings below model.mixers.NAME. All have one layer of it
 # behind a gated short convolution, as in BASED's study; matched on the bytes that decoding keeps.
-ROWS: dict[str, dict[str, dict[str, object]]] = {}
+SIZES = ("small", "medium", "large")
+ROWS: dict[str, dict[str, dict[str, object]]] = {
+    row: dict(zip(SIZES, settings, strict=True))
+    for row, settings in dict(
+        based=[
+            dict(init_std="null", n_heads=h, feature_dim=k, head_dim=v)
+            for h, k, v in ((1, 8, 44), (1, 16, 52), (4, 16, 52))
+        ],
+        mom=[dict(init_gain=1.0, n_heads=1, head_dim=k) for k in (16, 36, 76)],
+        gated_deltanet=[
+            dict(init_gain=1.0, n_heads=1, head_dim=k, expand_v=1.0) for k in (41, 86, 176)
+        ],
+        attention=[dict(n_heads=1, head_dim=k) for k in (4, 16, 64)],
+        gla=[
+            dict(n_heads=1, expand_k=k, expand_v=v) for k, v in ((0.5, 1.0), (2.0, 1.0), (4.0, 2.0))
+        ],
+        mamba=[dict(d_state=n) for n in (13, 61, 253)],
+        mamba2=[dict(d_state=n) for n in (12, 58, 242)],
+        sliding_window_attention=[dict(n_heads=1, window=w) for w in (16, 64, 256)],
+    ).items()
+}
 
 
 def overrides(row: str, size: str, rate: float, seed: int) -> list[str]:
@@ -42,6 +62,8 @@ def overrides(row: str, size: str, rate: float, seed: int) -> list[str]:
     return [
         "experiment=recall_frontier",
         f"model.pattern=[base_conv,{row}]",
+        "model.mixers.base_conv.form=zoology",
+        "model.mixers.base_conv.init_std=null",
         *settings,
         f"optimizer.lr={rate:g}",
         f"trainer.seed={seed}",
@@ -163,19 +185,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default=",".join(ROWS), help="mixers, by comma")
-    parser.add_argument("--sizes", default="small,medium,large", help="sizes, by comma")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="sizes, by comma")
     parser.add_argument("--draw", action="store_true", help="train nothing")
     args = parser.parse_args()
+    rows, sizes = args.rows.split(","), args.sizes.split(",")
+    for what, asked, there in (("row", rows, ROWS), ("size", sizes, SIZES)):
+        for name in asked:
+            if name not in there:
+                parser.error(f"there is no {what} '{name}'; there are {', '.join(there)}")
     found = read()
     if not args.draw:
-        rows, sizes = args.rows.split(","), args.sizes.split(",")
         check_matched(rows, sizes)
         for size in sizes:
             for row in rows:
                 found[row, size] = measure(row, size)
                 write(found)
                 draw(found)
-    draw(found)
+    elif not found:
+        parser.error("there is no results.csv yet: run it without --draw first")
+    else:
+        draw(found)
 
 
 if __name__ == "__main__":

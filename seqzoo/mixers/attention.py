@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.core.segments import boundaries
+from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import rotate
 
@@ -102,8 +103,7 @@ class Attention(nnx.Module):
 
         common = dict(use_bias=use_bias, dtype=self.dtype, rngs=rngs)
         inner, kv_inner = n_heads * head_dim, n_kv_heads * head_dim
-        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-        init_out = nnx.initializers.variance_scaling(1.0 / n_residuals, "fan_in", "normal")
+        init, init_out = inits.normal(), inits.normal(n_residuals)
         self.q_proj = linear(d_model, inner, axes=("embed", "heads"), kernel_init=init, **common)
         self.k_proj = linear(
             d_model, kv_inner, axes=("embed", "kv_heads"), kernel_init=init, **common

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.short_conv import ShortConvState
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.linear import linear
 
@@ -67,11 +69,7 @@ class BaseConv(nnx.Module):
     ):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; allowed: {', '.join(FORMS)}")
-        for name, value in dict(
-            d_model=d_model, d_conv=d_conv, expand=expand, n_residuals=n_residuals
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(1, d_model=d_model, d_conv=d_conv, expand=expand, n_residuals=n_residuals)
         if init_std is not None and init_std <= 0:
             raise ValueError(f"init_std is {init_std}; it must be above 0, or null")
         lm = form == "lm"
@@ -79,15 +77,12 @@ class BaseConv(nnx.Module):
         self.d_conv, self.d_inner = d_conv, expand * d_model if lm else d_model
 
         common = dict(dtype=self.dtype, rngs=rngs)
-        init = lambda width, scale=1.0: nnx.initializers.normal(
-            scale * (width**-0.5 if init_std is None else init_std)
-        )
         self.in_proj = linear(
             d_model,
             2 * self.d_inner if lm else d_model,
             axes=("embed", "inner"),
             use_bias=use_bias,
-            kernel_init=init(d_model),
+            kernel_init=inits.normal(1, init_std),
             **common,
         )
         self.conv = ShortConv(
@@ -104,7 +99,7 @@ class BaseConv(nnx.Module):
                 d_model,
                 axes=("inner", "embed"),
                 use_bias=use_bias,
-                kernel_init=init(self.d_inner, n_residuals**-0.5),
+                kernel_init=inits.normal(n_residuals, init_std),
                 **common,
             )
 

@@ -6,6 +6,8 @@ from flax import nnx
 
 from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attention
 from pallas_kernels.taylor_attention.features import WIDEST, feature_count
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.linear import linear
 from seqzoo.nn.sharded import sharded
 
@@ -63,9 +65,7 @@ class Based(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(d_model=d_model, n_heads=n_heads, n_residuals=n_residuals).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(1, d_model=d_model, n_heads=n_heads, n_residuals=n_residuals)
         if head_dim is None and d_model % n_heads:
             raise ValueError(
                 f"d_model is {d_model} and n_heads {n_heads}: d_model is no multiple of n_heads; "
@@ -94,7 +94,7 @@ class Based(nnx.Module):
                 d_out,
                 axes=axes,
                 use_bias=use_bias,
-                kernel_init=_normal(init_std, shrink),
+                kernel_init=inits.normal(shrink, init_std),
                 dtype=self.dtype,
                 rngs=rngs,
             )
@@ -160,10 +160,3 @@ class Based(nnx.Module):
         del context_length
         recurrent = 4 * self.n_heads * feature_count(self.feature_dim) * (self.head_dim + 1)
         return {"recurrent": recurrent, "total": recurrent + 4}
-
-
-def _normal(std: float | None, shrink: int):
-    """Normal with a standard deviation, or by the number of inputs; divided by a root."""
-    if std is None:
-        return nnx.initializers.variance_scaling(1.0 / shrink, "fan_in", "normal")
-    return nnx.initializers.normal(std * shrink**-0.5)

@@ -8,6 +8,8 @@ from flax import nnx
 
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.short_conv import ShortConvState
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.decay import SoftplusDecay
 from seqzoo.nn.gated_norm import GatedRMSNorm, l2_norm
@@ -90,9 +92,7 @@ class GatedDeltaNet(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(d_model=d_model, head_dim=head_dim, d_conv=d_conv).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(1, d_model=d_model, head_dim=head_dim, d_conv=d_conv)
         if n_heads is None:
             n_heads = max(1, round(0.75 * d_model / head_dim))
         n_v_heads = n_heads if n_v_heads is None else n_v_heads
@@ -117,7 +117,7 @@ class GatedDeltaNet(nnx.Module):
         self.implementation, self.dtype = implementation, str(jnp.dtype(dtype))
 
         common = dict(dtype=self.dtype, rngs=rngs)
-        init = nnx.initializers.variance_scaling(init_gain**2, "fan_avg", "uniform")
+        init = inits.xavier_uniform(init_gain)
         keys, values = n_heads * head_dim, n_v_heads * head_v_dim
         project = lambda width: linear(
             d_model, width, axes=("embed", "heads"), kernel_init=init, **common

@@ -8,6 +8,8 @@ from flax import nnx
 
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.short_conv import ShortConvState
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least, head_widths
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
@@ -81,15 +83,14 @@ class GLA(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(
+        at_least(
+            1,
             d_model=d_model,
             n_heads=n_heads,
             gate_low_rank=gate_low_rank,
             d_conv=d_conv,
             n_residuals=n_residuals,
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        )
         if gate_normalizer <= 0:
             raise ValueError(f"gate_normalizer is {gate_normalizer}; it must be above 0")
         keys, values = (
@@ -103,18 +104,18 @@ class GLA(nnx.Module):
 
         common = dict(dtype=self.dtype, rngs=rngs)
         project = lambda width: linear(
-            d_model, width, axes=("embed", "heads"), kernel_init=UNIFORM, **common
+            d_model, width, axes=("embed", "heads"), kernel_init=inits.uniform(), **common
         )
         self.q_proj, self.k_proj, self.v_proj = project(keys), project(keys), project(values)
         self.decay_down = linear(
-            d_model, gate_low_rank, axes=("embed", None), kernel_init=UNIFORM, **common
+            d_model, gate_low_rank, axes=("embed", None), kernel_init=inits.uniform(), **common
         )
         self.decay_up = linear(
             gate_low_rank,
             keys,
             axes=(None, "heads"),
             use_bias=True,
-            kernel_init=UNIFORM,
+            kernel_init=inits.uniform(),
             **common,
         )
         if use_short_conv:
@@ -126,7 +127,11 @@ class GLA(nnx.Module):
             self.gate_proj = project(values)
         self.norm = GatedRMSNorm(self.head_v_dim, eps=norm_eps, **common)
         self.out_proj = linear(
-            values, d_model, axes=("heads", "embed"), kernel_init=uniform(n_residuals), **common
+            values,
+            d_model,
+            axes=("heads", "embed"),
+            kernel_init=inits.uniform(n_residuals),
+            **common,
         )
 
     def __call__(
@@ -193,26 +198,3 @@ class GLA(nnx.Module):
             width = self.n_heads * (2 * self.head_k_dim + self.head_v_dim)
             total += 4 * width * (self.d_conv - 1) + 3 * 4
         return {"recurrent": recurrent, "total": total}
-
-
-def head_widths(d_model: int, n_heads: int, name: str, expand: float) -> int:
-    """expand * d_model, the width of all heads together.
-
-    Raises:
-        ValueError: it is no whole multiple of n_heads.
-    """
-    width = int(expand * d_model)
-    if width < n_heads or width % n_heads:
-        raise ValueError(
-            f"{name} is {expand}: {width} channels (of d_model {d_model}) do not make "
-            f"{n_heads} heads (n_heads) of equal width"
-        )
-    return width
-
-
-def uniform(n_residuals: int = 1):
-    """Uniform within +- 1 / sqrt(inputs * n_residuals): torch's default for a Linear layer."""
-    return nnx.initializers.variance_scaling(1 / (3 * n_residuals), "fan_in", "uniform")
-
-
-UNIFORM = uniform()

@@ -9,6 +9,7 @@ from flax import nnx
 
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
@@ -82,11 +83,14 @@ class Mamba(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(
-            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, n_residuals=n_residuals
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(
+            1,
+            d_model=d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            n_residuals=n_residuals,
+        )
         if isinstance(dt_rank, str) and dt_rank != "auto":
             raise ValueError(f"dt_rank is {dt_rank!r}; it must be 'auto' or a number of at least 1")
         if not isinstance(dt_rank, str) and dt_rank < 1:

@@ -8,7 +8,8 @@ from flax import nnx
 
 from pallas_kernels.short_conv import ShortConvState
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
-from seqzoo.mixers.gla import UNIFORM, uniform
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.decay import SoftplusDecay
 from seqzoo.nn.gated_norm import GatedRMSNorm
@@ -95,7 +96,8 @@ class Mamba2(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(
+        at_least(
+            1,
             d_model=d_model,
             d_state=d_state,
             d_conv=d_conv,
@@ -103,9 +105,7 @@ class Mamba2(nnx.Module):
             head_dim=head_dim,
             n_groups=n_groups,
             n_residuals=n_residuals,
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        )
         self.d_inner = e = expand * d_model
         if e % head_dim:
             raise ValueError(
@@ -126,7 +126,7 @@ class Mamba2(nnx.Module):
             width,
             axes=("embed", axis),
             use_bias=use_bias,
-            kernel_init=UNIFORM,
+            kernel_init=inits.uniform(),
             **common,
         )
         convolve = lambda width: ShortConv(
@@ -152,7 +152,7 @@ class Mamba2(nnx.Module):
             d_model,
             axes=("inner", "embed"),
             use_bias=use_bias,
-            kernel_init=uniform(n_residuals),
+            kernel_init=inits.uniform(n_residuals),
             **common,
         )
 

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.short_conv import ShortConvState
-from seqzoo.mixers import mom_slots
-from seqzoo.mixers.mom_rules import RULES, PerMemory, start_uniform
-from seqzoo.mixers.mom_slots import Slots
+from seqzoo.nn import inits
+from seqzoo.nn import slots as mom_slots
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
+from seqzoo.nn.memory_rules import RULES, PerMemory
 from seqzoo.nn.report import report, report_loss
 from seqzoo.nn.router import Routed, load_balance, report_routing, route
 from seqzoo.nn.sharded import sharded
+from seqzoo.nn.slots import Slots
 
 
 class MoMState(NamedTuple):
@@ -46,7 +48,7 @@ class MoM(nnx.Module):
         out         = (norm(sum_m w_m o_m + o_shared) * silu(x W_gate)) W_o
 
     A memory reads the tokens that chose it as if they were a sequence of their own: its convolution
-    and its decay know of no others. They are sorted into slots (mom_slots.py), so that one call of
+    and its decay know of no others. They are sorted into slots (nn/slots.py), so that one call of
     the operator runs through all memories; shapes do not depend on who goes where. Keys and values
     are computed for every memory and those of the chosen ones taken: (m + 1) / (k + 1) times the
     products, in exchange for no gather of weights.
@@ -124,15 +126,14 @@ class MoM(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(
+        at_least(
+            1,
             d_model=d_model,
             num_memories=num_memories,
             n_heads=n_heads,
             n_layers=n_layers,
             gate_low_rank=gate_low_rank,
-        ).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        )
         if not 1 <= topk <= num_memories:
             raise ValueError(
                 f"topk is {topk}; it must lie in 1 .. num_memories, which is {num_memories}"
@@ -152,9 +153,7 @@ class MoM(nnx.Module):
                 f"{head_dim * expand_v:g} channels of a value; both must be whole numbers of at "
                 "least 1"
             )
-        for name, value in dict(d_conv=d_conv, aux_loss_scale=aux_loss_scale).items():
-            if value < 0:
-                raise ValueError(f"{name} is {value}; it must be at least 0")
+        at_least(0, d_conv=d_conv, aux_loss_scale=aux_loss_scale)
         for name, value in dict(gate_normalizer=gate_normalizer, init_gain=init_gain).items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
@@ -178,7 +177,7 @@ class MoM(nnx.Module):
         keys, values = n_heads * head_dim, n_heads * value_dim
         common = dict(dtype=self.dtype, rngs=rngs)
         per_memory = dict(dtype=self.dtype, init_gain=init_gain)
-        init = start_uniform(init_gain)
+        init = inits.xavier_uniform(init_gain)
         project = lambda width: linear(
             d_model, width, axes=("embed", "heads"), kernel_init=init, **common
         )

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
-from seqzoo.mixers.gla import UNIFORM, head_widths, uniform
+from seqzoo.nn import inits
+from seqzoo.nn.checks import at_least, head_widths
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import count_positions, rotate
@@ -77,9 +78,7 @@ class Retention(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(d_model=d_model, n_heads=n_heads, n_residuals=n_residuals).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(1, d_model=d_model, n_heads=n_heads, n_residuals=n_residuals)
         keys, values = (
             head_widths(d_model, n_heads, name, expand)
             for name, expand in dict(expand_k=expand_k, expand_v=expand_v).items()
@@ -96,14 +95,18 @@ class Retention(nnx.Module):
 
         common = dict(dtype=self.dtype, rngs=rngs)
         project = lambda width: linear(
-            d_model, width, axes=("embed", "heads"), kernel_init=UNIFORM, **common
+            d_model, width, axes=("embed", "heads"), kernel_init=inits.uniform(), **common
         )
         self.q_proj, self.k_proj, self.v_proj = project(keys), project(keys), project(values)
         if use_output_gate:
             self.gate_proj = project(values)
         self.norm = GatedRMSNorm(self.head_v_dim, eps=norm_eps, **common)
         self.out_proj = linear(
-            values, d_model, axes=("heads", "embed"), kernel_init=uniform(n_residuals), **common
+            values,
+            d_model,
+            axes=("heads", "embed"),
+            kernel_init=inits.uniform(n_residuals),
+            **common,
         )
 
     def __call__(

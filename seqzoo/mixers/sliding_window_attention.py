@@ -6,6 +6,7 @@ from flax import nnx
 
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
 from pallas_kernels.core.segments import boundaries
+from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import rotate
 from seqzoo.nn.sharded import sharded
@@ -91,8 +92,7 @@ class SlidingWindowAttention(nnx.Module):
 
         inner, kv_inner = n_heads * head_dim, n_kv_heads * head_dim
         common = dict(use_bias=use_bias, dtype=self.dtype, rngs=rngs)
-        std = d_model**-0.5 if init_std is None else init_std
-        init = nnx.initializers.normal(std)
+        init, init_out = inits.normal(1, init_std), inits.normal(n_residuals, init_std)
         self.q_proj = linear(d_model, inner, axes=("embed", "heads"), kernel_init=init, **common)
         self.k_proj = linear(
             d_model, kv_inner, axes=("embed", "kv_heads"), kernel_init=init, **common
@@ -100,8 +100,6 @@ class SlidingWindowAttention(nnx.Module):
         self.v_proj = linear(
             d_model, kv_inner, axes=("embed", "kv_heads"), kernel_init=init, **common
         )
-        std = (inner**-0.5 if init_std is None else init_std) * n_residuals**-0.5
-        init_out = nnx.initializers.normal(std)
         self.out_proj = linear(
             inner, d_model, axes=("heads", "embed"), kernel_init=init_out, **common
         )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqzoo.nn.checks import at_least
 from seqzoo.nn.dropout import dropout
 from seqzoo.nn.linear import NORMS
 from seqzoo.nn.param import metadata
@@ -75,9 +76,7 @@ class Trunk(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        for name, value in dict(vocab_size=vocab_size, d_model=d_model).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        at_least(1, vocab_size=vocab_size, d_model=d_model)
         if pad_vocab_multiple < 1:
             raise ValueError(f"pad_vocab_multiple is {pad_vocab_multiple}; it must be at least 1")
         for name, rate in dict(dropout=dropout, embed_dropout=embed_dropout).items():

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqzoo.nn import inits
 from seqzoo.nn.param import metadata
 
 
@@ -34,15 +35,11 @@ def linear(
         d_out,
         use_bias=use_bias,
         dtype=jnp.dtype(dtype),
-        kernel_init=kernel_init or FAN_IN_NORMAL,
+        kernel_init=kernel_init or inits.normal(),
         kernel_metadata=metadata(*axes, decay=decay),
         bias_metadata=metadata(axes[1], decay=False),
         rngs=rngs,
     )
-
-
-# One object, so that the static parts of two layers compare equal.
-FAN_IN_NORMAL = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 class RMSNorm(nnx.RMSNorm):

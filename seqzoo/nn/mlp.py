@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
 
 
@@ -41,7 +42,7 @@ class SwiGLU(nnx.Module):
     ):
         width = _width(d_model, d_ff, 8 / 3)
         common = dict(dtype=dtype, rngs=rngs)
-        init, init_down = _shrunk(1, init_std), _shrunk(n_residuals, init_std)
+        init, init_down = inits.normal(1, init_std), inits.normal(n_residuals, init_std)
         self.gate = linear(d_model, width, axes=("embed", "mlp"), kernel_init=init, **common)
         self.up = linear(d_model, width, axes=("embed", "mlp"), kernel_init=init, **common)
         self.down = linear(width, d_model, axes=("mlp", "embed"), kernel_init=init_down, **common)
@@ -75,7 +76,7 @@ class GELU(nnx.Module):
         common = dict(dtype=dtype, rngs=rngs)
         self.up = linear(d_model, width, axes=("embed", "mlp"), **common)
         self.down = linear(
-            width, d_model, axes=("mlp", "embed"), kernel_init=_shrunk(n_residuals), **common
+            width, d_model, axes=("mlp", "embed"), kernel_init=inits.normal(n_residuals), **common
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,9 +101,3 @@ class Identity(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns `[b t d]` as it is, in `dtype`."""
         return x.astype(self.dtype)
-
-
-def _shrunk(n_residuals: int, std: float | None = None):
-    if std is not None:
-        return nnx.initializers.normal(std * n_residuals**-0.5)
-    return nnx.initializers.variance_scaling(1.0 / n_residuals, "fan_in", "normal")

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.core.segments import from_lengths
 from seqzoo.mixers import GatedDeltaNet, MoM
-from seqzoo.mixers.mom_slots import slots_for
 from seqzoo.nn.report import captured
 from seqzoo.nn.sharding import MESH_AXES, param_shardings, use_mesh
+from seqzoo.nn.slots import slots_for
 from seqzoo.testing import PROMISES, Subject, check_promise
 
 SUBJECT = Subject(build=functools.partial(MoM, n_heads=2, head_dim=4, expand_v=2.0), d_model=16)

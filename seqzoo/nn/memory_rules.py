@@ -14,14 +14,10 @@ from pallas_kernels.core.chunks import over_memories
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
+from seqzoo.nn import inits
 from seqzoo.nn.decay import SoftplusDecay
 from seqzoo.nn.gated_norm import l2_norm
 from seqzoo.nn.param import param
-
-
-def start_uniform(gain: float, **axes):
-    """Uniform within gain times Xavier's bound, the root of 6 / (inputs + outputs)."""
-    return nnx.initializers.variance_scaling(gain**2, "fan_avg", "uniform", **axes)
 
 
 class PerMemory(nnx.Module):
@@ -48,7 +44,7 @@ class PerMemory(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.dtype = str(jnp.dtype(dtype))
-        start = start_uniform(init_gain, batch_axis=(0,))
+        start = inits.xavier_uniform(init_gain, batch_axis=(0,))
         kernel = start(rngs.params(), (r, d_in, d_out), jnp.float32)
         self.kernel = param(kernel, axes=(None, "embed", axis))
 
@@ -138,7 +134,7 @@ class GLA(Rule):
         self.n_heads, self.gate_normalizer = n_heads, float(gate_normalizer)
         width = n_heads * head_dim
         self.down = PerMemory(r, d_model, low_rank, axis=None, rngs=rngs, **common)
-        start = start_uniform(common["init_gain"], batch_axis=(0,))
+        start = inits.xavier_uniform(common["init_gain"], batch_axis=(0,))
         up = start(rngs.params(), (r, low_rank, width), jnp.float32)
         self.up = param(up, axes=(None, None, "heads"))
         self.bias = param(jnp.zeros((r, width)), axes=(None, "heads"), decay=False)

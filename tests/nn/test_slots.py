@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqzoo.mixers import mom_slots
-from seqzoo.mixers.mom_slots import LONG, SHORT, slots_for
+from seqzoo.nn import slots as mom_slots
+from seqzoo.nn.slots import LONG, SHORT, slots_for
 
 place = jax.jit(mom_slots.place, static_argnames=("n_memories", "keep"))
 
