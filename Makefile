@@ -16,6 +16,8 @@ comma := ,
 EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
 
 ARGS ?=
+# Processes that share the tests; a test file stays in one.
+WORKERS ?= 2
 
 .PHONY: help install train test test-slow bench torture-resume frontier docs check lint types clean
 
@@ -34,10 +36,10 @@ train: $(STAMP)  ## trains the default experiment to its target (ARGS="key=value
 	$(BIN)/seqzoo train $(ARGS)
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## the long tests as well: more lengths, twenty kills, 262,144 tokens
-	$(BIN)/python -m pytest -q -m 'slow or not slow' $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'slow or not slow' $(ARGS)
 
 torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an unbroken one bit by bit
 	$(BIN)/python tests/torture/torture.py $(ARGS)
