@@ -3,19 +3,22 @@
 An optimizer is a frozen dataclass. `hyper()` gives its run-time values (lr, weight_decay,
 clip_norm); `transform(hyper, decay)` builds the optax chain inside the traced step from their
 traced values; `structure()` is the optimizer without them, the key of the compiled step.
-Weight decay is decoupled everywhere: p <- p - lr * (update + weight_decay * p).
+Weight decay is decoupled everywhere: p <- p - lr * (update + weight_decay * p). A parameter may
+declare a peak lr or a weight_decay of its own (seqzoo.nn.param.param), with any optimizer.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import jax
 import optax
 import optax.contrib
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from seqzoo.errors import ConfigError
+from seqzoo.nn.param import Rates
 
 Hyper = Mapping[str, Any]
 
@@ -236,6 +239,35 @@ def _matrices(params: Any) -> Any:
         return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def with_own_rates(
+    updates: Mapping[str, Any],
+    params: Mapping[str, Any],
+    rated: Sequence[tuple[tuple, Rates]],
+    hyper: Hyper,
+) -> Any:
+    """Updates in which some parameters follow rates of their own.
+
+    What an optimizer adds to a parameter is its direction times lr; with another lr it is scaled,
+    and a decay of its own is taken off where the optimizer's did not apply.
+
+    Args:
+        updates: what the optimizer would add to the parameters.
+        params: the parameters, nested dicts alike.
+        rated: paths of parameters, and their rates.
+        hyper: lr and peak_lr, that lr before the schedule.
+    """
+    if not rated:
+        return updates
+    updates, params = flatten_dict(updates), flatten_dict(params)
+    for path, rates in rated:
+        ratio = 1.0 if rates.lr is None else rates.lr / hyper["peak_lr"]
+        update = ratio * updates[path]
+        if rates.weight_decay:
+            update -= hyper["lr"] * ratio * rates.weight_decay * params[path]
+        updates[path] = update
+    return unflatten_dict(updates)
 
 
 def _chain(

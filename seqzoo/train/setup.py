@@ -31,6 +31,7 @@ from seqzoo.train.state import (
     arrays_of,
     decay_mask,
     decayed_paths,
+    rated_paths,
     structure_of,
 )
 from seqzoo.train.step import INIT, Spec, hyper_array, run_key
@@ -78,7 +79,7 @@ class Setup:
 
     def hyper(self, step: int) -> np.ndarray:
         """The run-time values of update number `step`, as the compiled step takes them."""
-        values = self.optimizer.hyper() | {"lr": self.lr(step)}
+        values = self.optimizer.hyper() | {"lr": self.lr(step), "peak_lr": self.optimizer.lr}
         return hyper_array(self.spec, values | {"ema_decay": self.trainer.ema_decay or 0.0})
 
 
@@ -122,6 +123,7 @@ def setup(
         task=task,
         optimizer=optimizer.structure(),
         decayed=decayed,
+        rated=rated_paths(structure),
         grad_accum_steps=trainer.grad_accum_steps,
         state=Abstract(state),
         mesh=mesh,

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from seqzoo.nn.param import decays
+from seqzoo.nn.param import Rates, decays, own_rates
 
 Path = tuple[Any, ...]
 
@@ -86,9 +86,17 @@ def merge(graphdef: Any, params: Any, rest: Any) -> nnx.Module:
 
 
 def decayed_paths(structure: Structure) -> tuple[Path, ...]:
-    """The paths of the parameters under weight decay: hashable, unlike a tree."""
+    """The paths of the parameters under optimizer.weight_decay: hashable, unlike a tree."""
     flat: Any = nnx.to_flat_state(structure.params)
-    return tuple(path for path, variable in flat if decays(variable))
+    shared = lambda variable: (own_rates(variable) or Rates(None, None)).weight_decay is None
+    return tuple(path for path, variable in flat if decays(variable) and shared(variable))
+
+
+def rated_paths(structure: Structure) -> tuple[tuple[Path, Rates], ...]:
+    """The paths of the parameters with rates of their own, and those."""
+    flat: Any = nnx.to_flat_state(structure.params)
+    found = ((path, own_rates(variable)) for path, variable in flat)
+    return tuple((path, rates) for path, rates in found if rates is not None)
 
 
 def decay_mask(params: Mapping[str, Any], decayed: tuple[Path, ...]) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqzoo.nn.param import Rates
 from seqzoo.nn.sharding import Rules, use_mesh
 from seqzoo.tasks.task import Sums, Task
 from seqzoo.train import optimizer as optimizers
@@ -32,7 +33,8 @@ class Spec(NamedTuple):
         graphdef: the model's static part.
         task: what is asked.
         optimizer: without its run-time values.
-        decayed: paths of the parameters under weight decay.
+        decayed: paths of the parameters under optimizer.weight_decay.
+        rated: paths of the parameters with rates of their own, and those.
         grad_accum_steps: microbatches per update.
         state: shapes and places of the state.
         mesh: where it runs.
@@ -44,6 +46,7 @@ class Spec(NamedTuple):
     task: Task
     optimizer: optimizers.Optimizer
     decayed: tuple[Path, ...]
+    rated: tuple[tuple[Path, Rates], ...]
     grad_accum_steps: int
     state: Abstract
     mesh: Mesh
@@ -53,7 +56,7 @@ class Spec(NamedTuple):
     @property
     def hyper_names(self) -> tuple[str, ...]:
         """The run-time values of an update, in the order in which they are passed."""
-        return ("ema_decay", *sorted(self.optimizer.hyper()))
+        return ("ema_decay", "peak_lr", *sorted(self.optimizer.hyper()))
 
 
 @functools.partial(
@@ -123,6 +126,7 @@ def train_step(spec: Spec):
         mask = decay_mask(state.params, spec.decayed)
         transform = spec.optimizer.transform(values, mask)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        updates = optimizers.with_own_rates(updates, state.params, spec.rated, values)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from seqzoo.errors import ConfigError
+from seqzoo.nn.param import Rates
 from seqzoo.train import manifest
 from seqzoo.train import optimizer as optimizers
 from seqzoo.train.optimizer import SGD, Adafactor, AdamW, Lion, Muon
@@ -113,3 +114,27 @@ def test_adamw_is_the_published_one():
 def test_values_out_of_range(wrong, said):
     with pytest.raises(ConfigError, match=said):
         AdamW(**wrong)
+
+
+@pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_rates_of_its_own_are_those_of_another_optimizer(optimizer, ratio):
+    """A parameter with an lr and a decay of its own moves as under an optimizer with these."""
+    optimizer = dataclasses.replace(optimizer, weight_decay=0.3)
+    other = dataclasses.replace(optimizer, lr=0.02, weight_decay=0.7)
+    grads = jax.tree.map(lambda a: 2 * a, PARAMS)
+
+    def moved(optimizer, rated):
+        shared = {"kernel": "kernel" not in dict(rated), "bias": False}
+        hyper = optimizer.hyper() | {"lr": ratio * optimizer.lr, "peak_lr": optimizer.lr}
+        state = optimizers.init(optimizer, PARAMS, shared)
+        updates, _ = optimizer.transform(hyper, shared).update(grads, state, PARAMS)
+        paths = [((name,), rates) for name, rates in rated]
+        return optimizers.with_own_rates(updates, PARAMS, paths, hyper)
+
+    whole, theirs = moved(optimizer, []), moved(other, [])
+    own = moved(optimizer, [("kernel", Rates(0.02, 0.7))])
+    np.testing.assert_allclose(own["kernel"], theirs["kernel"], rtol=1e-5)
+    np.testing.assert_array_equal(own["bias"], whole["bias"])
+    frozen = moved(optimizer, [("bias", Rates(0.0, None))])
+    assert not frozen["bias"].any()
