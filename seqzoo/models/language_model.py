@@ -67,8 +67,8 @@ class LanguageModel(Trunk):
 
     def step(self, token: jax.Array, state) -> tuple[jax.Array, Any]:
         """One token int32 `[b]`: logits `[b o]` of the next one, and the state after it."""
-        x, state = self.stack.step(self.embedded(token), state)
-        return self._logits(self.norm(x)), state
+        h, state = self.hidden_step(token, state)
+        return self._logits(h), state
 
     def _logits(self, h: jax.Array) -> jax.Array:
         table = self.embed if self.head is None else self.head

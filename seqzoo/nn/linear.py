@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqzoo.nn import inits
-from seqzoo.nn.param import metadata
+from seqzoo.nn.param import metadata, param
 
 
 def linear(
@@ -92,4 +92,29 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(self.out_dtype)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+class ScaleNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * s with one number s, in float32, given back in `dtype`.
+
+    Args:
+        d_model: width; the norm does not depend on it.
+        eps: added under the root.
+        dtype: of the output.
+        rngs: unused; s starts at 1.
+
+    Source: Nguyen and Salazar, "Transformers without Tears" (arXiv 1910.05895), with the mean in
+    place of the sum of squares, as MEGA has it.
+    """
+
+    def __init__(self, d_model: int, *, eps: float = 1e-5, dtype: str = "float32", rngs: nnx.Rngs):
+        del d_model, rngs
+        self.scale = param(jnp.ones(()), axes=(), decay=False)
+        self.eps, self.dtype = eps, str(jnp.dtype(dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[... d]` to `[... d]`."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        size = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * size * self.scale[...]).astype(self.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "scalenorm": ScaleNorm}

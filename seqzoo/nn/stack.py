@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqzoo.nn.block import Block
+from seqzoo.nn.block import NORM_PLACES, Block
 from seqzoo.nn.param import declare
 from seqzoo.nn.report import Reports, captured, gather
 from seqzoo.nn.sharding import constrain
@@ -87,7 +87,8 @@ class Stack(nnx.Module):
         pattern: mixers by name, repeated to n_layers.
         mixers: what makes each of them: `{name: make}` with `make(rngs=...)`.
         channel_mixer: what makes the channel mixer after each; None = there is none.
-        norm: "rmsnorm" or "layernorm".
+        norm: "rmsnorm", "layernorm" or "scalenorm".
+        norm_place: "pre" = what a mixer reads is normalised; "post" = the sum behind it.
         norm_eps: added under the root of the norms.
         dropout: rate, on what each mixer adds.
         remat: what a layer keeps for the backward pass: none (keeps all), full (keeps nothing),
@@ -108,6 +109,7 @@ class Stack(nnx.Module):
         mixers: Mapping[str, object],
         channel_mixer=None,
         norm: str = "rmsnorm",
+        norm_place: str = "pre",
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
         remat: str = "none",
@@ -121,6 +123,8 @@ class Stack(nnx.Module):
                 raise ValueError(f"pattern names '{name}'; mixers has {sorted(mixers)}")
         if remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {remat!r}; allowed: {', '.join(REMAT_POLICIES)}")
+        if norm_place not in NORM_PLACES:
+            raise ValueError(f"norm_place is {norm_place!r}; allowed: {', '.join(NORM_PLACES)}")
         self.remat = remat
         self.layers = tuple(pattern[i % len(pattern)] for i in range(n_layers))
         self.plan = tuple(cut(self.layers))
@@ -129,6 +133,7 @@ class Stack(nnx.Module):
             mixer=mixers[name],
             channel_mixer=channel_mixer,
             norm=norm,
+            norm_place=norm_place,
             norm_eps=norm_eps,
             dropout=dropout,
             dtype=dtype,
