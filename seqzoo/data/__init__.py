@@ -5,6 +5,7 @@ Imports numpy and grain, never jax, models or train.
 
 from seqzoo.data.associative_recall import AssociativeRecall
 from seqzoo.data.induction_heads import InductionHeads
+from seqzoo.data.listops import ListOps
 from seqzoo.data.mqar import MQAR
 from seqzoo.data.mqar_segments import MQARSegments
 from seqzoo.data.selective_copying import SelectiveCopying
@@ -22,6 +23,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "InductionHeads",
+    "ListOps",
     "MQARSegments",
     "SelectiveCopying",
     "Source",

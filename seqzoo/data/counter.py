@@ -46,6 +46,11 @@ def bits(key: Keys, purpose: int, count: int) -> np.ndarray:
     return halves[:, :count]
 
 
+def children(key: Keys, number: np.ndarray) -> Keys:
+    """Returns the keys of parts of samples: of each `key`, part `number`, int64 [b] from 0."""
+    return _mix(key + (number.astype(np.uint64) + np.uint64(1)) * _STEP)
+
+
 def integers(key: Keys, purpose: int, count: int, n: int) -> np.ndarray:
     """Returns `count` integers uniform in [0, n) per sample, int32 [b, count]."""
     drawn = bits(key, purpose, count)
