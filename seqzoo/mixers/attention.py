@@ -9,7 +9,9 @@ from flax import nnx
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
-from seqzoo.nn.rotary import rotate
+from seqzoo.nn.rotary import count_positions, rotate
+
+_NO_STATE = "attention with causal=False sees later tokens: it reads whole sequences, stateless"
 
 
 class AttentionState(NamedTuple):
@@ -36,19 +38,21 @@ class AttentionState(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Causal softmax attention; several query heads may share one key-value head.
+    """Softmax attention, causal or both ways; several query heads may share one key-value head.
 
         y = softmax(q k^T / sqrt(head_dim) + mask) v W_o,    q, k turned by their positions
 
     Positions count from the start of each document. The state is a cache of `max_length` slots:
     it must be sized beforehand, and tokens that find it full come out as NaN. A step reads all
-    its slots, used or not.
+    its slots, used or not. With causal=False every token sees its whole document, and there is
+    neither state nor step.
 
     Args:
         d_model: width of the input and output.
         n_heads: query heads (h).
         n_kv_heads: key-value heads (g), a divisor of n_heads; None = n_heads.
         head_dim: width of a head (k), even with rope; None = d_model / n_heads.
+        causal: tokens see no later ones; False = an encoder's attention.
         rope: turn queries and keys by their positions; without it, order shows in the mask alone.
         rope_theta: base of the rotary wavelengths.
         use_bias: bias on all four projections.
@@ -72,6 +76,7 @@ class Attention(nnx.Module):
         n_heads: int = 4,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        causal: bool = True,
         rope: bool = True,
         rope_theta: float = 10000.0,
         use_bias: bool = False,
@@ -98,6 +103,7 @@ class Attention(nnx.Module):
             raise ValueError(f"implementation is {implementation!r}; allowed: null, xla, cudnn")
 
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.causal, self.causality = causal, "exact" if causal else "none"
         self.rope, self.rope_theta = rope, float(rope_theta)
         self.implementation, self.dtype = implementation, str(jnp.dtype(dtype))
 
@@ -121,7 +127,7 @@ class Attention(nnx.Module):
         *,
         segment_ids: jax.Array | None = None,
         state: AttentionState | None = None,
-    ) -> tuple[jax.Array, AttentionState]:
+    ) -> tuple[jax.Array, AttentionState | None]:
         """Mixes whole sequences, or the next chunk of a stream.
 
         Args:
@@ -131,11 +137,17 @@ class Attention(nnx.Module):
             state: where the stream stopped; None = `init_state(b, max_length=t)`.
 
         Returns:
-            `[b t d]` in `dtype` (0 at padding) and the state after the last token.
+            `[b t d]` in `dtype` (0 at padding) and the state after the last token (None with
+            causal=False).
 
         Raises:
             ValueError: the chunk alone is longer than the cache.
+            NotImplementedError: a state was given with causal=False.
         """
+        if not self.causal:
+            if state is not None:
+                raise NotImplementedError(_NO_STATE)
+            return self._both_ways(x, segment_ids), None
         b, t, _ = x.shape
         whole = state is None
         if whole:
@@ -155,15 +167,7 @@ class Attention(nnx.Module):
         else:
             new = new._replace(k=_write(state.k, k, slot, valid), v=_write(state.v, v, slot, valid))
         if whole:  # keys stay where they came in: id and order say who sees whom
-            same = None if valid is None else segment_ids[:, :, None] == segment_ids[:, None, :]
-            y = jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=True,
-                mask=None if same is None else same[:, None],
-                implementation=self.implementation,
-            )
+            y = self._attend(q, k, v, segment_ids)
         else:
             places = jnp.arange(slots)
             seen = (places >= start[..., None]) & (places <= slot[..., None])  # [b t l]
@@ -171,17 +175,42 @@ class Attention(nnx.Module):
             y = jnp.where((slot >= slots)[:, :, None, None], jnp.nan, y)
         if valid is not None:
             y = jnp.where(valid[:, :, None, None], y, 0)
-        out = self.out_proj(y.reshape(b, t, -1))
-        if valid is not None:  # a bias would show at padding
-            out = jnp.where(valid[..., None], out, 0)
-        return out, new
+        return self._out(y, valid), new
+
+    def _both_ways(self, x, segment_ids):
+        """Whole sequences `[b t d]`, every token seeing its document."""
+        b, t, _ = x.shape
+        start = jnp.zeros((b,), jnp.int32)
+        q, k, v = self._project(x, count_positions(segment_ids, start, start, t)[0])
+        valid = None if segment_ids is None else segment_ids > 0
+        if valid is not None:
+            k, v = (jnp.where(valid[:, :, None, None], a, 0) for a in (k, v))
+        return self._out(self._attend(q, k, v, segment_ids), valid)
+
+    def _attend(self, q, k, v, segment_ids):
+        """Attention of `[b t h k]` to keys and values `[b t g k]` of the same document."""
+        same = None
+        if segment_ids is not None:
+            same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=self.causal, mask=same, implementation=self.implementation
+        )
+
+    def _out(self, y, valid):
+        """Maps heads `[b t h k]` to `[b t d]`, 0 at padding."""
+        out = self.out_proj(y.reshape(*y.shape[:2], -1))
+        # A bias would show at padding.
+        return out if valid is None else jnp.where(valid[..., None], out, 0)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> AttentionState:
         """An empty cache of `max_length` slots.
 
         Raises:
             ValueError: without max_length the cache has no size.
+            NotImplementedError: with causal=False there is none.
         """
+        if not self.causal:
+            raise NotImplementedError(_NO_STATE)
         if max_length is None:
             raise ValueError("attention keeps every token: init_state needs max_length")
         shape = (batch_size, self.n_kv_heads, max_length, self.head_dim)
@@ -191,12 +220,15 @@ class Attention(nnx.Module):
         return AttentionState(k, v, length, start, last_id)
 
     def step(self, x_t: jax.Array, state: AttentionState) -> tuple[jax.Array, AttentionState]:
-        """One token `[b d]`: returns `[b d]` and the state after it."""
+        """One token `[b d]`: returns `[b d]` and the state after it; not with causal=False."""
         y, state = self(x_t[:, None], state=state)
         return y[:, 0], state
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
-        """Bytes kept per sequence: keys and values, and with the three counters."""
+        """Bytes kept per sequence: keys and values, and with the three counters; not with
+        causal=False."""
+        if not self.causal:
+            raise NotImplementedError(_NO_STATE)
         itemsize = jnp.dtype(self.dtype).itemsize
         cache = 2 * context_length * self.n_kv_heads * self.head_dim * itemsize
         return {"recurrent": cache, "total": cache + 12}

@@ -5,8 +5,10 @@ promise does not hold; a NotImplementedError of the mixer itself means that it d
 reported with its reason. `seqzoo check` and tests/mixers run the same list.
 
 Two optional attributes of a mixer change what is asked of it:
-    causality: "exact" (default), "fft" (earlier outputs may move by 1e-5 of the largest) or "none"
-        (looks both ways, and has no step).
+    causality: "exact" (default), "fft" (earlier outputs may move by 1e-5 of the largest) or "none":
+        it looks both ways. Then it declines STREAMS, the promises about causality, states and
+        steps, and no other; that it looks ahead, and refuses states by NotImplementedError with a
+        reason, is tested instead.
     document_alignment: packed documents start at multiples of it (default 1).
 """
 
@@ -263,6 +265,7 @@ def causal(subject: Subject) -> str:
     opened, x = open_mixer(subject), inputs(subject)
     causality = getattr(opened.mixer, "causality", "exact")
     if causality == "none":
+        _check_both_ways(subject, opened, x)
         raise NotImplementedError("causality = 'none': it looks both ways")
     if causality not in ("exact", "fft"):
         raise Broken(f"causality is {causality!r}; allowed: 'exact', 'fft', 'none'")
@@ -277,6 +280,30 @@ def causal(subject: Subject) -> str:
         if np.array_equal(changed[:, at:], y[:, at:]):
             raise Broken(f"nothing changes from token {at} on, although it was changed")
     return "to the bit" if causality == "exact" else f"to {TOLERANCES['fft']:.0e} (FFT)"
+
+
+def _check_both_ways(subject: Subject, opened, x) -> None:
+    """That the last token is seen by the first, and that nothing pretends to stream."""
+    y, state = opened.call(opened.variables, x)
+    changed, _ = opened.call(opened.variables, x.at[:, -1].add(10.0))
+    if np.array_equal(changed[:, :-1], y[:, :-1]):
+        raise Broken("causality is 'none', but nothing before the last token changes with it")
+    if state is not None:
+        raise Broken("causality is 'none', but it gives a state; it must give None")
+    fake = jnp.zeros((subject.batch, 1))
+    for what, attempt in {
+        "init_state": lambda: new_state(opened.mixer, subject.batch),
+        "step": lambda: opened.mixer.step(x[:, 0], fake),
+        "mixer(x, state=...)": lambda: opened.mixer(x, state=fake),
+        "state_bytes": lambda: opened.mixer.state_bytes(64),
+    }.items():
+        try:
+            attempt()
+        except NotImplementedError as reason:
+            if str(reason):
+                continue
+            raise Broken(f"{what} must give the reason with its NotImplementedError") from None
+        raise Broken(f"causality is 'none', so {what} must raise NotImplementedError")
 
 
 def rows_independent(subject: Subject) -> str:
@@ -453,6 +480,22 @@ PROMISES: dict[str, Callable[[Subject], str]] = {
         deterministic,
     )
 }
+
+# What a mixer that looks both ways declines, and it alone may decline all of.
+STREAMS = frozenset(
+    {
+        "state_structure",
+        "state_bytes",
+        "chunks_equal_whole",
+        "steps_equal_whole",
+        "steps_go_on",
+        "causal",
+        "packed_streams",
+        "padding_state",
+        "documents_go_on",
+        "gradients_through_state",
+    }
+)
 
 # What no mixer may decline.
 _REQUIRED = {

@@ -9,10 +9,14 @@ import pytest
 from flax import nnx
 
 from seqzoo.mixers import Attention
-from seqzoo.testing import PROMISES, Subject, check_promise
+from seqzoo.testing import PROMISES, STREAMS, Subject, check_promise
 
 SUBJECT = Subject(
     build=functools.partial(Attention, n_heads=4, n_kv_heads=2, use_bias=True), d_model=16
+)
+BOTH_WAYS = Subject(
+    build=functools.partial(Attention, n_heads=4, n_kv_heads=2, use_bias=True, causal=False),
+    d_model=16,
 )
 
 
@@ -22,9 +26,18 @@ def test_promise(promise):
     assert result.outcome == "kept", result.detail
 
 
-def test_against_sums_in_float64():
+@pytest.mark.parametrize("promise", PROMISES)
+def test_promise_of_an_encoder(promise):
+    result = check_promise(promise, BOTH_WAYS)
+    assert result.outcome == ("declined" if promise in STREAMS else "kept"), result.detail
+    if promise in STREAMS:
+        assert "sees later tokens" in result.detail or "looks both ways" in result.detail
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_against_sums_in_float64(causal):
     """softmax(q k / sqrt(k)) v with explicit loops over heads, documents and positions."""
-    mixer = Attention(12, n_heads=6, n_kv_heads=2, head_dim=4, rngs=nnx.Rngs(0))
+    mixer = Attention(12, n_heads=6, n_kv_heads=2, head_dim=4, causal=causal, rngs=nnx.Rngs(0))
     b, t = 2, 9
     x = np.random.default_rng(0).standard_normal((b, t, 12))
     ids = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 1, 1, 1, 1, 1, 3, 3, 3]], np.int32)
@@ -34,11 +47,12 @@ def test_against_sums_in_float64():
     want = np.zeros((b, t, 6, 4))
     for row in range(b):
         for i in np.flatnonzero(ids[row]):
-            mine = np.flatnonzero((ids[row] == ids[row, i]) & (np.arange(t) <= i))
+            seen = (np.arange(t) <= i) | (not causal)
+            mine = np.flatnonzero((ids[row] == ids[row, i]) & seen)
             place = mine - mine[0]
             for head in range(6):
                 turned = lambda a, p: _turn(a, p)
-                query = turned(q[row, i, head], place[-1])
+                query = turned(q[row, i, head], i - mine[0])
                 keys = [turned(k[row, j, head // 3], p) for j, p in zip(mine, place, strict=True)]
                 score = np.array([query @ key for key in keys]) / 2.0
                 weights = np.exp(score - score.max())
