@@ -7,8 +7,10 @@ Imports jax and numpy only. `implementation=None` takes the best form for the pl
 """
 
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
+from pallas_kernels.dilated_conv import DilatedConvState, dilated_conv
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.gla import GLAState, gla
+from pallas_kernels.monarch_matmul import monarch_matmul
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
@@ -16,8 +18,10 @@ from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attenti
 
 OPERATORS = {
     "chunk_attention": chunk_attention,
+    "dilated_conv": dilated_conv,
     "gated_delta_rule": gated_delta_rule,
     "gla": gla,
+    "monarch_matmul": monarch_matmul,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
     "simple_gla": simple_gla,
@@ -27,6 +31,7 @@ OPERATORS = {
 __all__ = [
     "OPERATORS",
     "ChunkAttentionState",
+    "DilatedConvState",
     "GLAState",
     "GatedDeltaRuleState",
     "SelectiveScanState",
@@ -34,8 +39,10 @@ __all__ = [
     "SimpleGLAState",
     "TaylorAttentionState",
     "chunk_attention",
+    "dilated_conv",
     "gated_delta_rule",
     "gla",
+    "monarch_matmul",
     "selective_scan",
     "short_conv",
     "simple_gla",

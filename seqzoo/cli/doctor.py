@@ -97,7 +97,8 @@ def operators() -> dict[str, dict[str, str | None]]:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     found = {}
     for name, op in OPERATORS.items():
-        shapes = [tuple(_SIZES[letter] for letter in one) for one in op.axes.arguments]
+        sizes = _SIZES | getattr(op, "sizes", {})
+        shapes = [tuple(sizes[letter] for letter in one) for one in op.axes.arguments]
         arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
         found[name] = explain(op, *arrays, **getattr(op, "options", {}))
     return found

@@ -39,7 +39,9 @@ def sharded(
     mesh = mesh_in_force()
 
     def call(args, initial_state, segment_ids):
-        return op(*args, initial_state=initial_state, segment_ids=segment_ids, **options)
+        # One that takes each token alone knows neither.
+        given = dict(initial_state=initial_state, segment_ids=segment_ids)
+        return op(*args, **{k: v for k, v in given.items() if v is not None}, **options)
 
     if mesh is None:
         return call(args, initial_state, segment_ids)

@@ -1,0 +1,33 @@
+"""The calls that monarch_matmul is tested and measured with."""
+
+import numpy as np
+
+from pallas_kernels.core.testing import ArgSpec
+
+
+def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Normal values; factors so that products keep their size."""
+    scale = 1.0 if name == "x" else shape[-1] ** -0.5
+    return scale * rng.normal(size=shape)
+
+
+def _spec(name: str, b: int, k: int, q: int, p: int, second=(), **more) -> ArgSpec:
+    sizes = dict(b=b, n=k * p, k=k, q=q, p=p) | dict(zip("lsr", second, strict=False)) | more
+    tags = frozenset({"bench" if "t" in more else "test"})
+    return ArgSpec(name=name, sizes=sizes, draw=draw, given=("w2",) if second else (), tags=tags)
+
+
+SPECS = (
+    _spec("square_16", 4, 4, 4, 4, (4, 4, 4)),
+    _spec("square_36", 4, 6, 6, 6, (6, 6, 6)),
+    _spec("square_64", 4, 8, 8, 8, (8, 8, 8)),
+    _spec("rectangular", 4, 3, 4, 4, (2, 10, 6)),
+    _spec("blocks", 4, 4, 12, 6),
+    _spec("m2_bert_up", 8, 4, 1536, 192, t=128),
+    _spec("square_1024", 8, 32, 32, 32, (32, 32, 32), t=128),
+)
+
+
+def named(name: str) -> ArgSpec:
+    """The one of this name."""
+    return next(spec for spec in SPECS if spec.name == name)
