@@ -11,6 +11,7 @@ from pallas_kernels.dilated_conv import DilatedConvState, dilated_conv
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.monarch_matmul import monarch_matmul
+from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
@@ -22,6 +23,7 @@ OPERATORS = {
     "gated_delta_rule": gated_delta_rule,
     "gla": gla,
     "monarch_matmul": monarch_matmul,
+    "long_conv": long_conv,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
     "simple_gla": simple_gla,
@@ -34,6 +36,7 @@ __all__ = [
     "DilatedConvState",
     "GLAState",
     "GatedDeltaRuleState",
+    "LongConvState",
     "SelectiveScanState",
     "ShortConvState",
     "SimpleGLAState",
@@ -43,6 +46,7 @@ __all__ = [
     "gated_delta_rule",
     "gla",
     "monarch_matmul",
+    "long_conv",
     "selective_scan",
     "short_conv",
     "simple_gla",

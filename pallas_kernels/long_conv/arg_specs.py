@@ -1,0 +1,57 @@
+"""The calls that long_conv is tested and measured with."""
+
+import numpy as np
+
+from pallas_kernels.core.testing import ArgSpec
+
+
+def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Normal values; kernels die away along their lags, at one rate per channel."""
+    x = rng.normal(size=shape)
+    if name not in ("kernel", "reverse_kernel"):
+        return x
+    channels, lags = shape
+    rates = np.linspace(0.5, 4, channels)[:, None]
+    return x * np.exp(-rates * np.arange(lags) / lags)
+
+
+def draw_flat(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Normal values, kernels too: their last lags are as heavy as their first."""
+    del name
+    return rng.normal(size=shape)
+
+
+GATES = ("pre_gate", "post_gate")
+
+SPECS = (
+    ArgSpec(name="bare", sizes=dict(b=4, e=3, l=150), draw=draw),
+    ArgSpec(
+        name="whole",
+        sizes=dict(b=4, e=3, l=70),
+        draw=draw,
+        given=("skip", "bias", *GATES),
+    ),
+    ArgSpec(name="one_lag", sizes=dict(b=4, e=1, l=1), draw=draw, given=("skip",)),
+    ArgSpec(
+        name="two_sided",
+        sizes=dict(b=4, e=3, l=140),
+        draw=draw_flat,
+        given=("skip", "reverse_kernel", *GATES),
+    ),
+    *(
+        ArgSpec(name=name, sizes=sizes, draw=draw, given=given, tags=frozenset({"bench"}))
+        for name, sizes, given in (
+            ("long", dict(b=1, t=16_384, e=128, l=16_384), ()),
+            (
+                "m2_bert",
+                dict(b=4, t=512, e=768, l=512),
+                ("skip", "reverse_kernel", *GATES),
+            ),
+        )
+    ),
+)
+
+
+def named(name: str) -> ArgSpec:
+    """The one of this name."""
+    return next(spec for spec in SPECS if spec.name == name)
