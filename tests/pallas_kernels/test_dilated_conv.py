@@ -1,0 +1,98 @@
+"""dilated_conv passes the operators' suite, and agrees with explicit kernels and convolutions."""
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dilated_conv
+from pallas_kernels.core import testing
+from pallas_kernels.dilated_conv.arg_specs import SPECS, named
+
+WHOLE, LINEAR, SYMMETRIC = map(named, ("whole", "linear", "symmetric"))
+TESTED = [spec for spec in SPECS if "test" in spec.tags]
+
+
+@pytest.mark.parametrize("length", testing.FAST_LENGTHS)
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("spec", [WHOLE, SYMMETRIC], ids=lambda s: s.name)
+def test_agrees(spec, documents, length):
+    testing.check_agrees(dilated_conv, spec, length, documents=documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", (*testing.FAST_LENGTHS, *testing.SLOW_LENGTHS))
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("spec", TESTED, ids=lambda s: s.name)
+def test_agrees_at_more_lengths(spec, dtype, length):
+    testing.check_agrees(dilated_conv, spec, length, dtype=dtype, documents=True)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_agrees_in_other_precisions(dtype):
+    testing.check_agrees(dilated_conv, LINEAR, 130, dtype=dtype, documents=True)
+
+
+def test_state_dtypes():
+    testing.check_state_dtypes(dilated_conv, WHOLE)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_documents_alone(implementation):
+    testing.check_documents_alone(dilated_conv, WHOLE, 130, implementation=implementation)
+
+
+def test_documents_alone_both_ways():
+    testing.check_documents_alone(dilated_conv, SYMMETRIC, 130)
+
+
+def test_padding_only():
+    testing.check_padding_only(dilated_conv, WHOLE)
+
+
+@pytest.mark.parametrize("length, cut", [(130, 51), (4, 1)])
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_hand_off(documents, length, cut):
+    testing.check_hand_off(dilated_conv, WHOLE, length, cut, documents=documents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [1, 32, 64, 129])
+def test_hand_off_at_more_cuts(cut):
+    testing.check_hand_off(dilated_conv, WHOLE, 130, cut, documents=True)
+
+
+def test_vmap():
+    testing.check_vmap(dilated_conv, WHOLE, 37)
+
+
+def test_deterministic():
+    testing.check_deterministic(dilated_conv, WHOLE, 130)
+
+
+def test_program_size():
+    testing.check_program_size(dilated_conv, WHOLE, 130, 1001, 20_001)
+    testing.check_program_size(dilated_conv, named("issue"), 8192, 131_072)
+
+
+@pytest.mark.parametrize(
+    "shape, keywords, message",
+    [
+        ((1, 2, 3), dict(dilations=()), "must be integers, one per level"),
+        ((1, 2, 3), dict(dilations=(True,)), "must be integers, one per level"),
+        ((1, 2, 3), dict(dilations=(0,)), "each must be at least 1"),
+        ((2, 2, 3), dict(dilations=(1,)), "j=1 was expected"),
+        ((1, 0, 3), dict(dilations=(1,)), "no taps"),
+        ((1, 2, 3), dict(dilations=(1,), symmetric=True), "2 taps with symmetric=True"),
+        ((1, 2, 3), dict(dilations=(1,), activation="tanh"), "activation='tanh'"),
+    ],
+)
+def test_bad_calls(shape, keywords, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        dilated_conv(jnp.zeros((1, 5, 3)), jnp.zeros(shape), **keywords)
+
+
+def test_a_symmetric_stack_refuses_a_state():
+    x, weight = jnp.zeros((1, 5, 3)), jnp.zeros((1, 3, 3))
+    y, state = dilated_conv(x, weight, dilations=(1,))
+    assert dilated_conv(x, weight, dilations=(1,), symmetric=True)[1] is None
+    with pytest.raises(ValueError, match="cannot go on from a state"):
+        dilated_conv(x, weight, dilations=(1,), symmetric=True, initial_state=state)
