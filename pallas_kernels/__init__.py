@@ -10,8 +10,8 @@ from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
 from pallas_kernels.dilated_conv import DilatedConvState, dilated_conv
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.gla import GLAState, gla
-from pallas_kernels.monarch_matmul import monarch_matmul
 from pallas_kernels.long_conv import LongConvState, long_conv
+from pallas_kernels.monarch_matmul import monarch_matmul
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
@@ -22,8 +22,8 @@ OPERATORS = {
     "dilated_conv": dilated_conv,
     "gated_delta_rule": gated_delta_rule,
     "gla": gla,
-    "monarch_matmul": monarch_matmul,
     "long_conv": long_conv,
+    "monarch_matmul": monarch_matmul,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
     "simple_gla": simple_gla,
@@ -45,8 +45,8 @@ __all__ = [
     "dilated_conv",
     "gated_delta_rule",
     "gla",
-    "monarch_matmul",
     "long_conv",
+    "monarch_matmul",
     "selective_scan",
     "short_conv",
     "simple_gla",

@@ -12,6 +12,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.long_conv import direct, dyadic, fft
 from pallas_kernels.long_conv.convolution import Way, convolve
+from pallas_kernels.long_conv.monarch import Monarch
 
 FEW = 16  # outputs or lags: no transform
 
@@ -21,20 +22,40 @@ class XlaConfig(Config):
     """How the convolution is computed.
 
     Attributes:
-        form: "fft"; "direct": products with Toeplitz matrices, exact for any change of the inputs;
-            "auto": direct for few outputs or lags, else fft.
+        form: "fft"; "monarch": the transforms as matrix products; "direct": products with Toeplitz
+            matrices, where a later token moves no earlier output by a bit; "auto": direct for few
+            outputs or lags, else fft.
+        stages: of the Monarch form: matrix products each way; None = 2, for long sequences 3.
+        operands: of the Monarch form: "bfloat16" multiplies rounded numbers, as matrix units like
+            it (sums stay float32; outputs are off by about 4e-3); None = full precision.
     """
 
     form: str = "auto"
+    stages: int | None = None
+    operands: str | None = None
 
     def __post_init__(self):
-        if self.form not in ("auto", "direct", "fft"):
-            raise ValueError(f"form='{self.form}'; allowed are 'auto', 'direct', 'fft'")
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed are {allowed}")
+        if self.form != "monarch" and (self.stages or self.operands):
+            raise ValueError(
+                f"stages and operands belong to form='monarch'; form is '{self.form}': leave them "
+                "out or choose that form"
+            )
 
     def way(self, s: int, count: int, t: int) -> Way:
         """For so many inputs, lags and outputs."""
-        few = min(t, count) <= FEW
-        return direct if self.form == "direct" or (self.form == "auto" and few) else fft
+        if self.form == "direct" or (self.form == "auto" and min(t, count) <= FEW):
+            return direct
+        return Monarch(self.stages, self.operands) if self.form == "monarch" else fft
+
+
+_ALLOWED = {
+    "form": ("auto", "direct", "fft", "monarch"),
+    "stages": (None, 1, 2, 3, 4),
+    "operands": (None, "bfloat16"),
+}
 
 
 class Inputs(NamedTuple):
