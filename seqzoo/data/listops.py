@@ -41,6 +41,7 @@ class ListOps:
     Attributes:
       vocab_size: at least 18: padding, unknown, end of text, ten digits, four operators, the end of
         a list.
+      input_dim: null, rows are tokens.
       n_classes: 10, the values.
       seq_len: length of a row, filled up with padding.
       min_length: trees of more tokens are kept,
@@ -56,6 +57,7 @@ class ListOps:
     """
 
     vocab_size: int = len(SYMBOLS)
+    input_dim: None = None
     n_classes: int = 10
     seq_len: int = 2048
     min_length: int = 500
@@ -63,7 +65,7 @@ class ListOps:
     max_depth: int = 10
     max_args: int = 10
     leaf_probability: float = 0.75
-    append_eos: bool = False
+    append_eos: bool = True
     train_samples: int | None = None
     valid_samples: int = 2000
     test_samples: int = 2000

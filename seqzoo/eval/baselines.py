@@ -1,8 +1,9 @@
-"""What a learned model must beat: counting and compressing text, guessing at recall.
+"""What a learned model must beat: counting and compressing text, guessing at recall and labels.
 
 python -m seqzoo.eval.baselines data=stdlib_text
 python -m seqzoo.eval.baselines data=text data.path=FILE
 python -m seqzoo.eval.baselines data=mqar data.num_kv_pairs=8
+python -m seqzoo.eval.baselines data=listops
 """
 
 import gzip
@@ -16,15 +17,16 @@ import numpy as np
 
 from seqzoo.config.build import build
 from seqzoo.config.compose import compose
+from seqzoo.data.listops import ListOps
 from seqzoo.data.mqar import MQAR
-from seqzoo.data.source import IGNORE, Split
+from seqzoo.data.source import ENDLESS, IGNORE, Dataset, Split
 from seqzoo.errors import ConfigError, SeqzooError
 from seqzoo.eval.count_model import CountModel
 
 Row = dict[str, Any]
 
 _DICTIONARY_BYTES = 2**27  # of xz: as much as it may look back over the training text
-_ROWS = 500  # of recall, judged at a time
+_ROWS = 500  # of recall or with labels, judged at a time
 
 
 class Documents(Protocol):
@@ -91,6 +93,33 @@ def recall_baselines(data: MQAR, split: Split = "test", *, samples: int = 3000) 
     ]
 
 
+def label_baselines(
+    data: Dataset, split: Split = "test", *, samples: int = 20_000, first_token: bool = False
+) -> list[Row]:
+    """Scores the commonest label: of all training rows, and of those with the same first token.
+
+    Args:
+      data: a data set with labels.
+      split: which rows to score.
+      samples: how many at most, of training and to score.
+      first_token: also the rule that reads only the first token: in ListOps, the first operator.
+
+    Returns:
+      Rows with baseline and accuracy.
+    """
+    (label, first), (asked, read) = (_labels(data, s, samples) for s in ("train", split))
+    commonest = np.bincount(label).argmax()
+    rows = [{"baseline": "the commonest label", "accuracy": float((asked == commonest).mean())}]
+    if first_token:
+        counts = np.zeros((data.vocab_size, data.n_classes), np.int64)
+        np.add.at(counts, (first, label), 1)
+        # A first token that training never showed gets the commonest label.
+        guess = np.where(counts.any(axis=1), counts.argmax(axis=1), commonest)
+        right = float((guess[read] == asked).mean())
+        rows.append({"baseline": "the commonest label behind the first token", "accuracy": right})
+    return rows
+
+
 def table(rows: Sequence[Row]) -> str:
     """Returns rows as text, a column per key."""
     names = list(rows[0])
@@ -110,8 +139,12 @@ def main(overrides: Sequence[str]) -> int:
             rows = text_baselines(data)
         elif isinstance(data, MQAR):
             rows = recall_baselines(data)
+        elif hasattr(data, "n_classes"):
+            rows = label_baselines(data, first_token=isinstance(data, ListOps))
         else:
-            raise ConfigError(f"no baselines for {type(data).__name__}, only text and MQAR")
+            raise ConfigError(
+                f"no baselines for {type(data).__name__}, only for text, MQAR and labelled rows"
+            )
     except SeqzooError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -137,6 +170,21 @@ def _xz(content: bytes) -> int:
         "dict_size": _DICTIONARY_BYTES,
     }
     return len(lzma.compress(content, format=lzma.FORMAT_RAW, filters=[method]))
+
+
+def _labels(data: Dataset, split: Split, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and first tokens (0 where there are none) of at most so many rows, spread evenly."""
+    source = data.source(split)
+    total = min(samples, len(source))
+    # Rows of an endless source are all alike: the first will do.
+    stride = 1 if len(source) >= ENDLESS else len(source) // total
+    labels, firsts = [], []
+    for start in range(0, total, _ROWS):
+        batch = source.batch(np.arange(start, min(start + _ROWS, total)) * stride)
+        labels.append(batch["label"])
+        tokens = batch["tokens"][:, 0] if "tokens" in batch else np.zeros_like(batch["label"])
+        firsts.append(tokens)
+    return np.concatenate(labels), np.concatenate(firsts)
 
 
 def _recall_rules(tokens: np.ndarray, targets: np.ndarray, data: MQAR) -> dict[str, np.ndarray]:

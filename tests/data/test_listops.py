@@ -19,7 +19,7 @@ EVALUATE = {
     "[MED": lambda values: int(np.median(values)),
     "[SM": lambda values: sum(values) % 10,
 }
-SMALL = dict(min_length=8, max_length=60, max_depth=5, max_args=4, seq_len=64)
+SMALL = dict(min_length=8, max_length=60, max_depth=5, max_args=4, seq_len=64, append_eos=False)
 
 
 def words_of(batch, row):
@@ -66,7 +66,7 @@ def literal_rows(data, count):
 
 
 def test_values_are_those_of_the_trees_that_the_tokens_spell():
-    data = ListOps()
+    data = ListOps(append_eos=False)
     batch = data.source("train").batch(np.arange(64))
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         "tokens": ((64, 2048), np.int32),
@@ -81,7 +81,7 @@ def test_values_are_those_of_the_trees_that_the_tokens_spell():
 
 
 def test_a_row_is_a_function_of_its_number():
-    data = ListOps(**SMALL, append_eos=True)
+    data = ListOps(**{**SMALL, "append_eos": True})
     source = data.source("train")
     whole, some = source.batch(np.arange(200)), source.batch(np.array([150, 3, 150]))
     for name in whole:
@@ -141,7 +141,7 @@ def test_splits_and_the_pipeline():
     [
         (dict(vocab_size=17), "data.vocab_size=17"),
         (dict(n_classes=9), "data.n_classes=9"),
-        (dict(seq_len=1500), "data.seq_len=1500 is too short for rows of up to 1999"),
+        (dict(seq_len=1500), "data.seq_len=1500 is too short for rows of up to 2000"),
         (dict(min_length=500, max_length=501), "no length lies between"),
         (dict(max_depth=3), "a tree has at most 122 tokens"),
         (dict(max_depth=1), "data.max_depth=1; it must be 2 to"),

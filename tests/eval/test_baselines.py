@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from seqzoo.data import MQAR
+from seqzoo.data import MQAR, ListOps
 from seqzoo.eval import baselines
 from seqzoo.eval.count_model import CountModel, _discounts
 
@@ -111,6 +111,14 @@ def test_the_noise_ceiling_by_a_loop():
     assert rows[0]["accuracy"] == pytest.approx(np.mean(expected), rel=1e-12)
 
 
+def test_label_baselines_are_those_of_the_cards_law():
+    data = ListOps(test_samples=3000)
+    majority, first = baselines.label_baselines(data, samples=6000, first_token=True)
+    # 20,000 draws by the literal generator: 16.8 % and 35.0 %.
+    assert majority["accuracy"] == pytest.approx(0.168, abs=0.025)
+    assert first["accuracy"] == pytest.approx(0.350, abs=0.03)
+
+
 def test_a_table_has_a_line_per_row():
     rows = [{"baseline": "a", "bits_per_byte": 1.5}, {"baseline": "longer", "bits_per_byte": 12.0}]
     assert baselines.table(rows).splitlines() == [
@@ -134,6 +142,10 @@ def test_the_command_prints_the_table_of_its_data(composed, capsys, tmp_path):
     composed({"_target_": "seqzoo.data.mqar.MQAR", "test_samples": 50})
     assert baselines.main([]) == 0
     assert "guessing a value out of the context" in capsys.readouterr().out
+    node = {"min_length": 5, "max_length": 20, "max_depth": 3, "test_samples": 50}
+    composed({"_target_": "seqzoo.data.listops.ListOps", "train_samples": 100, **node})
+    assert baselines.main([]) == 0
+    assert "behind the first token" in capsys.readouterr().out
     (tmp_path / "a.txt").write_text("one two three " * 300)
     composed({"_target_": "seqzoo.data.text.Text", "path": str(tmp_path / "a.txt")})
     assert baselines.main([]) == 0
