@@ -12,6 +12,7 @@ from seqzoo.mixers.identity import Identity
 from seqzoo.mixers.mamba import Mamba
 from seqzoo.mixers.mamba2 import Mamba2
 from seqzoo.mixers.mom import MoM
+from seqzoo.mixers.monarch_mixer import MonarchMixer
 from seqzoo.mixers.retention import Retention
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 
@@ -25,6 +26,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MoM",
+    "MonarchMixer",
     "Retention",
     "SlidingWindowAttention",
 ]

@@ -3,6 +3,7 @@ parts of two layers compare equal."""
 
 import functools
 
+import jax
 from flax import nnx
 
 _scaled = functools.cache(nnx.initializers.variance_scaling)
@@ -25,3 +26,9 @@ def uniform(n_residuals: int = 1):
 def xavier_uniform(gain: float, batch_axis: tuple[int, ...] = ()):
     """Uniform within gain * sqrt(6 / (inputs + outputs)), the axes in batch_axis left out."""
     return _scaled(gain**2, "fan_avg", "uniform", batch_axis=batch_axis)
+
+
+def uniform_values(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int) -> jax.Array:
+    """Values, not a maker: uniform within +- 1 / sqrt(inputs), where shape does not tell inputs."""
+    bound = inputs**-0.5
+    return jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound)

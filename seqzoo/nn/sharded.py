@@ -69,7 +69,9 @@ def sharded(
     segments = None if segment_ids is None else spec(SEGMENT_IDS, "segment_ids")
     shapes = jax.eval_shape(call, args, initial_state, segment_ids)
     results = spec(axes.results, "the result")
-    out = (results, type(shapes[1])(*state)) if axes.state else results
+    out = results
+    if axes.state:  # one that looks ahead has none
+        out = (results, None if shapes[1] is None else type(shapes[1])(*state))
     return jax.shard_map(
         call,
         mesh=mesh,
