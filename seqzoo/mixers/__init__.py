@@ -15,6 +15,7 @@ from seqzoo.mixers.mom import MoM
 from seqzoo.mixers.monarch_mixer import MonarchMixer
 from seqzoo.mixers.retention import Retention
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
+from seqzoo.mixers.tcnca import TCNCA
 
 __all__ = [
     "Attention",
@@ -29,4 +30,5 @@ __all__ = [
     "MonarchMixer",
     "Retention",
     "SlidingWindowAttention",
+    "TCNCA",
 ]
