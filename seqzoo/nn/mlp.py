@@ -84,6 +84,42 @@ class GELU(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x)))
 
 
+class SiLU(nnx.Module):
+    """y = W_down silu(W_up x + b_up) + b_down.
+
+    Args:
+        d_model: width of the input and output.
+        d_ff: inner width; None = 2 d_model.
+        init_std: standard deviation that W starts with; None = 1 / sqrt(width of its input).
+        n_residuals: residual additions of the whole network; W_down starts divided by its root.
+        dtype: what to compute in.
+        rngs: source of the initial values; biases start at 0.
+
+    Source: `NormalizedFeedForwardNetwork` of facebookresearch/mega (arXiv 2209.10655), without its
+    norm and residual, which are the block's.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_ff: int | None = None,
+        init_std: float | None = 0.02,
+        n_residuals: int = 1,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        width = _width(d_model, d_ff, 2)
+        common = dict(use_bias=True, dtype=dtype, rngs=rngs)
+        init, init_down = inits.normal(1, init_std), inits.normal(n_residuals, init_std)
+        self.up = linear(d_model, width, axes=("embed", "mlp"), kernel_init=init, **common)
+        self.down = linear(width, d_model, axes=("mlp", "embed"), kernel_init=init_down, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[b t d]` to `[b t d]`."""
+        return self.down(jax.nn.silu(self.up(x)))
+
+
 class Identity(nnx.Module):
     """y = x: behind its norm it adds the normalised stream to the stream, as Zoology's blocks do.
 
