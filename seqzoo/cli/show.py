@@ -217,4 +217,7 @@ def _cost(config: Mapping[str, Any], what: str, length: int) -> float:
     model = describe.abstract_model(config["model"])
     if what == "params":
         return describe.parameters(model).without_embeddings
-    return model.state_bytes(length)["total"]
+    try:
+        return model.state_bytes(length)["total"]
+    except NotImplementedError as error:
+        raise ConfigError(f"--match state: {error}; match params or flops") from error

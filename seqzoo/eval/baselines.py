@@ -4,6 +4,7 @@ python -m seqzoo.eval.baselines data=stdlib_text
 python -m seqzoo.eval.baselines data=text data.path=FILE
 python -m seqzoo.eval.baselines data=mqar data.num_kv_pairs=8
 python -m seqzoo.eval.baselines data=listops
+python -m seqzoo.eval.baselines data=masked_stdlib_text
 """
 
 import gzip
@@ -18,10 +19,12 @@ import numpy as np
 from seqzoo.config.build import build
 from seqzoo.config.compose import compose
 from seqzoo.data.listops import ListOps
+from seqzoo.data.masked import Masked
 from seqzoo.data.mqar import MQAR
 from seqzoo.data.source import ENDLESS, IGNORE, Dataset, Split
 from seqzoo.errors import ConfigError, SeqzooError
 from seqzoo.eval.count_model import CountModel
+from seqzoo.eval.masked_count_model import masked_baselines
 
 Row = dict[str, Any]
 
@@ -139,6 +142,8 @@ def main(overrides: Sequence[str]) -> int:
             rows = text_baselines(data)
         elif isinstance(data, MQAR):
             rows = recall_baselines(data)
+        elif isinstance(data, Masked) and hasattr(data.text, "documents"):
+            rows = masked_baselines(data)
         elif hasattr(data, "n_classes"):
             rows = label_baselines(data, first_token=isinstance(data, ListOps))
         else:

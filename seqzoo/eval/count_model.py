@@ -52,7 +52,31 @@ class CountModel:
         if not 0 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order={order}; it must be 0 to {HIGHEST_ORDER}")
         self.order = order
-        grams, counts = np.unique(_words(documents, order), return_counts=True)
+        self._model = WordModel(_words(documents, order), order)
+
+    def bits(self, documents: Sequence[bytes]) -> np.ndarray:
+        """Returns what each byte costs, and each document's end: float64 [bytes + documents]."""
+        return -np.log2(self._model.probabilities(_words(documents, self.order)))
+
+    def next_byte(self, context: bytes) -> np.ndarray:
+        """Returns the probabilities of the byte after a context, float64 [256]."""
+        padded = bytes(self.order) + context
+        last = int.from_bytes(padded[len(padded) - self.order :], "big")
+        words = np.uint64(last << 8) + np.arange(SYMBOLS, dtype=np.uint64)
+        return self._model.probabilities(words)
+
+
+class WordModel:
+    """The same for any bytes and their contexts, the less important first.
+
+    Args:
+        words: uint64 [n], each a context of `order` bytes and the byte behind it, which is the
+            lowest. Smoothing forgets the highest byte of a context first.
+        order: bytes of a context.
+    """
+
+    def __init__(self, words: np.ndarray, order: int) -> None:
+        grams, counts = np.unique(words, return_counts=True)
         levels = [_level(grams, counts)]
         for length in range(order, 0, -1):
             # Each gram is a left neighbour, once, of the gram without its oldest byte.
@@ -60,18 +84,8 @@ class CountModel:
             levels.append(_level(grams, counts))
         self._levels = levels[::-1]
 
-    def bits(self, documents: Sequence[bytes]) -> np.ndarray:
-        """Returns what each byte costs, and each document's end: float64 [bytes + documents]."""
-        return -np.log2(self._probabilities(_words(documents, self.order)))
-
-    def next_byte(self, context: bytes) -> np.ndarray:
-        """Returns the probabilities of the byte after a context, float64 [256]."""
-        padded = bytes(self.order) + context
-        last = int.from_bytes(padded[len(padded) - self.order :], "big")
-        words = np.uint64(last << 8) + np.arange(SYMBOLS, dtype=np.uint64)
-        return self._probabilities(words)
-
-    def _probabilities(self, words: np.ndarray) -> np.ndarray:
+    def probabilities(self, words: np.ndarray) -> np.ndarray:
+        """Returns the probability of each word's lowest byte after its context, float64 [n]."""
         # Sorted and once each: neighbours then search the same places of the tables.
         words, back = np.unique(words, return_inverse=True)
         found = np.full(len(words), 1 / SYMBOLS)

@@ -26,8 +26,9 @@ class Parameters(NamedTuple):
     Attributes:
         total: all of them, rows of a padded vocabulary included.
         active: those that one token uses; fewer than total where a mixer routes.
-        without_embeddings: total less the tables of tokens, at the input and (untied) output.
-        by_part: embedding, mixers.NAME, channel_mixers, norms, head.
+        without_embeddings: total less the tables: of tokens, at the input and (untied) output, and
+            of positions.
+        by_part: embedding, positions, mixers.NAME, channel_mixers, norms, head.
     """
 
     total: int
@@ -92,7 +93,8 @@ def parameters(model: nnx.Module) -> Parameters:
         part = _part(path, model)
         by_part[part] = by_part.get(part, 0) + math.prod(variable.get_value().shape)
     total = sum(by_part.values())
-    tables = by_part["embedding"] + (by_part.get("head", 0) if _head_is_a_table(model) else 0)
+    tables = by_part["embedding"] + by_part.get("positions", 0)
+    tables += by_part.get("head", 0) if _head_is_a_table(model) else 0
     return Parameters(total, total - _idle(model), total - tables, by_part)
 
 
@@ -102,7 +104,8 @@ def _part(path: tuple, model: nnx.Module) -> str:
         if kind == "mixer":
             return f"mixers.{run.period[place]}"
         return "channel_mixers" if kind == "channel_mixer" else "norms"
-    return {"embed": "embedding", "norm": "norms"}.get(path[0], str(path[0]))
+    names = {"embed": "embedding", "norm": "norms", "embed_norm": "norms"}
+    return names.get(path[0], str(path[0]))
 
 
 def _head_is_a_table(model: nnx.Module) -> bool:
@@ -164,9 +167,12 @@ def _loss(node: Mapping[str, Any], task_node: Mapping[str, Any], rows: int, leng
     """The summed loss as a function of pure parameters and a batch, with both as shapes."""
     graphdef, params, rest = nnx.split(abstract_model(node), nnx.Param, ...)
     task = build(plain(task_node))
-    shape = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    label = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    batch = {"tokens": shape, "targets": shape, "label": label}
+    batch = {"label": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    shape = (rows, 2, length) if node.get("documents") == 2 else (rows, length)
+    if node.get("input_dim") is not None:
+        batch["inputs"] = jax.ShapeDtypeStruct((*shape, node["input_dim"]), jnp.float32)
+    else:
+        batch["tokens"] = batch["targets"] = jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def loss(params, batch):
         # What is no parameter (constants of a mixer) has no value here: zeros of its shape.

@@ -74,14 +74,22 @@ def generate(
         on_tokens: called with int32 `[b n]` whenever n more tokens are ready.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is out of range, or the model writes no text (an encoder).
     """
     _check(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    if not hasattr(model, "step"):
+        raise ConfigError(
+            f"a {type(model).__name__} writes no text; generate needs a LanguageModel"
+        )
     tokens, segment_ids = _pad(prompt, model.vocab_size)
     batch, length = tokens.shape
+    _check_positions(model, int(np.max(np.sum(segment_ids, axis=1))), max_new_tokens)
     rounds = math.ceil(max_new_tokens / DECODE_TOKENS)
     graphdef, variables = nnx.split(model)
-    state = model.init_state(batch, max_length=length + rounds * DECODE_TOKENS)
+    try:
+        state = model.init_state(batch, max_length=length + rounds * DECODE_TOKENS)
+    except NotImplementedError as error:
+        raise ConfigError(f"this model writes no text: {error}") from error
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     sampling = Sampling(
         temperature=jnp.float32(temperature),
@@ -248,6 +256,16 @@ def _pad(prompt, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         tokens[i, length - len(row) :] = row
         segment_ids[i, length - len(row) :] = 1
     return tokens, segment_ids
+
+
+def _check_positions(model: nnx.Module, read: int, new: int) -> None:
+    """A model with learned positions knows places up to its longest document."""
+    positions = getattr(model, "positions", None)
+    if positions is not None and read + new > positions.max_positions:
+        raise ConfigError(
+            f"{read} tokens of prompt and max_new_tokens={new} are more than "
+            f"model.max_positions={positions.max_positions}; write fewer"
+        )
 
 
 def _check(*, max_new_tokens, temperature, top_k, top_p) -> None:

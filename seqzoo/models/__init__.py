@@ -2,5 +2,6 @@
 
 from seqzoo.models.classifier import Classifier
 from seqzoo.models.language_model import LanguageModel
+from seqzoo.models.masked_language_model import MaskedLanguageModel
 
-__all__ = ["Classifier", "LanguageModel"]
+__all__ = ["Classifier", "LanguageModel", "MaskedLanguageModel"]

@@ -2,7 +2,8 @@
 
 from seqzoo.tasks.classification import Classification
 from seqzoo.tasks.masked_answers import MaskedAnswers
+from seqzoo.tasks.masked_tokens import MaskedTokens
 from seqzoo.tasks.next_token import NextToken
 from seqzoo.tasks.task import Sums, Task
 
-__all__ = ["Classification", "MaskedAnswers", "NextToken", "Sums", "Task"]
+__all__ = ["Classification", "MaskedAnswers", "MaskedTokens", "NextToken", "Sums", "Task"]

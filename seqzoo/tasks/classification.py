@@ -39,8 +39,10 @@ class Classification:
     def sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> Sums:
-        """Runs the classifier on a batch and adds up what it got right."""
-        out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
+        """Runs the classifier on a batch, of `tokens` or of vectors (`inputs`), and adds up what it
+        got right."""
+        read = batch["inputs"] if "inputs" in batch else batch["tokens"]
+        out = model.run(read, segment_ids=batch.get("segment_ids"), key=key)
         scores = task.score(out.logits, batch["label"])
         return Sums(
             loss=scores.loss.sum(),

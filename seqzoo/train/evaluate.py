@@ -13,6 +13,7 @@ from seqzoo.train import programs
 from seqzoo.train.metrics_log import Totals, add
 from seqzoo.train.setup import Setup
 from seqzoo.train.step import eval_step
+from seqzoo.train.timing import row_length
 
 _AHEAD = 4  # batches that may be computed before the oldest is added up
 
@@ -68,7 +69,7 @@ def evaluate(
             if interrupt(number):
                 raise Interrupted
             batch = meshes.put_batch(host_batch, sharding)
-            length = host_batch["tokens"].shape[1]
+            length = row_length(host_batch)
             program = programs.compiled(
                 eval_step(spec),
                 params,

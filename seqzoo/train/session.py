@@ -26,7 +26,7 @@ from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
 from seqzoo.train.step import Metrics, train_step
-from seqzoo.train.timing import Shapes, Timing, shapes_of
+from seqzoo.train.timing import Shapes, Timing, row_length, shapes_of
 
 # Updates that may be computing before the metrics of the oldest are fetched: the host never waits
 # for the device, and a loss that is not finite is noticed so many steps late (never after a save).
@@ -299,7 +299,7 @@ class Session:
 
     def _compile(self, batch: dict[str, jax.Array]) -> programs.Program:
         self.folder.phase("compile", self.step)
-        rows, length = batch["tokens"].shape
+        rows, length = len(next(iter(batch.values()))), row_length(batch)
         parts = self.run.trainer.grad_accum_steps
         cut = f" in {parts} microbatches" if parts > 1 else ""
         with self._timing.paused():

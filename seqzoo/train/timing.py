@@ -141,4 +141,11 @@ def _measured_peak(n: int = 1024) -> float:
 
 
 def _tokens(shapes: Shapes) -> int:
-    return next(int(np.prod(shape)) for name, shape, _ in shapes if name == "tokens")
+    found = {name: shape for name, shape, _ in shapes}
+    return int(np.prod(found["tokens"] if "tokens" in found else found["inputs"][:-1]))
+
+
+def row_length(batch: Mapping[str, Any]) -> int:
+    """Tokens in a row of a batch, or vectors where it holds `inputs`; two documents count both."""
+    shape = batch["tokens"].shape if "tokens" in batch else batch["inputs"].shape[:-1]
+    return int(np.prod(shape[1:]))

@@ -4,6 +4,7 @@ import json
 
 import jax
 import pytest
+from omegaconf import OmegaConf
 
 from seqzoo.config.compose import compose
 from seqzoo.eval import describe
@@ -74,6 +75,31 @@ def test_flops_of_matrix_products_are_counted_exactly():
     products = 2 * (weights + 256 * d) + layers * 2 * 2 * length * d
     found = describe.flops_per_token(config, length)
     assert products < found.forward < 1.15 * products  # norms, softmax and the like on top
+
+
+def test_an_encoder_has_no_decoding_state(seqzoo):
+    words = ["model=m2_small", "data=masked_stdlib_text", "task=masked_tokens", "data.seq_len=32"]
+    code, out, err = seqzoo("show", *words)
+    assert code == 0, err
+    assert "no decoding state: a masked language model reads whole sequences" in out
+    for part in ("embedding", "positions", "mixers.monarch_mixer", "channel_mixers", "head"):
+        assert part in out
+    code, _, err = seqzoo("show", *words, "--match", "state", "--to", "mamba_small")
+    assert code == 2 and "match params or flops" in err
+
+
+def test_rows_of_two_documents_and_of_vectors_are_counted():
+    config = OmegaConf.to_container(compose(["model=mamba_small", "task=classification", *SMALL]))
+    del config["model"]["tie_embeddings"]
+    config["model"] |= {"_target_": "seqzoo.models.classifier.Classifier", "n_classes": 2}
+    one, two, vectors = (
+        {**config, "model": config["model"] | more}
+        for more in ({}, {"documents": 2}, {"input_dim": 3})
+    )
+    forward = [describe.flops_per_token(c, 32).forward for c in (one, two, vectors)]
+    assert forward[1] == pytest.approx(2 * forward[0], rel=0.01)
+    assert 0 < forward[2] - forward[0] < 10 * 3 * 64  # a product of 3 by 64
+    assert describe.memory(two, 32).activations > 1.9 * describe.memory(one, 32).activations
 
 
 def test_recurrent_state_does_not_grow(seqzoo):

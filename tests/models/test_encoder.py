@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqzoo.errors import ConfigError
+from seqzoo.eval import describe
+from seqzoo.eval.generate import generate
 from seqzoo.mixers import Attention, Mamba
-from seqzoo.models import LanguageModel
+from seqzoo.models import Classifier, LanguageModel, MaskedLanguageModel
 from seqzoo.nn.block import Block
 from seqzoo.nn.linear import NORMS
 from seqzoo.nn.mlp import GELU
 from seqzoo.nn.stack import Stack
+from seqzoo.tasks import Classification
 
 D = 16
 MIXERS = {
@@ -182,3 +186,123 @@ def test_post_norm_stack_trains_every_parameter():
     loss = lambda p: jnp.sum(jnp.sin(nnx.merge(graphdef, p)(x).x))
     for path, gradient in nnx.to_flat_state(nnx.as_pure(jax.jit(jax.grad(loss))(params))):
         assert bool(jnp.isfinite(gradient).all()) and float(jnp.abs(gradient).max()) > 0, path
+
+
+def encoder(mixer="attention", **keywords):
+    """A masked language model whose tokens see both ways."""
+    mixers = {"attention": functools.partial(Attention, D, n_heads=2, rope=False, causal=False)}
+    settings = dict(
+        d_model=D,
+        n_layers=2,
+        pattern=[mixer],
+        mixers=mixers,
+        channel_mixer=functools.partial(GELU, D),
+        norm="layernorm",
+        norm_place="post",
+        final_norm=False,
+        embed_norm=True,
+        **POSITIONS,
+    )
+    return MaskedLanguageModel(13, **{**settings, **keywords}, rngs=nnx.Rngs(0))
+
+
+def test_an_encoder_sees_both_ways_and_no_other_document():
+    call = compiled(encoder())
+    tokens = tokens_of(1, 8)
+    ids = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 0]], jnp.int32)
+    y = call(tokens, segment_ids=ids)
+    assert y.shape == (1, 8, 13) and y.dtype == jnp.float32
+    changed = call(tokens.at[0, 5].set((tokens[0, 5] + 1) % 13), segment_ids=ids)
+    moved = np.abs(changed - y).max(-1)[0] > 0
+    np.testing.assert_array_equal(moved, [0, 0, 0, 0, 1, 1, 1, 0])
+    for start, stop in ((0, 4), (4, 7)):
+        alone = call(tokens[:, start:stop])
+        np.testing.assert_allclose(y[:, start:stop], alone, atol=2e-5)
+
+
+def test_the_head_of_an_encoder_by_hand():
+    model = encoder()
+    model.head.bias[...] = jnp.arange(16.0)
+    tokens = tokens_of(1, 4)
+    h = model.hidden(tokens)[0] @ model.head.dense.kernel[...]
+    h = jax.nn.gelu(h, approximate=False)
+    h = (h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    want = h @ model.embed.embedding[...][:13].T + jnp.arange(13.0)
+    np.testing.assert_allclose(model(tokens), want, atol=1e-5)
+    tables = [p for p, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)) if "embedding" in p]
+    assert sorted(path[0] for path in tables) == ["embed", "positions"]
+
+
+def test_an_encoder_has_no_state():
+    model = encoder()
+    for attempt in (lambda: model.init_state(1, max_length=8), lambda: model.state_bytes(8)):
+        with pytest.raises(NotImplementedError, match="there is nothing to decode from"):
+            attempt()
+    with pytest.raises(ConfigError, match="MaskedLanguageModel writes no text"):
+        generate(model, [[1, 2]], max_new_tokens=2)
+    both_ways = language_model(
+        pattern=["attention"],
+        mixers={"attention": functools.partial(Attention, D, n_heads=2, causal=False)},
+    )
+    with pytest.raises(ConfigError, match="writes no text: attention with causal=False"):
+        generate(both_ways, [[1, 2]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="a masked language model reads tokens"):
+        encoder(input_dim=3)
+
+
+def test_writing_beyond_the_positions():
+    with pytest.raises(ConfigError, match="more than model.max_positions=12; write fewer"):
+        generate(language_model(**POSITIONS), [[1, 2, 3], [4]], max_new_tokens=10)
+
+
+def classifier(**keywords):
+    settings = dict(n_classes=3, d_model=D, n_layers=1, pattern=["mamba"], mixers=MIXERS)
+    return Classifier(13, **{**settings, **keywords}, rngs=nnx.Rngs(0))
+
+
+def test_two_documents_are_read_apart_and_joined():
+    model = classifier(documents=2)
+    tokens = tokens_of(3, 2, 6)
+    lengths = np.array([[6, 4], [1, 6], [2, 3]])
+    ids = jnp.asarray(np.arange(6) < lengths[..., None], jnp.int32)
+    got = compiled(model)(tokens, segment_ids=ids)
+    one = compiled(classifier(), "hidden")
+    for row in range(3):
+        pooled = [one(tokens[row, n : n + 1, : lengths[row, n]])[0][0].mean(0) for n in range(2)]
+        x, y = pooled
+        joined = jnp.concatenate([x, y, x * y, x - y])
+        want = joined @ model.head.kernel[...] + model.head.bias[...]
+        np.testing.assert_allclose(got[row], want, atol=1e-5)
+    with pytest.raises(ValueError, match=r"documents=2 and input_dim=None it reads \[b 2 t\]"):
+        model(tokens[:, 0])
+    with pytest.raises(ValueError, match="documents is 3; allowed: 1, 2"):
+        classifier(documents=3)
+
+
+def test_vectors_as_input():
+    model = classifier(input_dim=4, embed_scale=2.0)
+    inputs = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    ids = jnp.asarray([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], jnp.int32)
+    x = 2 * (inputs @ model.embed.kernel[...] + model.embed.bias[...])
+    np.testing.assert_allclose(model.embedded(inputs), x, atol=1e-5)
+    logits = compiled(model)(inputs, segment_ids=ids)
+    alone = compiled(model)(inputs[:1, :3])
+    np.testing.assert_allclose(logits[0], alone[0], atol=1e-5)
+    label = jnp.asarray([0, 2])
+    sums = Classification().sums(model, {"inputs": inputs, "segment_ids": ids, "label": label})
+    want = -jax.nn.log_softmax(logits)[jnp.arange(2), label].sum()
+    assert float(sums.loss) == pytest.approx(float(want), rel=1e-5)
+    with pytest.raises(ValueError, match=r"int32 \(2, 5\); with documents=1 and input_dim=4"):
+        model(tokens_of(2, 5))
+    with pytest.raises(ValueError, match="tokens .b t. need null"):
+        language_model(input_dim=4)(tokens_of(2, 5))
+
+
+def test_what_is_counted_of_encoders():
+    counted = describe.parameters(encoder())
+    parts = {"embedding", "positions", "mixers.attention", "channel_mixers", "norms", "head"}
+    assert set(counted.by_part) == parts
+    assert counted.by_part["positions"] == 12 * D
+    assert counted.by_part["head"] == D * D + D + 2 * D + 16
+    assert counted.by_part["norms"] == 2 * D + 2 * 2 * 2 * D  # of embeddings, of two layers
+    assert counted.total - counted.without_embeddings == (16 + 12) * D
