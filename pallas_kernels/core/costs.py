@@ -107,9 +107,9 @@ _REDUCTIONS = {
 def count_flops(function: Callable, *arguments: Any, **keywords: Any) -> Cost:
     """Counts the operations of a function by walking its jaxpr; nothing is computed.
 
-    Matrix products count 2 per multiply-add, elementwise floating-point operations and reductions
-    1 per element; a loop's body as often as it runs, of branches the dearest. Bytes are those of
-    the arguments and results.
+    Matrix products count 2 per multiply-add, Fourier transforms 5 n log2 n (real ones half of it),
+    elementwise floating-point operations and reductions 1 per element; a loop's body as often as it
+    runs, of branches the dearest. Bytes are those of the arguments and results.
 
     Args:
         function: any traceable function.
@@ -139,6 +139,12 @@ def _of_equation(equation: Any) -> Cost:
         out_features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         per_output = kernel.size / out_features
         return Cost(flops=2.0 * per_output * _size(equation.outvars[0].aval))
+    if name == "fft":  # 5 n log2 n for complex numbers, half of it where one side is real
+        n = math.prod(params["fft_lengths"])
+        sides = [v.aval for v in (*equation.invars, *equation.outvars)]
+        real = [x for x in sides if not jnp.issubdtype(x.dtype, jnp.complexfloating)]
+        one = (2.5 if real else 5.0) * n * math.log2(n)
+        return Cost(flops=one * _size((real or sides)[0]) / n)
     if name == "scan":
         return _of_jaxpr(params["jaxpr"].jaxpr).times(params["length"])
     if name == "while":  # how often it runs is not known: once

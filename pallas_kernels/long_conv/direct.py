@@ -14,41 +14,45 @@ _OUTPUTS = 32  # in one matrix
 
 def convolve(v, lags, low: int, t: int):
     """See `convolution.Way`."""
-    c = min(t, _OUTPUTS)
-    matrix = _toeplitz(lags, c)
-    y = jax.lax.map(
-        lambda window: einsum("bwe,iwe->bie", window, matrix), _windows(v, lags.shape[0], low, t, c)
-    )
-    return _join(y)[:, :t]
+    c, blocks = _cut(t)
+    matrix, windows = _toeplitz(lags, c), _Windows(v, lags.shape[0], low, c, blocks)
+    y = jax.lax.map(lambda i: einsum("bwe,iwe->bie", windows(i), matrix), jnp.arange(blocks))
+    return jnp.moveaxis(y, 0, 1).reshape(v.shape[0], blocks * c, -1)[:, :t]
 
 
 def correlate(v, dy, low: int, count: int):
     """See `convolution.Way`."""
-    t = dy.shape[1]
-    c = min(t, _OUTPUTS)
-    blocks = -(-t // c)
-    dy = jnp.pad(dy, ((0, 0), (0, blocks * c - t), (0, 0)))
-    dy = jnp.moveaxis(dy.reshape(dy.shape[0], blocks, c, -1), 1, 0)
+    b, t, e = dy.shape
+    c, blocks = _cut(t)
+    dy = jnp.pad(dy, ((0, 0), (0, blocks * c - t), (0, 0))).reshape(b, blocks, c, e)
+    windows = _Windows(v, count, low, c, blocks)
 
     def add(total, x):
-        window, dy = x
-        return total + einsum("bwe,bie->iwe", window, dy), None
+        i, dy = x
+        return total + einsum("bwe,bie->iwe", windows(i), dy), None
 
-    total = jnp.zeros((c, c - 1 + count, v.shape[2]), v.dtype)
-    total, _ = jax.lax.scan(add, total, (_windows(v, count, low, t, c), dy))
+    total = jnp.zeros((c, c - 1 + count, e), v.dtype)
+    total, _ = jax.lax.scan(add, total, (jnp.arange(blocks), jnp.moveaxis(dy, 1, 0)))
     return _diagonals(total, count)
 
 
-def _windows(v, count: int, low: int, t: int, c: int):
-    """`[n b w e]`: for each c outputs the w = c-1+count inputs that they see."""
-    blocks = -(-t // c)
-    high = low + count - 1
-    edges = ((0, 0, 0), (high, blocks * c - low - v.shape[1], 0), (0, 0, 0))  # negative: cut
-    padded = jax.lax.pad(v, jnp.zeros((), v.dtype), edges)
-    if blocks == 1:
-        return padded[None]
-    places = c * jnp.arange(blocks)[:, None] + jnp.arange(c - 1 + count)
-    return jnp.moveaxis(padded[:, places], 1, 0)
+def _cut(t: int) -> tuple[int, int]:
+    """Outputs per matrix, and how many times."""
+    c = min(t, _OUTPUTS)
+    return c, -(-t // c)
+
+
+class _Windows:
+    """Of the i-th c outputs, the c-1+count inputs that they see, `[b w e]`."""
+
+    def __init__(self, v, count: int, low: int, c: int, blocks: int):
+        high = low + count - 1
+        edges = ((0, 0, 0), (high, blocks * c - low - v.shape[1], 0), (0, 0, 0))  # negative: cut
+        self.padded = jax.lax.pad(v, jnp.zeros((), v.dtype), edges)
+        self.c, self.width = c, c - 1 + count
+
+    def __call__(self, i):
+        return jax.lax.dynamic_slice_in_dim(self.padded, i * self.c, self.width, axis=1)
 
 
 def _toeplitz(lags, c: int):
@@ -67,8 +71,3 @@ def _diagonals(matrix, m: int):
     c, w, e = matrix.shape
     rows = jnp.pad(matrix.reshape(c * w, e), ((0, c), (0, 0)))
     return jnp.flip(jnp.sum(rows.reshape(c, w + 1, e), axis=0)[:m], axis=0)
-
-
-def _join(y):
-    n, b, c, e = y.shape
-    return jnp.moveaxis(y, 0, 1).reshape(b, n * c, e)

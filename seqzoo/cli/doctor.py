@@ -23,9 +23,7 @@ that changes it.
 """
 
 # Sizes of the call that operators are asked about, by axis letter (seqzoo/axes.py).
-_SIZES = dict(
-    b=8, t=1024, d=256, e=512, n=16, h=4, g=4, k=64, v=64, w=4, j=3, m=4, o=256, c=64, l=1024
-)
+_SIZES = dict(b=8, t=1024, d=256, e=512, n=16, h=4, g=4, k=64, v=64, w=4, j=3, m=4, o=256, c=64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

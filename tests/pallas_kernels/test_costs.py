@@ -33,6 +33,13 @@ def test_products_and_elementwise():
     assert count_flops(conv, struct(2, 10, 3), struct(4, 3, 6)).flops == 2 * (2 * 7 * 6) * 4 * 3
 
 
+def test_fourier_transforms():
+    real, spectrum = struct(3, 16), struct(3, 9, dtype=jnp.complex64)
+    assert count_flops(jnp.fft.rfft, real).flops == 3 * 2.5 * 16 * 4
+    assert count_flops(jnp.fft.irfft, spectrum).flops == 3 * 2.5 * 16 * 4
+    assert count_flops(jnp.fft.fft, struct(3, 16, dtype=jnp.complex64)).flops == 3 * 5 * 16 * 4
+
+
 def test_through_structure():
     body = lambda c, _: (c * 2, None)
     assert count_flops(lambda c: jax.lax.scan(body, c, None, length=9)[0], struct(5)).flops == 45

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import OPERATORS, selective_scan, short_conv
-from pallas_kernels.core import dispatch
+from pallas_kernels import OPERATORS, long_conv, selective_scan, short_conv
+from pallas_kernels.core import costs, dispatch
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.testing import letters_of
 from pallas_kernels.selective_scan.xla import XlaConfig
@@ -87,6 +87,19 @@ def test_forced_reaches_through_what_is_compiled_already():
         assert np.array_equal(compiled(X), X)
         assert np.array_equal(call(X, implementation="xla"), 2 * X)  # a name at the call wins
     assert np.array_equal(compiled(X), 2 * X)
+
+
+def test_counting_takes_the_definition_or_what_it_names():
+    with dispatch.counting():
+        assert np.array_equal(call(X), X)
+        assert np.array_equal(call(X, implementation="xla"), 2 * X)
+    u, kernel = (
+        jax.ShapeDtypeStruct((1, 4096, 2), X.dtype),
+        jax.ShapeDtypeStruct((2, 4096), X.dtype),
+    )
+    with dispatch.counting():
+        counted = costs.count_flops(long_conv, u, kernel).flops
+    assert counted == pytest.approx(long_conv.cost(b=1, t=4096, e=2, l=4096).flops, rel=0.2)
 
 
 def test_device_kind():
