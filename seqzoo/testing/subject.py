@@ -66,6 +66,7 @@ def open_mixer(subject: Subject, dtype: str = "float32") -> Opened:
     mixer = build(subject, dtype)
     graphdef, variables = nnx.split(mixer)
     variables = _fill_zeros(variables)
+    mixer = nnx.merge(graphdef, variables)  # a state may hold what parameters make of it
 
     def call(variables, x, segment_ids=None, state=None):
         return nnx.merge(graphdef, variables)(x, segment_ids=segment_ids, state=state)
