@@ -48,7 +48,12 @@ class NextToken:
     def sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> Sums:
-        """Runs the model on a batch and adds up the losses."""
+        """Runs the model on a batch and adds up the losses.
+
+        Raises:
+          ConfigError: a mixer of the model sees the token that it is asked for.
+        """
+        _check_causal(model)
         out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
         scores = task.score(out.logits, batch["targets"])
         weight = scores.asked.sum()
@@ -67,3 +72,16 @@ class NextToken:
         if self.bytes_per_token:
             found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         return found
+
+
+def _check_causal(model: Any) -> None:
+    """Refuses a model that could copy the next token."""
+    stack = getattr(model, "stack", None)
+    for run, blocks in zip(stack.plan, stack.runs, strict=True) if stack is not None else ():
+        for name, block in zip(run.period, blocks, strict=True):
+            if getattr(block.mixer, "causality", "exact") == "none":
+                raise ConfigError(
+                    f"task=next_token, but the mixer {name} looks both ways and sees the next "
+                    f"token; set model.mixers.{name}.causal=true, or take task=masked_tokens with "
+                    "data=masked_stdlib_text"
+                )
