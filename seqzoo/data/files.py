@@ -29,15 +29,14 @@ class Origin:
     archive: str
     place: str
 
-    def folder(self, path: str) -> pathlib.Path:
-        """Returns data.path if it is a folder."""
-        folder = pathlib.Path(path).expanduser()
-        if not folder.is_dir():
-            kind = "a file, not a folder" if folder.exists() else "not there"
-            raise DataError(
-                f"data.path={path} is {kind}; it was looked for at {folder.absolute()}. {self.get}"
-            )
-        return folder
+    def folder(self, path: str, inside: str = "") -> pathlib.Path:
+        """Returns data.path, or a folder inside it, if it is a folder."""
+        folder = pathlib.Path(path).expanduser() / inside
+        if folder.is_dir():
+            return folder
+        kind = "is a file, not a folder" if folder.exists() else "is not there"
+        which = f"data.path={path}: its folder {inside}" if inside else f"data.path={path}"
+        raise DataError(f"{which} {kind}; it was looked for at {folder.absolute()}. {self.get}")
 
     def find(self, folder: pathlib.Path, *names: str) -> pathlib.Path:
         """Returns the first of the files `names` in a folder that is there, path or not."""
@@ -83,6 +82,11 @@ class Origin:
                 f"{self.title} is missing or there is too much of it. {self.get}. To use it as it "
                 "is: data.official=false"
             )
+
+    def check_some(self, folder: pathlib.Path, what: str, found: int) -> None:
+        """Refuses a folder without what is looked for."""
+        if not found:
+            raise DataError(f"{folder} has no {what}. {self.get}")
 
     def damaged(self, file: pathlib.Path, what: str, official: bool = False) -> DataError:
         """What to raise for a file of which `what` is true."""

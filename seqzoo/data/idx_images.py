@@ -7,15 +7,14 @@ Differs from source: which 6,000 are held out (ours by a permutation of our own,
 
 import dataclasses
 import functools
-import gzip
 import pathlib
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from seqzoo.data import files
 from seqzoo.data.files import Origin
+from seqzoo.data.idx import read_idx
 from seqzoo.data.source import Batch, Source, Split, at_least, fingerprint_of, known_split
 from seqzoo.data.stored import (
     PIXEL_VALUES,
@@ -29,7 +28,6 @@ from seqzoo.errors import ConfigError, DataError
 
 _VERSION = 1
 _CLASSES = 10
-_UNSIGNED_BYTES = 8  # IDX's word for the type of its numbers
 _TITLES = {
     "mnist": "MNIST (LeCun, Cortes, Burges)",
     "fashion_mnist": "Fashion-MNIST (Zalando Research)",
@@ -170,17 +168,11 @@ class IdxImages:
     def _read(self, name: str, dimensions: int) -> tuple[pathlib.Path, np.ndarray]:
         origin = self._origin
         file = origin.find(origin.folder(self.path), name, f"{name}.gz")
-        packed = file.suffix == ".gz"
-        if self.official:
-            if packed:
-                origin.check_md5(file, _MD5[self.name][name])
-            else:
-                origin.check_size(file, _BYTES[name])
-        try:
-            content = gzip.decompress(file.read_bytes()) if packed else file.read_bytes()
-        except (OSError, EOFError, zlib.error) as error:
-            raise origin.damaged(file, f"cannot be unpacked ({error})") from error
-        return file, _array(origin, file, content, dimensions)
+        if self.official and file.suffix == ".gz":
+            origin.check_md5(file, _MD5[self.name][name])
+        elif self.official:
+            origin.check_size(file, _BYTES[name])
+        return file, read_idx(origin, file, dimensions)
 
 
 class _Content(NamedTuple):
@@ -196,20 +188,3 @@ def bit_reversal(n: int) -> np.ndarray:
     for bit in range(width):
         backwards |= ((number >> bit) & 1) << (width - 1 - bit)
     return backwards[backwards < n]
-
-
-def _array(origin: Origin, file: pathlib.Path, content: bytes, dimensions: int) -> np.ndarray:
-    """Reads IDX: two zeros, the type, the number of sizes, the sizes, the numbers."""
-    header = 4 + 4 * dimensions
-    expected = bytes([0, 0, _UNSIGNED_BYTES, dimensions])
-    if content[:4] != expected or len(content) < header:
-        raise origin.damaged(
-            file, f"begins with {content[:4].hex()} where {expected.hex()} is expected"
-        )
-    shape = np.frombuffer(content, ">u4", dimensions, 4).astype(np.int64)
-    if len(content) - header != shape.prod() or not shape.prod():
-        sizes = " x ".join(map(str, shape))
-        raise origin.damaged(
-            file, f"holds {len(content) - header:,} bytes behind a header that says {sizes}"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
