@@ -12,6 +12,7 @@ from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rul
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.monarch_matmul import monarch_matmul
+from pallas_kernels.neural_memory import NeuralMemoryState, neural_memory
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
@@ -24,6 +25,7 @@ OPERATORS = {
     "gla": gla,
     "long_conv": long_conv,
     "monarch_matmul": monarch_matmul,
+    "neural_memory": neural_memory,
     "selective_scan": selective_scan,
     "short_conv": short_conv,
     "simple_gla": simple_gla,
@@ -37,6 +39,7 @@ __all__ = [
     "GLAState",
     "GatedDeltaRuleState",
     "LongConvState",
+    "NeuralMemoryState",
     "SelectiveScanState",
     "ShortConvState",
     "SimpleGLAState",
@@ -47,6 +50,7 @@ __all__ = [
     "gla",
     "long_conv",
     "monarch_matmul",
+    "neural_memory",
     "selective_scan",
     "short_conv",
     "simple_gla",
