@@ -12,11 +12,14 @@ from omegaconf import OmegaConf
 from seqzoo.config.build import build
 from seqzoo.data import SPLITS
 from seqzoo.data.source import Dataset
+from seqzoo.errors import DataError
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted([*(CONFIGS / "data").glob("*.yaml"), *(CONFIGS / "task").glob("*.yaml")])
 # Presets: another size of a class whose defaults stand in the file of its own name.
-PRESETS = {"mqar_zoology", "mqar_based"}
+PRESETS = {"mqar_zoology", "mqar_based", "fashion_mnist", "lra_image"}
+# Readers of public data sets, each tested with files in its format that its own test writes.
+PUBLIC = {file.stem for file in FILES if "official:" in file.read_text()}
 # Filled in from the data.
 GIVEN = {"groups"}
 
@@ -46,9 +49,22 @@ def test_a_config_names_every_key_with_its_default_and_its_meaning(file):
             assert node[name] == plain, name
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in FILES if f.parent.name == "data"], ids=lambda file: file.stem
-)
+def data_files(public):
+    found = [f for f in FILES if f.parent.name == "data" and (f.stem in PUBLIC) == public]
+    return pytest.mark.parametrize("file", found, ids=lambda file: file.stem)
+
+
+@data_files(public=True)
+def test_a_public_data_set_that_is_not_there_says_what_to_get(file, tmp_path):
+    node = yaml.safe_load(file.read_text()) | {"path": str(tmp_path / "nothing")}
+    data = build(node)
+    assert isinstance(data, Dataset)
+    hash(data)
+    with pytest.raises(DataError, match=r"nothing.*looked for at .*\. Get .*; data.path must be"):
+        data.source("train")
+
+
+@data_files(public=False)
 def test_a_data_config_builds_and_gives_rows(file, tmp_path):
     (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 400)
     root = {"data": yaml.safe_load(file.read_text())}
@@ -61,8 +77,11 @@ def test_a_data_config_builds_and_gives_rows(file, tmp_path):
     hash(data)
     for split in SPLITS:
         batch = data.source(split).batch(np.arange(2))
-        assert batch["tokens"].shape == batch["targets"].shape
         assert batch["tokens"].min() >= 0 and batch["tokens"].max() < data.vocab_size
-        assert batch["targets"].max() < data.vocab_size
+        if "label" in batch:
+            assert batch["label"].shape == (2,) and batch["label"].max() < data.n_classes
+        else:
+            assert batch["tokens"].shape == batch["targets"].shape
+            assert batch["targets"].max() < data.vocab_size
         if "group" in batch:
             assert batch["group"].max() < len(data.group_names)
