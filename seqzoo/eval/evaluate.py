@@ -21,6 +21,9 @@ from seqzoo.train.setup import setup
 # What an evaluation may change: the rest is what was trained.
 _SECTIONS = ("data", "task")
 _TRAINER = ("eval_batch_size", "workers", "prefetch", "precision")
+# Of mixers, what published protocols change without training: the rate of a signal, and how far
+# chunks of attention reach.
+_MIXER = ("resample", "chunk_size")
 
 
 def evaluate_run(
@@ -35,7 +38,7 @@ def evaluate_run(
 
     Args:
         run: from `seqzoo.load`.
-        overrides: other data, as in ``["data.seq_len=256"]``.
+        overrides: other data, as in ``["data.seq_len=256"]``; or a mixer's resample or chunk_size.
         split: "train", "valid" or "test".
         max_samples: at most so many rows, spread evenly; None = all.
         say: gets announcements.
@@ -101,7 +104,8 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
         section, *keys = one.key_or_group.split(".")
         if section in chosen:
             continue
-        if section not in (*_SECTIONS, "trainer") and section in found:
+        of_mixer = section == "model" and keys[:1] == ["mixers"] and keys[-1] in _MIXER
+        if section not in (*_SECTIONS, "trainer") and section in found and not of_mixer:
             raise _not_ours(one.key_or_group)
         if (
             section == "trainer"
@@ -132,6 +136,6 @@ def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 def _not_ours(key: str) -> ConfigError:
     return ConfigError(
-        f"{key} belongs to what was trained; an evaluation may change data, task and "
-        f"{', '.join(f'trainer.{name}' for name in _TRAINER)}"
+        f"{key} belongs to what was trained; an evaluation may change data, task, "
+        f"{', '.join(f'trainer.{name}' for name in _TRAINER)} and of mixers {', '.join(_MIXER)}"
     )

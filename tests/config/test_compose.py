@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from seqzoo.config.compose import compose, expand
 from seqzoo.config.paths import options, shipped
@@ -18,9 +19,20 @@ def names(group):
     return options(group, [CONFIGS])
 
 
+# What a data set of files wants said.
+NEEDED = {"path": "somewhere", "vocab_size": 256}
+PLACES = {
+    file.stem: [f"data.{key}={value}" for key, value in NEEDED.items() if f"\n{key}: ???" in text]
+    for file in (CONFIGS / "data").glob("*.yaml")
+    for text in [file.read_text()]
+} | {"masked_text": ["data.text.path=somewhere"]}
+
+
 @pytest.mark.parametrize("experiment", names("experiment"))
 def test_experiments_compose(experiment):
-    config = compose([f"experiment={experiment}"])
+    text = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text()
+    data = text.split("override /data: ")[1].split()[0]
+    config = compose([f"experiment={experiment}", *PLACES[data]])
     assert config.model._target_.startswith("seqzoo.models.")
 
 
@@ -30,11 +42,20 @@ def test_experiments_compose(experiment):
 def test_every_file_of_a_group_composes(group):
     for name in names(group):
         words = [f"{group}={name}"] if group in ("data", "task") else [*MQAR, f"{group}={name}"]
-        if group == "data" and name in ("text", "tokens"):
+        if group == "model" and "data.n_classes" in recipe(name):
+            words = ["data=listops", "task=classification", f"model={name}"]
+        if group == "data" and PLACES[name]:
             with pytest.raises(ConfigError, match="has no value; set it with data."):
                 compose(words)
-            words += ["data.path=somewhere", "data.vocab_size=256"]
+            words += PLACES[name]
         compose(words)
+
+
+def recipe(name):
+    """The text of a model's file and of those that it starts from."""
+    text = (CONFIGS / "model" / f"{name}.yaml").read_text()
+    base = yaml.safe_load(text).get("defaults", ["_self_"])[0]
+    return text + (recipe(base) if isinstance(base, str) and base != "_self_" else "")
 
 
 @pytest.mark.parametrize("mixer", names("mixer"))
