@@ -52,7 +52,7 @@ class CIFAR10:
       colour: rgb or grey.
       vocab_size: at least 256, the values of a pixel.
       input_dim: 3 (rgb) or 1 (grey) = normalised numbers; null = tokens 0 to 255.
-      n_classes: 10.
+      n_classes: 10, kinds of images.
       seq_len: 1024; of rgb as tokens 3072, the three values of a pixel one after the other.
       valid_fraction: share of the training images to choose by.
       split_seed: which of them.

@@ -65,7 +65,7 @@ class IdxImages:
       name: mnist or fashion_mnist; says which checksums are published.
       vocab_size: at least 256, the values of a pixel.
       input_dim: 1 = pixels as numbers from 0 to 1; null = as tokens 0 to 255.
-      n_classes: 10.
+      n_classes: 10, kinds of images.
       seq_len: pixels of an image.
       permutation: null = row after row; random = the same random order for all images; or
         bit_reversal.

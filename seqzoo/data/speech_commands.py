@@ -58,7 +58,7 @@ class SpeechCommands:
       n_classes: 10 = SC10, ten words, clips of one second alone; 35 = SC35, all words, shorter
         clips filled up.
       vocab_size: of no matter, rows are sound.
-      input_dim: 1.
+      input_dim: 1, a number per sample.
       seq_len: samples of a clip in training: 16000.
       eval_stride: of valid and test every n-th sample alone: 2 = 8 kHz, a test without training.
       segment_ids: mark what was filled up as padding; false = it counts as silence, as published.
