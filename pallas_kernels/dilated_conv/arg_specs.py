@@ -40,7 +40,8 @@ def spec(name: str, *, dilations: tuple[int, ...], w: int, given=("bias",), tags
 
 
 SPECS = (
-    spec("whole", dilations=(1, 3, 9), w=3),
+    spec("whole", dilations=(1, 4), w=3),
+    spec("three_levels", dilations=(1, 3, 9), w=3),
     spec("linear", dilations=(1, 4), w=4, given=(), activation="linear"),
     spec("one_level", dilations=(5,), w=2, sizes=dict(e=1)),
     spec("one_tap", dilations=(1, 7), w=1),

