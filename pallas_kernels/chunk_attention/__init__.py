@@ -1,5 +1,7 @@
-"""Attention over a limited past; see README.md for the maths."""
+"""Attention over a limited past, or inside chunks; see README.md for the maths."""
 
-from pallas_kernels.chunk_attention.api import AXES, ChunkAttentionState, chunk_attention, cost
+from pallas_kernels.chunk_attention.api import AXES, chunk_attention
+from pallas_kernels.chunk_attention.cost import cost
+from pallas_kernels.chunk_attention.state import ChunkAttentionState
 
 __all__ = ["AXES", "ChunkAttentionState", "chunk_attention", "cost"]

@@ -32,6 +32,20 @@ def settle(state, rng: np.random.Generator):
     return state._replace(k=exact(state.k), v=exact(state.v), count=counts[: len(state.count)])
 
 
+def chunked(name: str, chunk: int, *, tags=("test",), draw=draw, bias=True, **options) -> ArgSpec:
+    """A call of the chunked form with two query heads for each of two key-value heads."""
+    causal = options.get("causal", True)
+    return ArgSpec(
+        name=name,
+        sizes=dict(b=4, h=4, g=2, k=6, v=5, p=2 * chunk - 1),
+        draw=draw,
+        given=("bias",) * bias,
+        options=dict(chunk=chunk, **options),
+        settle=settle if causal else None,
+        tags=frozenset(tags),
+    )
+
+
 SPECS = (
     ArgSpec(
         name="grouped",
@@ -53,6 +67,27 @@ SPECS = (
         options=dict(window=150),
         settle=settle,
         tags=frozenset({"extreme"}),
+    ),
+    chunked("chunks", 20),
+    chunked("laplace", 7, score="laplace"),
+    chunked("long_chunks", 150, score="relu2", bias=False),
+    chunked("sharp_chunks", 20, draw=draw_extreme, tags=("extreme",)),
+    chunked("two_sided", 20, causal=False, scale=0.3),
+    chunked("two_sided_laplace", 33, causal=False, score="laplace"),
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=b, t=t, h=1, g=1, k=k, v=v, p=2 * chunk - 1),
+            draw=draw,
+            given=("bias",),
+            options=dict(chunk=chunk, **options),
+            tags=frozenset({"bench"}),
+        )
+        for name, b, t, k, v, chunk, options in (
+            ("mega_small", 4, 1024, 32, 128, 128, dict()),
+            ("mega_enwik8", 1, 4096, 128, 1024, 2048, dict()),
+            ("mega_image", 4, 1024, 96, 320, 128, dict(score="laplace", causal=False)),
+        )
     ),
     *(
         ArgSpec(

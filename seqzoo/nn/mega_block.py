@@ -161,8 +161,9 @@ class MegaBlock(nnx.Module):
             state: where the stream stopped; None = a fresh one.
 
         Returns:
-            `[b t d]` in `dtype` (0 at padding), the residual connection included, and the state
-            after the last token (None of a block that looks both ways).
+            `[b t d]` (0 at padding), the residual connection included, in `dtype` or that of x,
+            whichever is wider (a stream does not narrow), and the state after the last token (None
+            of a block that looks both ways).
 
         Raises:
             NotImplementedError: a state for a block that looks both ways.
@@ -236,9 +237,10 @@ class MegaBlock(nnx.Module):
         values = jax.nn.silu(self.v_proj(n))[:, :, None]
         o, state = attend(q, k, values)
         h = jax.nn.silu(c + self.h_proj(o[:, :, 0] * jax.nn.silu(r)))
-        y = x + (jax.nn.sigmoid(u) * (h - x)).astype(x.dtype)
-        y = y if self.prenorm else self.norm(y)
-        return y.astype(self.dtype), state
+        stream = jnp.promote_types(x.dtype, self.dtype)
+        x, h, u = (a.astype(stream) for a in (x, h, jax.nn.sigmoid(u)))
+        y = x + u * (h - x)
+        return y if self.prenorm else self.norm(y).astype(stream), state
 
     def _refuse_streams(self, what: str) -> None:
         if not self.causal:

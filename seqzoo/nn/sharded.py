@@ -55,8 +55,8 @@ def sharded(
 
     def spec(letters: Letters, what: str) -> PartitionSpec:
         # A letter that is no argument's (the w-1 inputs a state keeps) is never cut: any size does.
-        # One head of keys for all query heads is not cut either.
-        whole = {"g"} if sizes.get("g") == 1 else set()
+        # One head is not cut either: of queries, or of keys for all query heads.
+        whole = {x for x in "hg" if sizes.get(x) == 1}
         names = [_LOGICAL.get(x) if x in axes.independent - whole else None for x in letters]
         return spec_of(names, [sizes.get(x, 1) for x in letters], mesh, what=f"{what} of {name}")
 

@@ -1,4 +1,5 @@
-"""chunk_attention: against the library's masked attention, memory, linearity.
+"""chunk_attention: against the library's masked attention and all pairs of chunks at once, memory,
+linearity.
 
 Forward and all gradients, float32. `floor` is what the operations and bytes of the call take at the
 rates that this machine reaches.
@@ -9,9 +10,11 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import chunk_attention
 from pallas_kernels.chunk_attention.arg_specs import named
+from pallas_kernels.chunk_attention.scores import weigh
 from pallas_kernels.core import bench
 from pallas_kernels.core.costs import roofline
 from pallas_kernels.core.testing import ArgSpec
@@ -21,6 +24,18 @@ from seqzoo.eval.bench.operators import abstract, draw
 def library(q, k, v, *, window: int):
     """The same by jax.nn: all pairs, those outside the window masked."""
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=(window - 1, 0))
+
+
+def at_once(q, k, v, bias, *, chunk: int, score: str = "softmax", causal: bool = True):
+    """The chunked form in a few lines: the scores of all chunks in memory, a gathered bias."""
+    cut = lambda x: x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+    places = jnp.arange(chunk)
+    distance = places - places[:, None]
+    seen = (distance <= 0) | (not causal)
+    products = jnp.einsum("bnchk,bnshk->bnhcs", cut(q), cut(k))
+    scale = q.shape[-1] ** -0.5 if score == "softmax" else 1.0
+    weights = weigh(score, products, bias[:, distance + chunk - 1], seen, scale)
+    return jnp.einsum("bnhcs,bnshv->bnchv", weights, cut(v)).reshape(v.shape)
 
 
 def run(quick: bool = False) -> list[dict[str, object]]:
@@ -39,10 +54,37 @@ def run(quick: bool = False) -> list[dict[str, object]]:
             row(f"{title(spec)}, all pairs by the library", "ms", 1e3 * theirs.median),
             row(f"{title(spec)}, against it", "x faster", bench.times_faster(theirs, ours)),
         ]
+    for name in ("mega_small",) if quick else ("mega_small", "mega_image", "mega_enwik8"):
+        rows += chunks(named(name), machine, rounds)
     spec = at_length(32_768)
     _, memory = bench.compile_(programs(spec)["ours"], *abstract(chunk_attention, spec, 32_768))
     rows.append(row(f"{title(spec)}, temporaries", "MB", memory.temp_bytes / 1e6))
     return rows + linear((2048, 4096) if quick else (2048, 4096, 8192, 16_384, 32_768), rounds)
+
+
+def chunks(spec: ArgSpec, machine, rounds: int) -> list[dict[str, object]]:
+    """The chunked form and all pairs at once take turns; the second one's memory too."""
+    programs = {
+        "ours": bench.forward_and_gradients(functools.partial(chunk_attention, **spec.options)),
+        "at once": bench.forward_and_gradients(
+            functools.partial(at_once, **spec.options), has_state=False
+        ),
+    }
+    found = bench.take_turns(programs, draw(chunk_attention, spec), rounds=rounds)
+    ours, plain = found["ours"], found["at once"]
+    cost = functools.partial(chunk_attention.cost, **_axes(spec), **spec.options)
+    both = (roofline(cost(backward=b), machine, dtype="float32") for b in (False, True))
+    return [
+        row(f"{spec.name}: {title(spec)}", "ms", 1e3 * ours.median, floor=1e3 * sum(both)),
+        row(f"{title(spec)}, all pairs at once", "ms", 1e3 * plain.median),
+        row(f"{title(spec)}, against it", "x faster", bench.times_faster(plain, ours)),
+        row(f"{title(spec)}, temporaries", "MB", ours.temp_bytes / 1e6),
+        row(f"{title(spec)}, temporaries at once", "MB", plain.temp_bytes / 1e6),
+    ]
+
+
+def _axes(spec: ArgSpec) -> dict[str, int]:
+    return {letter: size for letter, size in spec.sizes.items() if letter != "p"}
 
 
 def linear(lengths: tuple[int, ...], rounds: int) -> list[dict[str, object]]:
@@ -80,7 +122,8 @@ def at_length(t: int) -> ArgSpec:
 
 def title(spec: ArgSpec) -> str:
     b, t, h, k = (spec.sizes[x] for x in "bthk")
-    return f"chunk_attention B{b} L{t:,} H{h} k{k} window {spec.options['window']}"
+    said = ", ".join(f"{name} {value}" for name, value in spec.options.items())
+    return f"chunk_attention B{b} L{t:,} H{h} k{k} {said}"
 
 
 def row(case: str, unit: str, measured: float, *, floor=None, reach: str = "") -> dict[str, object]:
