@@ -94,7 +94,7 @@ def test_a_row_is_a_function_of_its_number():
 
 
 def test_small_trees_by_the_literal_law(chi_square):
-    data, n = ListOps(**SMALL), 20_000
+    data, n = ListOps(**SMALL), 10_000
     batch = data.source("train").batch(np.arange(n))
     expected = literal_rows(data, n)
 
@@ -115,10 +115,10 @@ def test_small_trees_by_the_literal_law(chi_square):
 
 def test_rows_of_the_arena_have_its_lengths_and_labels():
     batch = ListOps().source("train").batch(np.arange(3000))
-    # 20,000 trees of the literal generator: mean length 1,030, the commonest value 16.8 %.
-    assert batch["segment_ids"].sum(1).mean() == pytest.approx(1030, rel=0.03)
+    # 24,000 trees of the literal generator: mean length 1,034, the commonest value 16.9 %.
+    assert batch["segment_ids"].sum(1).mean() == pytest.approx(1034, rel=0.03)
     share = np.bincount(batch["label"], minlength=10) / 3000
-    assert share.max() == pytest.approx(0.168, abs=0.025)
+    assert share.max() == pytest.approx(0.169, abs=0.025)
     assert set(np.argsort(share)[-2:]) == {0, 9}
 
 

@@ -114,9 +114,9 @@ def test_the_noise_ceiling_by_a_loop():
 def test_label_baselines_are_those_of_the_cards_law():
     data = ListOps(test_samples=3000)
     majority, first = baselines.label_baselines(data, samples=6000, first_token=True)
-    # 20,000 draws by the literal generator: 16.8 % and 35.0 %.
-    assert majority["accuracy"] == pytest.approx(0.168, abs=0.025)
-    assert first["accuracy"] == pytest.approx(0.350, abs=0.03)
+    # 24,000 trees of a literal generator: 16.9 % and 35.9 %.
+    assert majority["accuracy"] == pytest.approx(0.169, abs=0.02)
+    assert first["accuracy"] == pytest.approx(0.359, abs=0.025)
 
 
 def test_a_table_has_a_line_per_row():
