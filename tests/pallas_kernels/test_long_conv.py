@@ -1,5 +1,7 @@
 """long_conv passes the operators' suite, and what is its own: its forms, and what it refuses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,8 @@ def draw(b=2, t=40, e=3, lags=40, seed=0):
 def test_alignment(implementation, lags):
     """Lag 0 is the kernel's alone; reverse_kernel[0] falls on the next token."""
     u, kernel, reverse = draw(lags=lags)
-    y, state = long_conv(u, kernel, reverse_kernel=reverse, implementation=implementation)
+    call = functools.partial(long_conv, implementation=implementation)
+    y, state = jax.jit(call)(u, kernel, reverse_kernel=reverse)
     want = np.zeros(u.shape)
     for t in range(40):
         for s in range(40):
@@ -124,8 +127,9 @@ def test_no_state_is_a_state_of_zeros(documents):
     u, kernel, _ = draw(lags=25)
     ids = jnp.repeat(jnp.arange(4), 10)[None].repeat(2, axis=0) if documents else None
     zeros = LongConvState(jnp.zeros((2, 24, 3)), jnp.zeros((2,), jnp.int32))
-    got = long_conv(u, kernel, segment_ids=ids)
-    want = long_conv(u, kernel, initial_state=zeros, segment_ids=ids)
+    call = jax.jit(long_conv)
+    got = call(u, kernel, segment_ids=ids)
+    want = call(u, kernel, initial_state=zeros, segment_ids=ids)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -169,8 +173,9 @@ def test_rounded_operands():
         y, pull = jax.vjp(lambda *x: long_conv(*x, config=config)[0], u, kernel)
         return y, *pull(dy)
 
-    rounded = jax.jit(lambda: results(XlaConfig(form="monarch", operands="bfloat16")))()
-    for got, want in zip(rounded, results(FFT), strict=True):
+    rounded = XlaConfig(form="monarch", operands="bfloat16")
+    both = jax.jit(lambda: (results(rounded), results(FFT)))()
+    for got, want in zip(*both, strict=True):
         off = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
         assert 1e-4 < off < 1e-2
 
@@ -180,7 +185,8 @@ def test_rounded_operands():
 def test_a_kernel_that_is_not_finite(form, bad):
     """Every output of its channel is nan, none of another channel."""
     u, kernel, _ = draw()
-    y, _ = long_conv(u, kernel.at[1, 30].set(bad), config=XlaConfig(form=form))
+    call = jax.jit(functools.partial(long_conv, config=XlaConfig(form=form)))
+    y, _ = call(u, kernel.at[1, 30].set(bad))
     assert np.isnan(y[:, :, 1]).all() and np.isfinite(y[:, :, ::2]).all()
 
 
@@ -199,26 +205,27 @@ def test_lengths_that_transform_fast():
 
 
 @pytest.mark.parametrize("name", ["bidir_L37", "causal_L40_of_64"])
-@pytest.mark.parametrize("form", ["reference", "auto", "monarch"])
-def test_golden(golden, name, form):
+@pytest.mark.parametrize(
+    "how",
+    [dict(implementation="reference"), dict(config=FFT), dict(config=MONARCH)],
+    ids=["reference", "fft", "monarch"],
+)
+def test_golden(golden, name, how):
     """M2's own convolution; kernels are given, so gradients are those of x and the skip."""
     file = golden(f"monarch_mixer/hyena_filter_{name}")
-    reverse = file.get("out64.k_rev")
+
+    @jax.jit
+    def results(x, kernel, skip, reverse, dy):
+        run = lambda x, skip: long_conv(x.swapaxes(1, 2), kernel, skip, reverse, **how)[0]
+        y, pull = jax.vjp(run, x, skip)
+        return y.swapaxes(1, 2), *pull(dy.swapaxes(1, 2))
+
     with jax.enable_x64(True):
-        how = dict(implementation="reference") if form == "reference" else {}
-        if form == "monarch":
-            how = dict(config=MONARCH)
-
-        def run(x, skip):
-            return long_conv(x, jnp.asarray(file["out64.k_fwd"]), skip, reverse, **how)[0].swapaxes(
-                1, 2
-            )
-
-        x = jnp.asarray(file["in.x"], jnp.float64).swapaxes(1, 2)
-        y, pull = jax.vjp(run, x, jnp.asarray(file["in.w.f.bias"], jnp.float64))
-        dx, dskip = pull(jnp.asarray(file["ct.y"], jnp.float64))
+        names = ("in.x", "out64.k_fwd", "in.w.f.bias", "out64.k_rev", "ct.y")
+        wide = (None if n not in file else np.asarray(file[n], np.float64) for n in names)
+        y, dx, dskip = results(*wide)
     np.testing.assert_allclose(y, file["out64.y"], atol=1e-12)
-    np.testing.assert_allclose(dx.swapaxes(1, 2), file["grad64.x"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, file["grad64.x"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dskip, file["grad64.w.f.bias"], rtol=1e-5, atol=1e-5)
 
 
