@@ -9,11 +9,14 @@ from seqzoo.mixers.based import Based
 from seqzoo.mixers.gated_deltanet import GatedDeltaNet
 from seqzoo.mixers.gla import GLA
 from seqzoo.mixers.identity import Identity
+from seqzoo.mixers.lssl import LSSL
 from seqzoo.mixers.mamba import Mamba
 from seqzoo.mixers.mamba2 import Mamba2
+from seqzoo.mixers.mega import Mega
 from seqzoo.mixers.mom import MoM
 from seqzoo.mixers.monarch_mixer import MonarchMixer
 from seqzoo.mixers.retention import Retention
+from seqzoo.mixers.s4d import S4D
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 from seqzoo.mixers.tcnca import TCNCA
 
@@ -24,11 +27,14 @@ __all__ = [
     "GLA",
     "GatedDeltaNet",
     "Identity",
+    "LSSL",
     "Mamba",
     "Mamba2",
+    "Mega",
     "MoM",
     "MonarchMixer",
     "Retention",
+    "S4D",
     "SlidingWindowAttention",
     "TCNCA",
 ]

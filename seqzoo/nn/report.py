@@ -1,4 +1,4 @@
-"""What a mixer tells while it runs: auxiliary losses, and diagnostics for the log.
+"""What a mixer tells while it runs: auxiliary losses, diagnostics for the log, and refusals.
 
 Values are sown as nnx.Intermediate, so a mixer stays a plain function of its inputs. The stack
 captures them layer by layer; a call outside of it drops them.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_LOSS, _VALUE = "loss__", "value__"
+_LOSS, _VALUE, _SKIP = "loss__", "value__", "skip__"
 
 
 class Reports(NamedTuple):
@@ -20,13 +20,15 @@ class Reports(NamedTuple):
     Attributes:
         losses: scalars to add to the objective, by name, summed over layers.
         values: `[layers ...]` float32 by name, one entry per layer that reported, in order.
+        skips: how many layers refuse this update, by reason.
     """
 
     losses: dict[str, jax.Array]
     values: dict[str, jax.Array]
+    skips: dict[str, jax.Array]
 
 
-EMPTY = Reports({}, {})
+EMPTY = Reports({}, {}, {})
 
 
 def report(module: nnx.Module, name: str, value: jax.Array) -> None:
@@ -39,10 +41,23 @@ def report_loss(module: nnx.Module, name: str, value: jax.Array) -> None:
     _sow(module, _LOSS + name, value)
 
 
+def skip_update(module: nnx.Module, reason: str, when: jax.Array) -> None:
+    """Asks that parameters stay as they are after this batch.
+
+    The train step then takes neither loss nor gradients from it, finite or not, and counts it.
+
+    Args:
+        module: who asks.
+        reason: a name for the log, such as "kernel_not_finite".
+        when: bool [], whether to.
+    """
+    _sow(module, _SKIP + reason, jnp.float32(when))
+
+
 def captured(module: nnx.Module, run, *args) -> tuple[Any, dict[str, jax.Array]]:
     """Runs `run(module, *args)` and returns its result and what was reported, by sown name.
 
-    A name that was reported several times in one layer gets its sum (losses) or mean (values).
+    A name that was reported several times in one layer gets its mean (values) or sum (others).
     """
     result, sown = nnx.capture(run, nnx.Intermediate)(module, *args)
     found: dict[str, list[jax.Array]] = {}
@@ -51,23 +66,25 @@ def captured(module: nnx.Module, run, *args) -> tuple[Any, dict[str, jax.Array]]
         name = next(part for part in reversed(path) if isinstance(part, str))
         found.setdefault(name, []).extend(jnp.asarray(item, jnp.float32) for item in items)
     return result, {
-        name: sum(items) if name.startswith(_LOSS) else sum(items) / len(items)
+        name: sum(items) / (len(items) if name.startswith(_VALUE) else 1)
         for name, items in found.items()
     }
 
 
 def gather(layers: list[Mapping[str, jax.Array]]) -> Reports:
     """Joins the reports of blocks, each with a leading axis over its repeats."""
-    losses: dict[str, jax.Array] = {}
+    sums: dict[str, dict[str, jax.Array]] = {_LOSS: {}, _SKIP: {}}
     values: dict[str, list[jax.Array]] = {}
     for reported in layers:
         for name, value in reported.items():
-            if name.startswith(_LOSS):
-                name = name.removeprefix(_LOSS)
-                losses[name] = losses.get(name, 0.0) + jnp.sum(value)
-            else:
+            if name.startswith(_VALUE):
                 values.setdefault(name.removeprefix(_VALUE), []).append(value)
-    return Reports(losses, {name: jnp.concatenate(parts) for name, parts in values.items()})
+                continue
+            kind = _LOSS if name.startswith(_LOSS) else _SKIP
+            name = name.removeprefix(kind)
+            sums[kind][name] = sums[kind].get(name, 0.0) + jnp.sum(value)
+    joined = {name: jnp.concatenate(parts) for name, parts in values.items()}
+    return Reports(sums[_LOSS], joined, sums[_SKIP])
 
 
 def _sow(module: nnx.Module, name: str, value: jax.Array) -> None:

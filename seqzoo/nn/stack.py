@@ -214,6 +214,9 @@ class Stack(nnx.Module):
     def unrolled(self) -> "Stack":
         """The same layers, each a run of its own with arrays of its own: for writing.
 
+        A mixer with a method `prepared()` gives way to what that returns: itself with what follows
+        from its parameters computed.
+
         A scan over layers copies what it hands to each of them. That is nothing beside a whole
         sequence, but a step does little more than read its weights and its state once.
         """
@@ -226,7 +229,8 @@ class Stack(nnx.Module):
         apart.runs = nnx.List()
         for run, blocks in zip(self.plan, self.runs, strict=True):
             graphdef, variables = nnx.split(blocks)
-            apart.runs += [nnx.merge(graphdef, one) for one in _apart(variables, run.repeats)]
+            for one in _apart(variables, run.repeats):
+                apart.runs.append(_prepared(nnx.merge(graphdef, one)))
         return apart
 
     def unrolled_state(self, state: list) -> list:
@@ -264,6 +268,24 @@ class Stack(nnx.Module):
 def _apart(tree, repeats: int) -> list:
     """Arrays with a leading axis of repeats, cut into trees with one of 1."""
     return [jax.tree.map(lambda x, i=i: x[i : i + 1], tree) for i in range(repeats)]
+
+
+def _prepared(blocks: nnx.List) -> nnx.List:
+    """One repeat of a period, its mixers prepared for many steps where they know how."""
+    if not any(hasattr(block.mixer, "prepared") for block in blocks):
+        return blocks
+    graphdef, variables = nnx.split(blocks)
+
+    def make(variables):
+        made = nnx.merge(graphdef, variables)
+        for block in made:
+            if hasattr(block.mixer, "prepared"):
+                block.mixer = block.mixer.prepared()
+        return made
+
+    first = jax.tree.map(lambda x: x[0], variables)
+    graphdef_after, _ = nnx.split(nnx.eval_shape(lambda: make(first)))
+    return nnx.merge(graphdef_after, jax.vmap(lambda one: nnx.split(make(one))[1])(variables))
 
 
 def _stacked(run: Run, make, key: jax.Array) -> nnx.List:

@@ -5,6 +5,7 @@ The loop (loop.py) says when; this says how.
 
 import collections
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,13 +26,16 @@ from seqzoo.train.metrics_log import MetricsLog
 from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
-from seqzoo.train.step import Metrics, train_step
+from seqzoo.train.step import SKIPPED, Metrics, train_step
 from seqzoo.train.timing import Shapes, Timing, row_length, shapes_of
 
 # Updates that may be computing before the metrics of the oldest are fetched: the host never waits
 # for the device, and a loss that is not finite is noticed so many steps late (never after a save).
 _LAG = 4
 _STATUS_SECONDS = 10.0
+
+# Updates that may be skipped in a row: then nothing will change any more.
+_MOST_SKIPPED = 20
 
 
 class Best(NamedTuple):
@@ -75,6 +79,7 @@ class Session:
         self._saved = (-1, -1)  # the last step that was saved, and what was evaluated then
         self._saved_at = self._status_at = time.monotonic()
         self._next_sample = 0
+        self._skipped = 0  # the last so many updates
         self._pending: collections.deque[tuple[int, Shapes, Metrics]] = collections.deque()
         self._programs: dict[Shapes, programs.Program] = {}
         self._sharding = meshes.batch_sharding(run.spec.mesh, run.spec.rules)
@@ -326,6 +331,7 @@ class Session:
                 f"of its gradients {norm[0]:.4g}. {self._kept()} Lower optimizer.lr, set "
                 "optimizer.clip_norm, or lengthen schedule.warmup_steps"
             )
+        self._count_skipped(step, totals)
         self._timing.count(shapes)
         values = self._log.add(step, totals, lr=self.run.lr(step - 1))
         if values is None:
@@ -335,6 +341,20 @@ class Session:
             hook.line(step, values, timing)
         if time.monotonic() - self._status_at > _STATUS_SECONDS:
             self.write_status()
+
+    def _count_skipped(self, step: int, totals: Mapping[str, tuple[float, float]]) -> None:
+        """Says when updates begin to be skipped, and ends a run that does nothing else."""
+        asked = (name for name, (count, _) in totals.items() if name.startswith(SKIPPED) and count)
+        reasons = ", ".join(name.removeprefix(SKIPPED) for name in asked)
+        self._skipped = self._skipped + 1 if reasons else 0
+        if self._skipped == 1:
+            self.say(f"warning: the update of step {step} is skipped: {reasons}")
+        if self._skipped >= _MOST_SKIPPED:
+            raise NotFiniteError(
+                f"the updates of {self._skipped} steps up to step {step} were skipped: {reasons}. "
+                f"{self._kept()} Lower optimizer.lr, or the learning rates that the mixer has of "
+                "its own"
+            )
 
     def _kept(self) -> str:
         steps = self._checkpoints.steps()

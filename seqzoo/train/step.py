@@ -25,6 +25,9 @@ from seqzoo.train.state import Abstract, Path, TrainState, decay_mask, merge
 # Purposes of random keys: key = fold_in(fold_in(seed, purpose), step ...).
 INIT, DROPOUT = 0, 1
 
+# What names of metrics begin with that count skipped updates; then comes the reason.
+SKIPPED = "skipped/"
+
 
 class Spec(NamedTuple):
     """What a compiled program depends on; hashable.
@@ -69,7 +72,7 @@ class Metrics:
     Attributes:
         names: of the rows of pairs.
         pairs: float32 [k, 2], a sum and its weight each.
-        finite: bool [], whether the loss and the gradients are.
+        finite: bool [], whether the loss and the gradients are, or the update was skipped.
     """
 
     names: tuple[str, ...]
@@ -92,7 +95,7 @@ def train_step(spec: Spec):
     def objective(params, rest, batch, key):
         sums = spec.task.sums(merge(spec.graphdef, params, rest), batch, key=key)
         auxiliary = sum(sums.reports.losses.values()) if sums.reports is not None else 0.0
-        return sums.loss + sums.weight * auxiliary, _totals(sums)
+        return sums.loss + sums.weight * auxiliary, _totals(sums) | _skips(sums)
 
     def gradients(params, rest, batch, key):
         grads, totals = jax.grad(objective, has_aux=True)(params, rest, batch, key)
@@ -139,8 +142,14 @@ def train_step(spec: Spec):
             "param_norm": (optax.tree.norm(params), 1.0),
         }
         finite = jnp.isfinite(totals["loss"][0]) & jnp.isfinite(grad_norm)
-        pairs = jnp.stack([jnp.stack([jnp.float32(v), jnp.float32(w)]) for v, w in totals.values()])
         new = TrainState(state.step + 1, params, state.rest, opt_state, ema)
+        refusals = [value for name, (value, _) in totals.items() if name.startswith(SKIPPED)]
+        if refusals:  # asked of models that may refuse; others have nothing to choose from
+            skip = sum(refusals) > 0
+            totals = {name: _unless(skip, name, pair) for name, pair in totals.items()}
+            new = jax.tree.map(lambda a, b: jnp.where(skip, a, b), state, new)
+            new, finite = new._replace(step=state.step + 1), finite | skip
+        pairs = jnp.stack([jnp.stack([jnp.float32(v), jnp.float32(w)]) for v, w in totals.values()])
         return new, Metrics(tuple(totals), pairs, finite)
 
     whole = NamedSharding(spec.mesh, PartitionSpec())
@@ -171,6 +180,19 @@ def _totals(sums: Sums) -> dict[str, tuple[jax.Array, jax.Array]]:
         for name, value in told.items():
             totals[name] = (jnp.mean(value) * sums.weight, sums.weight)
     return totals
+
+
+def _skips(sums: Sums) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """How many layers refuse the update, by reason (seqzoo.nn.report.skip_update)."""
+    told = {} if sums.reports is None else sums.reports.skips
+    return {SKIPPED + reason: (count, jnp.float32(1)) for reason, count in told.items()}
+
+
+def _unless(skip: jax.Array, name: str, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A skipped update adds nothing to any mean but that of skipped updates."""
+    if name.startswith(SKIPPED):
+        return jnp.minimum(pair[0], 1.0), 1.0
+    return jnp.where(skip, 0.0, pair[0]), jnp.where(skip, 0.0, pair[1])
 
 
 def _in_force(spec: Spec, function):

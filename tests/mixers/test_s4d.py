@@ -1,0 +1,132 @@
+"""S4D: the contract of a mixer, its kernel by definition, three forms in float64, its settings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqzoo.mixers import S4D
+from seqzoo.nn import diagonal
+from seqzoo.nn.param import own_rates
+from seqzoo.testing import PROMISES, Subject, check_promise
+
+SUBJECT = Subject(build=functools.partial(S4D, d_state=8), d_model=8)
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_promise(promise):
+    result = check_promise(promise, SUBJECT)
+    assert result.outcome == "kept", result.detail
+
+
+def discretised(A, dt, how):
+    """By the formulas, in complex numbers."""
+    z = dt[:, None] * A
+    if how == "zoh":
+        return np.exp(z), (np.exp(z) - 1) / A
+    return (1 + z / 2) / (1 - z / 2), dt[:, None] / (1 - z / 2)
+
+
+@pytest.mark.parametrize("how", list(diagonal.DISCRETIZATIONS))
+@pytest.mark.parametrize("length", [1, 130])
+def test_kernel_by_definition(how, length):
+    rng = np.random.default_rng(0)
+    A = -np.exp(rng.normal(size=(3, 4))) + 20j * rng.normal(size=(3, 4))
+    C = rng.normal(size=(3, 4)) + 1j * rng.normal(size=(3, 4))
+    dt = np.array([1e-3, 1e-2, 1e-1])
+    a, b = discretised(A, dt, how)
+    powers = a[..., None] ** np.arange(length)
+    want = 2 * np.einsum("en,en,enl->el", C, b, powers).real
+    with jax.enable_x64(True):
+        step = diagonal.DISCRETIZATIONS[how](jnp.asarray(A), jnp.asarray(dt))
+        got = diagonal.kernel(step, jnp.asarray(C), length)
+    np.testing.assert_allclose(jnp.exp(step.log_A), a, atol=1e-14)
+    np.testing.assert_allclose(step.B, b, rtol=1e-11)
+    np.testing.assert_allclose(got, want, atol=1e-12 * np.abs(want).max())
+    step = diagonal.DISCRETIZATIONS[how](jnp.asarray(A, "complex64"), jnp.asarray(dt, "float32"))
+    got = diagonal.kernel(step, jnp.asarray(C, "complex64"), length)
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("how", list(diagonal.DISCRETIZATIONS))
+def test_three_forms_in_float64(how):
+    """Steps = kernel and convolution = chunks, with documents and padding, to 1e-10."""
+    with jax.enable_x64(True):
+        mixer = S4D(4, d_state=16, discretization=how, dtype="float64", rngs=nnx.Rngs(0))
+        x = jax.random.normal(jax.random.key(1), (2, 60, 4), jnp.float64)
+        ids = np.where(np.arange(60) < 47, 1, 2)[None].repeat(2, 0).astype(np.int32)
+        ids[1, :3] = ids[1, 58:] = 0
+        call = jax.jit(mixer.__call__)
+        whole, end = call(x)
+        packed, packed_end = call(x, segment_ids=ids)
+        state = packed_state = mixer.init_state(2)
+        chunks, packed_chunks = [], []
+        for i in range(0, 60, 20):
+            y, state = call(x[:, i : i + 20], state=state)
+            chunks.append(y)
+            y, packed_state = call(
+                x[:, i : i + 20], segment_ids=ids[:, i : i + 20], state=packed_state
+            )
+            packed_chunks.append(y)
+        one = lambda state, x_t: mixer.step(x_t, state)[::-1]
+        last, steps = jax.jit(lambda s, x: jax.lax.scan(one, s, x))(
+            mixer.init_state(2), jnp.swapaxes(x, 0, 1)
+        )
+    assert whole.dtype == jnp.float64 and state.h.dtype == jnp.float64
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10 * np.abs(b).max())
+    close(jnp.swapaxes(steps, 0, 1), whole)
+    close(jnp.concatenate(chunks, 1), whole)
+    close(jnp.concatenate(packed_chunks, 1), packed)
+    for other in (last.h, state.h):
+        close(other, end.h)
+    close(packed_state.h, packed_end.h)
+    close(packed[0, :47], whole[0, :47])
+
+
+def test_initial_values():
+    n = np.arange(4)
+    of = {name: S4D(3, d_state=8, init=name, rngs=nnx.Rngs(0)) for name in ("lin", "inv", "legs")}
+    for mixer in of.values():
+        np.testing.assert_allclose(np.exp(mixer.log_A_real[...]), 0.5, rtol=1e-5)
+        assert mixer.A_imag[...].shape == (3, 4)
+    np.testing.assert_allclose(of["lin"].A_imag[...][1], np.pi * n, rtol=1e-6)
+    np.testing.assert_allclose(
+        of["inv"].A_imag[...][1], 8 / np.pi * (8 / (2 * n + 1) - 1), rtol=1e-6
+    )
+    # The highest mode grows as n^2 / pi, the next ones fall as the inverse law says (section 4.2).
+    legs = S4D(1, d_state=256, init="legs", rngs=nnx.Rngs(0)).A_imag[...][0]
+    assert abs(legs[-1] / (256**2 / np.pi) - 1) < 0.05
+    mixer = S4D(256, d_state=8, rngs=nnx.Rngs(0))
+    dt = np.exp(mixer.log_dt[...])
+    assert 1e-3 <= dt.min() < 1.2e-3 and 0.08 < dt.max() <= 0.1
+    C = mixer.C_real[...] + 1j * mixer.C_imag[...]
+    assert abs(np.mean(np.abs(C) ** 2) - 1) < 0.1
+
+
+def test_parameters_and_their_rates():
+    e, n = 6, 8
+    for glu in (True, False):
+        mixer = S4D(e, d_state=n, glu=glu, rngs=nnx.Rngs(0))
+        leaves = nnx.to_flat_state(nnx.state(mixer, nnx.Param))
+        projection = (2 if glu else 1) * (e * e + e)
+        assert sum(v[...].size for _, v in leaves) == 4 * e * n // 2 + 2 * e + projection
+        own = {path[-1]: own_rates(v).lr for path, v in leaves if own_rates(v)}
+        assert own == dict.fromkeys(("log_dt", "log_A_real", "A_imag"), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        (dict(d_state=3), "d_state is 3; it must be even"),
+        (dict(init="random"), "init is 'random'; allowed: lin, inv, legs"),
+        (dict(discretization="euler"), "discretization is 'euler'; allowed: zoh, bilinear"),
+        (dict(dt_min=0.2), "dt_min is 0.2 and dt_max 0.1"),
+        (dict(activation="tanh"), "activation is 'tanh'; allowed: gelu"),
+    ],
+)
+def test_bad_settings(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        S4D(4, **keywords, rngs=nnx.Rngs(0))
