@@ -1,0 +1,178 @@
+"""Titans with memory as a gate: attention to a window and a long-term memory side by side."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from seqzoo.nn.combined import Combined
+from seqzoo.nn.linear import linear
+from seqzoo.nn.neural_memory import MemoryState, NeuralMemory, memory_heads
+from seqzoo.nn.persistent_attention import PersistentAttention
+from seqzoo.nn.window_attention import WindowState
+
+
+class TitansMAGState(NamedTuple):
+    """What the layer keeps; its size does not grow.
+
+    Attributes:
+        memory: weights and momentum of every head, conv inputs.
+        window: keys and values of the last tokens.
+    """
+
+    memory: MemoryState
+    window: WindowState
+
+
+class TitansMAG(nnx.Module):
+    """A window of attention, gated by a long-term memory (MAG).
+
+        y   = softmax attention of x to the persistent tokens and the last `window` tokens
+        m   = M_t(q_t), a memory that is trained on x as TitansLMM has it
+        out = (norm(y) * sigmoid(norm(m))) W_o                       norms per head, with gains
+
+    The persistent tokens are those of the memory: they are written into it before each document,
+    and attention sees them from everywhere. They have no position: queries meet them unturned.
+
+    Args:
+        d_model: width of the input and output.
+        n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
+        chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
+            use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias, limit,
+            max_norm, detach_norm: the memory's, as TitansLMM has them.
+        n_persistent: learned tokens before each document and in every window, 0 = none.
+        window: tokens that attention sees, itself included.
+        rope: turn queries and keys by their positions, persistent tokens not.
+        rope_theta: base of the rotary wavelengths.
+        norm_eps: added under the root of the norms.
+        implementation: which implementation of the operators ("xla", ...); None = the best.
+        dtype: what to compute in; parameters, the memory, gates, norms and the softmax are float32.
+        rngs: source of the initial values.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Warns:
+        UserWarning: theta_max is above (1 - eta) / chunk, where the memory may diverge.
+
+    Source: Behrouz, Zhong and Mirrokni, "Titans: Learning to Memorize at Test Time" (arXiv
+    2501.00663), section 4.2 and figure 5b. No code of the authors is public.
+
+    Differs from source: the paper leaves the non-linearity of the gate open (sigmoid here), widths,
+    windows and positions too; documents can be packed and streamed.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None = None,
+        head_dim: int = 64,
+        chunk: int = 64,
+        memory_layers: int = 2,
+        memory_expand: float = 4.0,
+        memory_norm: bool = True,
+        activation: str = "gelu",
+        empty_memory: bool = False,
+        d_conv: int = 4,
+        use_momentum: bool = True,
+        use_forgetting: bool = True,
+        theta_max: float | None = None,
+        alpha_bias: float = -4.0,
+        eta_bias: float = 1.0,
+        theta_bias: float = 0.0,
+        limit: str = "clip",
+        max_norm: float = 1.0,
+        detach_norm: bool = False,
+        n_persistent: int = 4,
+        window: int = 512,
+        rope: bool = True,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        implementation: str | None = None,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        n_heads = memory_heads(d_model, n_heads, head_dim)
+        common = dict(dtype=str(jnp.dtype(dtype)), rngs=rngs)
+        self.memory = NeuralMemory(
+            d_model,
+            n_heads=n_heads,
+            head_dim=head_dim,
+            chunk=chunk,
+            memory_layers=memory_layers,
+            memory_expand=memory_expand,
+            memory_norm=memory_norm,
+            activation=activation,
+            empty_memory=empty_memory,
+            d_conv=d_conv,
+            use_momentum=use_momentum,
+            use_forgetting=use_forgetting,
+            theta_max=theta_max,
+            alpha_bias=alpha_bias,
+            eta_bias=eta_bias,
+            theta_bias=theta_bias,
+            limit=limit,
+            max_norm=max_norm,
+            detach_norm=detach_norm,
+            n_persistent=n_persistent,
+            norm_eps=norm_eps,
+            implementation=implementation,
+            **common,
+        )
+        self.attention = PersistentAttention(
+            d_model,
+            n_heads=n_heads,
+            head_dim=head_dim,
+            window=window,
+            rope=rope,
+            rope_theta=rope_theta,
+            **common,
+        )
+        self.combined = Combined(n_heads, head_dim, eps=norm_eps, **common)
+        self.out_proj = linear(n_heads * head_dim, d_model, axes=("heads", "embed"), **common)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        state: TitansMAGState | None = None,
+    ) -> tuple[jax.Array, TitansMAGState]:
+        """Mixes whole sequences, or the next chunk of a stream.
+
+        Args:
+            x: `[b t d]`, any float type.
+            segment_ids: int32 `[b t]`, documents numbered upward, 0 = padding; None = one document
+                (with a state: the one that the state is in).
+            state: where the stream stopped; None = a fresh one.
+
+        Returns:
+            `[b t d]` in `dtype` (0 at padding) and the state after the last token.
+        """
+        memory, window = (None, None) if state is None else state
+        opening, _ = self.memory.opening(memory, steps=x.shape[1] == 1)
+        m, memory = self.memory(x, segment_ids=segment_ids, state=memory, opening=opening)
+        y, window = self.attention(
+            x, persistent=self.memory.persistent_tokens(), segment_ids=segment_ids, state=window
+        )
+        return self.out_proj(self.combined(y, m)), TitansMAGState(memory, window)
+
+    def init_state(self, batch_size: int, *, max_length: int | None = None) -> TitansMAGState:
+        """The state before the first token; `max_length` changes nothing here."""
+        del max_length
+        return TitansMAGState(
+            self.memory.init_state(batch_size), self.attention.init_state(batch_size)
+        )
+
+    def step(self, x_t: jax.Array, state: TitansMAGState) -> tuple[jax.Array, TitansMAGState]:
+        """One token `[b d]`: returns `[b d]` and the state after it."""
+        y, state = self(x_t[:, None], state=state)
+        return y[:, 0], state
+
+    def state_bytes(self, context_length: int) -> dict[str, int]:
+        """Bytes kept per sequence: the memory and the window; and all."""
+        del context_length
+        memory, window = self.memory.state_bytes(), self.attention.state_bytes()
+        return {name: memory[name] + window[name] for name in memory}
