@@ -19,6 +19,10 @@ from seqzoo.mixers.retention import Retention
 from seqzoo.mixers.s4d import S4D
 from seqzoo.mixers.sliding_window_attention import SlidingWindowAttention
 from seqzoo.mixers.tcnca import TCNCA
+from seqzoo.mixers.titans_lmm import TitansLMM
+from seqzoo.mixers.titans_mac import TitansMAC
+from seqzoo.mixers.titans_mag import TitansMAG
+from seqzoo.mixers.titans_mal import TitansMAL
 
 __all__ = [
     "Attention",
@@ -37,4 +41,8 @@ __all__ = [
     "S4D",
     "SlidingWindowAttention",
     "TCNCA",
+    "TitansLMM",
+    "TitansMAC",
+    "TitansMAG",
+    "TitansMAL",
 ]
