@@ -9,13 +9,17 @@ _CHUNK = 16
 
 
 def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """As in a layer: keys and queries of length 1, steps below the bound, weights of unit gain."""
+    """As in a layer: keys and queries of length 1, short steps, weights of unit gain.
+
+    Forgetting is slow: a network that was forgotten answers next to nothing, of which its norm
+    makes something of size 1, whatever the rounding left.
+    """
     x = rng.normal(size=shape)
     if name in ("q", "k"):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
     if name in ("alpha", "eta", "theta"):
         share = 1 / (1 + np.exp(-x))
-        return share * {"alpha": 0.1, "eta": 0.9, "theta": 0.2 / _CHUNK}[name]
+        return share * {"alpha": 0.01, "eta": 0.9, "theta": 0.2 / _CHUNK}[name]
     if name in ("gamma", "s_gamma"):
         return 0.1 * x
     if name.startswith("s_"):
@@ -68,7 +72,7 @@ def _spec(name, sizes, given=(), draw=draw, tags=("test",), **options):
 _MLP = ("w_in", "gamma")
 SPECS = (
     _spec("linear", dict(b=4, h=2, k=5, v=4, n=5)),
-    _spec("whole", dict(b=4, h=2, k=4, v=4, m=6, n=6), (*_MLP, "s_out", "s_in", "s_gamma")),
+    _spec("whole", dict(b=4, h=2, k=6, v=6, m=8, n=8), (*_MLP, "s_out", "s_in", "s_gamma")),
     _spec("clip", dict(b=4, h=1, k=4, v=4, m=6, n=6), _MLP, limit="clip", activation="silu"),
     _spec("normalise", dict(b=4, h=1, k=4, v=3, m=6, n=6), ("w_in",), limit="normalise"),
     _spec("deep", dict(b=4, h=1, k=4, v=3, m=5, n=5, l=2), ("w_in", "w_hidden"), limit="clip"),

@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.neural_memory import NeuralMemoryState, Weights, neural_memory
+from pallas_kernels.neural_memory import (
+    ACTIVATIONS,
+    LIMITS,
+    NeuralMemoryState,
+    Weights,
+    neural_memory,
+)
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
@@ -18,8 +24,6 @@ from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
 from seqzoo.nn.report import report
 from seqzoo.nn.sharded import sharded
-
-LIMITS = ("none", "clip", "normalise")
 
 
 class MemoryState(NamedTuple):
@@ -170,8 +174,12 @@ class NeuralMemory(nnx.Module):
                 f"memory_expand is {memory_expand}: it makes {memory_expand * head_dim:g} inner "
                 f"channels of head_dim {head_dim}; that must be a whole number of at least 1"
             )
-        if limit not in LIMITS:
-            raise ValueError(f"limit is {limit!r}; allowed: {', '.join(LIMITS)}")
+        for name, choice, allowed in (
+            ("limit", limit, LIMITS),
+            ("activation", activation, tuple(ACTIVATIONS)),
+        ):
+            if choice not in allowed:
+                raise ValueError(f"{name} is {choice!r}; allowed: {', '.join(allowed)}")
         for name, value in dict(max_norm=max_norm, norm_eps=norm_eps).items():
             if value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
