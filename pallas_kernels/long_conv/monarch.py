@@ -98,8 +98,8 @@ class Monarch:
     def _product(self, matrix: np.ndarray, x: jax.Array) -> jax.Array:
         if self.operands is None:
             return jnp.matmul(matrix.astype(x.dtype), x, precision=jax.lax.Precision.HIGHEST)
-        matrix, operand = (jnp.asarray(a, self.operands) for a in (matrix, x))
-        return jnp.matmul(matrix, operand, preferred_element_type=x.dtype)
+        rounded = (jnp.asarray(a, self.operands) for a in (matrix, x))
+        return jnp.matmul(*rounded, preferred_element_type=x.dtype)
 
 
 def factors(least: int, stages: int) -> tuple[int, ...]:
