@@ -36,7 +36,10 @@ def test_rows():
 @pytest.mark.slow
 def test_memory_is_a_state_per_chunk():
     # As users compile: without the flags of the tests.
-    script = "import json; from seqzoo.eval.bench import neural_memory as b; print(json.dumps(b.memory()))"
+    script = (
+        "import json; from seqzoo.eval.bench import neural_memory as b;"
+        "print(json.dumps(b.memory()))"
+    )
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     child = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
