@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from seqzoo.allocator import keep_freed_memory
 from seqzoo.errors import SeqzooError, suggest
 
 # Command: (module, one line). The modules stay unloaded until called: help is instant.
@@ -40,6 +41,7 @@ EPILOG = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    keep_freed_memory()
     try:
         return _command(words)
     except SeqzooError as error:

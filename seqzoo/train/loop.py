@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from omegaconf import DictConfig
 
+from seqzoo.allocator import keep_freed_memory
 from seqzoo.errors import NotFiniteError, Preempted, SeqzooError
 from seqzoo.train import branch as branches
 from seqzoo.train import checkpoint, precision, processes, programs
@@ -56,6 +57,7 @@ def train(
         SeqzooError: anything else that the user can act on.
     """
     began = time.monotonic()
+    keep_freed_memory()
     config = plain(config)
     data = build_data(config)
     fingerprint = data.fingerprint()
