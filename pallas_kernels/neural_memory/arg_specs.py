@@ -19,12 +19,12 @@ def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndar
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
     if name in ("alpha", "eta", "theta"):
         share = 1 / (1 + np.exp(-x))
-        return share * {"alpha": 0.01, "eta": 0.9, "theta": 0.2 / _CHUNK}[name]
+        return share * {"alpha": 0.01, "eta": 0.9, "theta": 0.1 / _CHUNK}[name]
     if name in ("gamma", "s_gamma"):
         return 0.1 * x
     if name.startswith("s_"):
         return 0.03 * x
-    return x / np.sqrt(shape[-1]) if name.startswith("w_") else x
+    return 1.5 * x / np.sqrt(shape[-1]) if name.startswith("w_") else x
 
 
 def draw_edges(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -50,8 +50,8 @@ def settle(state, rng: np.random.Generator):
 
     counts = np.array([5, 0, 2 * _CHUNK, 3 * _CHUNK - 1], np.int32)
     return state._replace(
-        start=scaled(state.start, 0.7),
-        now=scaled(state.now, 0.7),
+        start=scaled(state.start, 1.5),
+        now=scaled(state.now, 1.5),
         momentum=scaled(state.momentum, 0.03),
         count=counts[: len(state.count)],
     )

@@ -34,18 +34,29 @@ BARE = Subject(
     ),
     d_model=16,
 )
-OF_BARE = ("state_bytes", "packed_streams")
+FAST = (
+    "constructor",
+    "parameters",
+    "decay",
+    "one_graphdef",
+    "built_abstractly",
+    "state_bytes",
+    "steps_equal_whole",
+    "causal",
+    "packed_streams",
+)
 
 
-@pytest.mark.parametrize("promise", PROMISES)
+@pytest.mark.parametrize(
+    "promise", [pytest.param(p, marks=() if p in FAST else pytest.mark.slow) for p in PROMISES]
+)
 def test_promise(promise):
     result = check_promise(promise, SUBJECT)
     assert result.outcome == "kept", result.detail
 
 
-@pytest.mark.parametrize(
-    "promise", [pytest.param(p, marks=() if p in OF_BARE else pytest.mark.slow) for p in PROMISES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("promise", PROMISES)
 def test_promise_otherwise(promise):
     result = check_promise(promise, BARE)
     assert result.outcome == "kept", result.detail
@@ -162,6 +173,7 @@ def test_switches():
     assert mixer.memory.weights().gamma is None
 
 
+@pytest.mark.slow
 def test_keys_and_gradients_of_0():
     """x = 0: keys of length 0, and no way for a gradient to have a direction."""
     mixer = MAKE(16, limit="normalise", n_persistent=0, rngs=nnx.Rngs(0))

@@ -27,7 +27,7 @@ OTHER = Subject(
     ),
     d_model=16,
 )
-FAST = ("constructor", "one_graphdef", "state_bytes", "steps_equal_whole", "packed_equal_alone")
+FAST = ("constructor", "one_graphdef", "state_bytes", "steps_equal_whole")
 
 
 @pytest.mark.parametrize(

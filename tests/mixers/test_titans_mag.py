@@ -30,16 +30,7 @@ WIDE = Subject(
     ),
     d_model=16,
 )
-FAST = (
-    "constructor",
-    "one_graphdef",
-    "state_bytes",
-    "state_structure",
-    "steps_equal_whole",
-    "packed_equal_alone",
-    "packed_streams",
-    "causal",
-)
+FAST = ("constructor", "one_graphdef", "state_bytes", "steps_equal_whole")
 slow_but = lambda fast: [
     pytest.param(p, marks=() if p in fast else pytest.mark.slow) for p in PROMISES
 ]
@@ -51,7 +42,7 @@ def test_promise(promise):
     assert result.outcome == "kept", result.detail
 
 
-@pytest.mark.parametrize("promise", slow_but(("packed_streams",)))
+@pytest.mark.parametrize("promise", slow_but(()))
 def test_promise_of_a_wide_window(promise):
     result = check_promise(promise, WIDE)
     assert result.outcome == "kept", result.detail

@@ -18,14 +18,17 @@ LINEAR, WHOLE, CLIP, NORMALISE, DEEP, EDGES = map(
 )
 
 
-@pytest.mark.parametrize("documents, length", [(False, 130), (True, 130), (True, 1)])
-def test_agrees(documents, length):
-    testing.check_agrees(neural_memory, WHOLE, length, documents=documents)
+def test_agrees():
+    testing.check_agrees(neural_memory, WHOLE, 130, documents=True)
 
 
-@pytest.mark.parametrize("spec", [CLIP, DEEP], ids=lambda s: s.name)
-def test_agrees_for_other_memories(spec):
-    testing.check_agrees(neural_memory, spec, 40, documents=True)
+def test_agrees_for_one_token():
+    testing.check_agrees(neural_memory, LINEAR, 1)
+
+
+def test_agrees_in_float64():
+    """Four layers, clipped."""
+    testing.check_agrees(neural_memory, DEEP, 37, dtype="float64", documents=True)
 
 
 @pytest.mark.slow
@@ -36,9 +39,9 @@ def test_agrees_at_more_lengths(spec, dtype, length):
     testing.check_agrees(neural_memory, spec, length, dtype=dtype, documents=True)
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_agrees_in_other_precisions(dtype):
-    testing.check_agrees(neural_memory, CLIP, 37, dtype=dtype, documents=True)
+@pytest.mark.slow
+def test_agrees_in_one_document():
+    testing.check_agrees(neural_memory, WHOLE, 130)
 
 
 def test_agrees_at_the_edge_of_the_domain():
@@ -50,13 +53,13 @@ def test_state_dtypes():
     testing.check_state_dtypes(neural_memory, WHOLE)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_documents_alone(implementation):
     testing.check_documents_alone(neural_memory, LINEAR, 50, implementation=implementation)
 
 
+@pytest.mark.slow
 def test_padding_only():
     testing.check_padding_only(neural_memory, LINEAR)
 
@@ -78,6 +81,7 @@ def test_vmap():
     testing.check_vmap(neural_memory, WHOLE, 37)
 
 
+@pytest.mark.slow
 def test_deterministic():
     testing.check_deterministic(neural_memory, LINEAR, 40)
 
@@ -184,6 +188,7 @@ def _program(t):
     return call, arrays
 
 
+@pytest.mark.slow
 def test_memory_is_a_state_per_chunk():
     """Forward and gradients; nothing is run. Two of 128 KiB (weights, momentum) per 64 tokens."""
 

@@ -38,7 +38,7 @@ def opened(file, dtype):
     names = LINEAR if flags["memory"] == "linear" else TWO
     names = {theirs: ours for theirs, ours in names.items() if f"in.init_{theirs}" in file}
     inputs = {k[3:]: jnp.asarray(x, dtype) for k, x in file.items() if k.startswith("in.")}
-    options = dict(chunk=int(flags["chunk"]), activation=flags.get("activation", "gelu"))
+    options = dict(chunk=int(flags["chunk"]), activation=flags.get("activation") or "gelu")
     return options, inputs, names
 
 
@@ -64,24 +64,20 @@ def off(got, expected):
     return np.max(np.abs(got - expected)) / max(np.max(np.abs(expected)), 1e-5)
 
 
-SLOW = pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["linear_chunk1", "linear_chunk4_edge_values", "mlp_gelu_chunk8_ln"]
+)
+def test_golden(golden, case):
+    check(golden(f"titans/{case}"), "xla", "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "implementation, dtype",
-    [
-        ("xla", "float64"),
-        pytest.param("xla", "float32", marks=SLOW),
-        pytest.param("reference", "float64", marks=SLOW),
-    ],
+    "implementation, dtype", [("xla", "float64"), ("xla", "float32"), ("reference", "float64")]
 )
-def test_golden(golden, case, implementation, dtype):
+def test_every_golden_file(golden, case, implementation, dtype):
     check(golden(f"titans/{case}"), implementation, dtype)
-
-
-def test_golden_in_float32(golden):
-    check(golden("titans/mlp_gelu_chunk8_ln"), "xla", "float32")
 
 
 def check(file, implementation, dtype):
@@ -109,6 +105,7 @@ def check(file, implementation, dtype):
             assert off(got, file[f"{kind}.{name}"]) < tolerances[1], f"{kind}.{name}"
 
 
+@pytest.mark.slow
 def test_read_at_the_start_of_chunks(golden):
     """`recall` with the weights between calls: the order in which MAC reads."""
     file = golden("titans/mlp_gelu_chunk8_ln")
