@@ -119,7 +119,7 @@ def neural_memory(
     Returns:
         y `[b t h v]` in the dtype of v (0 at padding) and the state after the last token. Weights,
         momenta and sums are in float32 (float64 for float64 inputs). Differentiable in every
-        argument, in initial_state and through the state, gradients of gradients included.
+        argument, in initial_state and through the state.
 
     Raises:
         ValueError: shapes do not fit together, a setting is out of range, or there is no such

@@ -104,8 +104,7 @@ class _Mix:
     """
 
     def __init__(self, alpha, eta, theta, own):
-        forgets = products(1 - alpha)  # [b h c 1+c]
-        fades = products(eta)
+        forgets, fades = products(jnp.stack([1 - alpha, eta]))  # [b h c 1+c]
         in_weights = fades if own is None else jnp.where(own[..., None], fades, 0)
         both = einsum("bhts,bhsi->bhti", forgets[..., 1:], in_weights)
         self.weights, self.momentum = forgets[..., 0], both[..., 0]
@@ -116,6 +115,7 @@ class _Mix:
         self.momenta_of_last = fades[..., -1, 1:] * theta
 
 
+@jax.custom_vjp
 def products(x: jax.Array) -> jax.Array:
     """Products over stretches of the last axis: `[... c]` gives `[... c 1+c]`.
 
@@ -126,6 +126,22 @@ def products(x: jax.Array) -> jax.Array:
     t, s = jnp.arange(c)[:, None], jnp.arange(-1, c)
     stretches = jnp.cumprod(jnp.where(t > s, x[..., :, None], 1), axis=-2)
     return jnp.where(t >= s, stretches, 0)
+
+
+def _products_forward(x):
+    f = products(x)
+    return f, f
+
+
+def _products_backward(f, df):
+    """x_j is in the stretches from s < j to t >= j: what is before it times what follows it."""
+    follows = einsum("...tj,...ts->...js", f[..., 1:], df)
+    first = jnp.zeros_like(f[..., :1, :]).at[..., 0].set(1)  # nothing is before x_0
+    before = jnp.concatenate([first, f[..., :-1, :]], axis=-2)
+    return (jnp.sum(before * follows, axis=-1),)
+
+
+products.defvjp(_products_forward, _products_backward)
 
 
 def _gradients(how: Rule, start: Weights, k, v):

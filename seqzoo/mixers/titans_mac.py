@@ -10,8 +10,9 @@ from pallas_kernels.core import parts
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.combined import Combined
 from seqzoo.nn.linear import linear
-from seqzoo.nn.neural_memory import Projections, memory_heads
+from seqzoo.nn.neural_memory import memory_heads
 from seqzoo.nn.persistent_attention import check_rope
+from seqzoo.nn.projections import Projections
 from seqzoo.nn.rotary import rotate
 from seqzoo.nn.segment import Carried, Segment, one_document, segments
 

@@ -18,10 +18,8 @@ from pallas_kernels.neural_memory import (
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
-from seqzoo.nn.conv import ShortConv
-from seqzoo.nn.gated_norm import l2_norm
-from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
+from seqzoo.nn.projections import Projections
 from seqzoo.nn.report import report
 from seqzoo.nn.sharded import sharded
 
@@ -36,66 +34,6 @@ class MemoryState(NamedTuple):
 
     convs: tuple[ShortConvState, ...]
     memory: NeuralMemoryState
-
-
-class Projections(nnx.Module):
-    """Heads out of the stream: silu(conv(x W)), some of them of length 1.
-
-    Args:
-        d_in: width of what comes in.
-        n_heads, head_dim: heads (h) and the width of each (k).
-        unit: how many of what comes out have length 1 (queries and keys; the first ones).
-        n_out: how many heads' inputs come out.
-        d_conv: taps of the convolution, 0 = none. It starts near the identity.
-        implementation, dtype, rngs: as in `NeuralMemory`.
-    """
-
-    def __init__(
-        self,
-        d_in: int,
-        n_heads: int,
-        head_dim: int,
-        *,
-        unit: int,
-        n_out: int,
-        d_conv: int,
-        implementation: str | None = None,
-        dtype: str = "float32",
-        rngs: nnx.Rngs,
-    ):
-        self.n_heads, self.head_dim, self.unit, self.n_out = n_heads, head_dim, unit, n_out
-        width = n_out * n_heads * head_dim
-        common = dict(dtype=str(jnp.dtype(dtype)), rngs=rngs)
-        self.proj = linear(d_in, width, axes=("embed", "heads"), **common)
-        if d_conv:
-            self.conv = ShortConv(
-                width, d_conv, use_bias=False, implementation=implementation, **common
-            )
-            weight = 0.02 * jax.random.normal(rngs.params(), (d_conv, width))
-            self.conv.weight = param(weight.at[-1].add(1.0), axes=("conv", "inner"))
-        self.d_conv = d_conv
-
-    def __call__(self, x, *, segment_ids=None, states=None):
-        """`[b t d]` to n_out arrays `[b t h k]`, and the convolution's state in a tuple."""
-        y = self.proj(x)
-        after = ()
-        if self.d_conv:
-            state = states[0] if states else None
-            y, state = self.conv(y, segment_ids=segment_ids, state=state)
-            after = (state,)
-        else:
-            y = jax.nn.silu(y)
-        # Head by head, so that heads can be cut apart.
-        y = y.reshape(*y.shape[:2], self.n_heads, self.n_out, self.head_dim)
-        parts = (y[..., i, :] for i in range(self.n_out))
-        return tuple(l2_norm(p) if i < self.unit else p for i, p in enumerate(parts)), after
-
-    def init_states(self, batch_size: int) -> tuple[ShortConvState, ...]:
-        return (self.conv.init_state(batch_size),) if self.d_conv else ()
-
-    def state_bytes(self) -> int:
-        width = self.n_out * self.n_heads * self.head_dim
-        return 4 * width * (self.d_conv - 1) + 4 if self.d_conv else 0
 
 
 class NeuralMemory(nnx.Module):
