@@ -126,7 +126,8 @@ class MonarchMixer(nnx.Module):
         if conv_form not in CONV_FORMS:
             raise ValueError(f"conv_form is {conv_form!r}; allowed: {', '.join(CONV_FORMS)}")
         self.d_model, self.max_length, self.d_conv = d_model, max_length, d_conv
-        self.causal, self.causality = causal, "fft" if causal else "none"
+        exact = "exact" if conv_form == "direct" else "fft"
+        self.causal, self.causality = causal, exact if causal else "none"
         self.owns_residual = owns_residual
         self.conv_form, self.implementation = conv_form, implementation
         self.dtype = str(jnp.dtype(dtype))

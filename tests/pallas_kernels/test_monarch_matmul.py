@@ -18,8 +18,9 @@ SMALL = [spec for spec in SPECS if "test" in spec.tags]
 
 
 def op(x, w1, w2=None, *, initial_state=None, segment_ids=None, **how):
-    """The operator as the suite calls one: with a state, which is empty."""
-    assert not initial_state and segment_ids is None
+    """The operator as the suite calls one: with documents, which tokens alone do not know, and a
+    state, which is empty."""
+    del initial_state, segment_ids
     return monarch_matmul(x, w1, w2, **how), ()
 
 
