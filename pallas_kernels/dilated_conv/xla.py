@@ -1,6 +1,4 @@
-"""dilated_conv as shifted adds, level by level; the backward pass computes the sum again."""
-
-import functools
+"""dilated_conv as shifted adds, level by level: the documents and the state around the levels."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.dilated_conv import reference
 from pallas_kernels.dilated_conv import ring as rings
+from pallas_kernels.dilated_conv.level import How, level, tile_of
 
 
 def refuses(shapes, device_kind) -> None:
@@ -66,12 +65,17 @@ def run(
         forward = min(taps // 2, most) if symmetric else 0
         back = min(taps - 1 - taps // 2 if symmetric else taps - 1, most if fresh else taps)
         middle = taps // 2 if symmetric else 0
-        padded = jnp.pad(s, ((0, 0), (back * d, forward * d), (0, 0)))
+        tile = tile_of(b, t, d, e)
+        n = tile.n
+        padded = jnp.pad(s, ((0, 0), (back * d, (n + forward) * d - t), (0, 0)))
         if not fresh and back:
             past = rings.seen_lags(ring[:, at], before, jnp.arange(back * d, 0, -1))
             padded = _place(padded, past, first)
         w = weight[i, middle - forward : middle + back + 1]
-        s = _level(padded, w, bias[i], behind, ahead, d, forward, activation)
+        rows = lambda x, d=d, n=n: None if x is None else _rows(x, n, d)
+        how = How(tile, forward, activation, edges=not fresh)
+        s = level(padded.reshape(b, -1, d, e), w, bias[i], rows(behind), rows(ahead), how)
+        s = s.reshape(b, n * d, e)[:, :t]
         s = s if valid is None else jnp.where(valid[..., None], s, 0)
     y = s.astype(out_dtype)
     return y if symmetric else (y, jnp.concatenate(new, axis=1), count, last_id)
@@ -94,72 +98,7 @@ def _place(padded, past, first):
     return jax.vmap(put)(padded, past, first)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _level(padded, weight, bias, behind, ahead, dilation, forward, activation):
-    """The next level `[b t e]` from this one `[b (w-1) dilation + t e]`.
-
-    Args:
-        padded: inputs, with what the first and last tokens see beyond them.
-        weight: `[w e]`; tap j looks back (j - forward) * dilation tokens.
-        bias: `[e]`.
-        behind, ahead: int32 `[b t]`, how far each token sees; None = to the ends.
-        dilation, forward, activation: static.
-    """
-    a = _sum(padded, weight, bias, behind, ahead, dilation, forward)
-    return reference.level(_present(padded, weight, dilation, forward), a, activation)
-
-
-def _present(padded, weight, dilation, forward):
-    return _seen(padded, weight, dilation, forward)
-
-
-def _seen(padded, weight, dilation, j):
-    """What tap j sees, for every token."""
-    span = (weight.shape[0] - 1) * dilation
-    t = padded.shape[1] - span
-    return jax.lax.slice_in_dim(padded, span - j * dilation, span - j * dilation + t, axis=1)
-
-
-def _sum(padded, weight, bias, behind, ahead, dilation, forward):
-    total = bias
-    for j in range(weight.shape[0]):
-        seen = _seen(padded, weight, dilation, j)
-        total = total + weight[j] * _cut(seen, behind, ahead, (j - forward) * dilation)
-    return total
-
-
-def _cut(x, behind, ahead, lag: int):
-    """Sets to 0 what a tap of this lag must not see: other documents."""
-    if behind is None or lag == 0:
-        return x
-    sees = lag <= behind if lag > 0 else -lag <= ahead
-    return jnp.where(sees[..., None], x, 0)
-
-
-def _level_forward(padded, weight, bias, behind, ahead, dilation, forward, activation):
-    y = _level(padded, weight, bias, behind, ahead, dilation, forward, activation)
-    return y, (padded, weight, bias, behind, ahead)
-
-
-def _level_backward(dilation, forward, activation, residuals, dy):
-    padded, weight, bias, behind, ahead = residuals
-    da = dy
-    if activation == "relu_res":
-        a = _sum(padded, weight, bias, behind, ahead, dilation, forward)
-        da = jnp.where(a > 0, dy, 0)
-    span = (weight.shape[0] - 1) * dilation
-    t = padded.shape[1] - span
-    dpadded = jnp.zeros_like(padded)
-    dweight = []
-    for j in range(weight.shape[0]):
-        part = _cut(da, behind, ahead, (j - forward) * dilation)
-        dweight.append(jnp.einsum("bte,bte->e", part, _seen(padded, weight, dilation, j)))
-        at = span - j * dilation
-        dpadded = dpadded.at[:, at : at + t].add(weight[j] * part)
-    if activation == "relu_res":
-        at = span - forward * dilation
-        dpadded = dpadded.at[:, at : at + t].add(dy)
-    return dpadded, jnp.stack(dweight), jnp.sum(da, axis=(0, 1)), None, None
-
-
-_level.defvjp(_level_forward, _level_backward)
+def _rows(x, n: int, d: int):
+    """`[b t]` by row and phase, `[b n d 1]`; -1 where there is no token."""
+    b, t = x.shape
+    return jnp.pad(x, ((0, 0), (0, n * d - t)), constant_values=-1).reshape(b, n, d, 1)

@@ -5,6 +5,7 @@ import pytest
 
 from pallas_kernels import dilated_conv
 from pallas_kernels.core import testing
+from pallas_kernels.dilated_conv import level
 from pallas_kernels.dilated_conv.arg_specs import SPECS, named
 
 WHOLE, LINEAR, SYMMETRIC = map(named, ("whole", "linear", "symmetric"))
@@ -19,6 +20,15 @@ def test_agrees(length):
 @pytest.mark.parametrize("spec", [WHOLE, SYMMETRIC], ids=lambda s: s.name)
 def test_agrees_with_and_without_documents(spec):
     testing.check_agrees(dilated_conv, spec, 130, documents=spec is SYMMETRIC)
+
+
+@pytest.mark.parametrize("spec", [WHOLE, SYMMETRIC], ids=lambda s: s.name)
+def test_agrees_in_many_tiles(spec, monkeypatch):
+    """Rows, phases and the batch cut: as long sequences are."""
+    monkeypatch.setattr(level, "_TILE", 100)
+    assert level.tile_of(4, 130, 4, 3) == level.Tile(1, 32, 1, 64)
+    assert level.tile_of(4, 37, 1, 1) == level.Tile(2, 48, 1, 48)
+    testing.check_agrees(dilated_conv, spec, 130, documents=spec is WHOLE)
 
 
 @pytest.mark.slow
