@@ -19,7 +19,12 @@ from seqzoo.nn.state_space import convolution, stream
 from seqzoo.testing import PROMISES, Subject, check_promise
 
 SUBJECT = Subject(build=functools.partial(LSSL, d_state=8, n_outputs=2, bias=True), d_model=8)
-LAYERS = ("legs_N16_L63", "legs_N64_L130", "legt_N8_L37", "lagt_N12_L50")
+LAYERS = (
+    "legs_N16_L63",
+    "legt_N8_L37",
+    pytest.param("legs_N64_L130", marks=pytest.mark.slow),
+    pytest.param("lagt_N12_L50", marks=pytest.mark.slow),
+)
 
 
 @pytest.mark.parametrize("promise", PROMISES)
@@ -84,7 +89,11 @@ def test_mixer_gives_the_stored_output(golden, name, learn):
 
 
 @pytest.mark.parametrize(
-    "keywords", [dict(learn=0), dict(learn=1, measure="legt", n_outputs=2, conv="chunk")]
+    "keywords",
+    [
+        dict(learn=1, measure="legt", n_outputs=2, conv="chunk"),
+        pytest.param(dict(learn=0), marks=pytest.mark.slow),
+    ],
 )
 def test_three_forms_in_float64(keywords):
     """Steps = kernel and convolution = chunks, with documents and padding, to 1e-10."""
@@ -138,10 +147,12 @@ def test_what_is_trained_and_how():
 
 
 def test_step_sizes_that_are_not_learned_get_no_gradient():
-    for learn, dt_learn in ((0, None), (0, True)):
-        mixer = LSSL(4, d_state=8, learn=learn, dt_learn=dt_learn, rngs=nnx.Rngs(0))
-        grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((1, 9, 4)))[0] ** 2))(mixer)
-        assert np.any(grads["log_dt"][...]) == bool(dt_learn)
+    def gradient(dt_learn):
+        mixer = LSSL(4, d_state=4, learn=0, dt_learn=dt_learn, rngs=nnx.Rngs(0))
+        loss = lambda m: jnp.sum(m._per_feature(lambda step: step.B))
+        return jax.jit(nnx.grad(loss))(mixer)["log_dt"][...]
+
+    assert not np.any(gradient(None)) and np.all(gradient(True))
 
 
 def test_initial_values():
@@ -157,16 +168,23 @@ def test_initial_values():
 
 
 def test_resampling_is_another_step_size():
-    build = lambda **more: LSSL(4, d_state=8, learn=0, rngs=nnx.Rngs(0), **more)
-    x = jax.random.normal(jax.random.key(0), (1, 21, 4))
-    plain, twice, legacy = build(), build(resample=2.0), build(resample=2, resample_legacy=True)
-    plain.log_dt[...] += np.log(2.0)
-    np.testing.assert_allclose(twice(x)[0], plain(x)[0], rtol=1e-4, atol=1e-5)
-    A, B = (a._per_feature(lambda step: step) for a in (twice, legacy))
-    np.testing.assert_array_equal(A.A, B.A)
-    np.testing.assert_allclose(B.B, build()._per_feature(lambda step: step).B, rtol=1e-5)
+    def discrete(shift=0.0, **more):
+        mixer = LSSL(4, d_state=4, learn=0, rngs=nnx.Rngs(0), **more)
+        mixer.log_dt[...] += shift
+        return jax.jit(lambda m: m._per_feature(lambda step: step))(mixer)
+
+    plain, twice, legacy = (
+        discrete(),
+        discrete(resample=2.0),
+        discrete(resample=2.0, resample_legacy=True),
+    )
+    for a, b in zip(twice, discrete(np.log(2.0)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(legacy.A, twice.A, rtol=1e-6)
+    np.testing.assert_allclose(legacy.B, plain.B, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_both_ways_to_convolve_have_the_same_gradients():
     x = jax.random.normal(jax.random.key(0), (2, 37, 4))
     ids = jnp.asarray(np.where(np.arange(37) < 30, 1, 0)[None].repeat(2, 0), jnp.int32)
@@ -206,13 +224,13 @@ def test_a_stack_discretises_once_for_many_steps():
     apart = stack.unrolled()
     assert all(hasattr(block.mixer, "discrete") for run in apart.runs for block in run)
     x, state = jnp.ones((2, 4)), stack.init_state(2)
-    want, after = stack.step(x, state)
-    got, apart_after = apart.step(x, stack.unrolled_state(state))
+    step = jax.jit(lambda stack, x, state: stack.step(x, state))
+    want, after = step(stack, x, state)
+    got, apart_after = step(apart, x, stack.unrolled_state(state))
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    for a, b in zip(
-        jax.tree.leaves(stack.unrolled_state(after)), jax.tree.leaves(apart_after), strict=True
-    ):
-        np.testing.assert_allclose(b, a, rtol=1e-5)
+    pairs = zip(*map(jax.tree.leaves, (apart_after, stack.unrolled_state(after))), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from seqzoo.mixers import S4D
+from seqzoo.mixers.s4d import INITS
 from seqzoo.nn import diagonal
 from seqzoo.nn.param import own_rates
 from seqzoo.testing import PROMISES, Subject, check_promise
@@ -30,8 +31,7 @@ def discretised(A, dt, how):
     return (1 + z / 2) / (1 - z / 2), dt[:, None] / (1 - z / 2)
 
 
-@pytest.mark.parametrize("how", list(diagonal.DISCRETIZATIONS))
-@pytest.mark.parametrize("length", [1, 130])
+@pytest.mark.parametrize("how, length", [("zoh", 1), ("zoh", 130), ("bilinear", 130)])
 def test_kernel_by_definition(how, length):
     rng = np.random.default_rng(0)
     A = -np.exp(rng.normal(size=(3, 4))) + 20j * rng.normal(size=(3, 4))
@@ -40,18 +40,22 @@ def test_kernel_by_definition(how, length):
     a, b = discretised(A, dt, how)
     powers = a[..., None] ** np.arange(length)
     want = 2 * np.einsum("en,en,enl->el", C, b, powers).real
+
+    @jax.jit
+    def run(A, dt, C):
+        step = diagonal.DISCRETIZATIONS[how](A, dt)
+        return jnp.exp(step.log_A), step.B, diagonal.kernel(step, C, length)
+
     with jax.enable_x64(True):
-        step = diagonal.DISCRETIZATIONS[how](jnp.asarray(A), jnp.asarray(dt))
-        got = diagonal.kernel(step, jnp.asarray(C), length)
-    np.testing.assert_allclose(jnp.exp(step.log_A), a, atol=1e-14)
-    np.testing.assert_allclose(step.B, b, rtol=1e-11)
+        got_a, got_b, got = run(A, dt, C)
+    np.testing.assert_allclose(got_a, a, atol=1e-14)
+    np.testing.assert_allclose(got_b, b, rtol=1e-11)
     np.testing.assert_allclose(got, want, atol=1e-12 * np.abs(want).max())
-    step = diagonal.DISCRETIZATIONS[how](jnp.asarray(A, "complex64"), jnp.asarray(dt, "float32"))
-    got = diagonal.kernel(step, jnp.asarray(C, "complex64"), length)
+    got = run(A.astype("complex64"), dt.astype("float32"), C.astype("complex64"))[2]
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("how", list(diagonal.DISCRETIZATIONS))
+@pytest.mark.parametrize("how", ["zoh", pytest.param("bilinear", marks=pytest.mark.slow)])
 def test_three_forms_in_float64(how):
     """Steps = kernel and convolution = chunks, with documents and padding, to 1e-10."""
     with jax.enable_x64(True):
@@ -88,18 +92,17 @@ def test_three_forms_in_float64(how):
 
 def test_initial_values():
     n = np.arange(4)
-    of = {name: S4D(3, d_state=8, init=name, rngs=nnx.Rngs(0)) for name in ("lin", "inv", "legs")}
-    for mixer in of.values():
-        np.testing.assert_allclose(np.exp(mixer.log_A_real[...]), 0.5, rtol=1e-5)
-        assert mixer.A_imag[...].shape == (3, 4)
-    np.testing.assert_allclose(of["lin"].A_imag[...][1], np.pi * n, rtol=1e-6)
-    np.testing.assert_allclose(
-        of["inv"].A_imag[...][1], 8 / np.pi * (8 / (2 * n + 1) - 1), rtol=1e-6
-    )
-    # The highest mode grows as n^2 / pi, the next ones fall as the inverse law says (section 4.2).
-    legs = S4D(1, d_state=256, init="legs", rngs=nnx.Rngs(0)).A_imag[...][0]
-    assert abs(legs[-1] / (256**2 / np.pi) - 1) < 0.05
+    laws = {name: law(8) for name, law in INITS.items()}
+    for A in laws.values():
+        np.testing.assert_allclose(A.real, -0.5)
+        assert A.shape == (4,)
+    np.testing.assert_allclose(laws["lin"].imag, np.pi * n, rtol=1e-6)
+    np.testing.assert_allclose(laws["inv"].imag, 8 / np.pi * (8 / (2 * n + 1) - 1), rtol=1e-6)
+    # The highest mode of LegS grows as n^2 / pi (section 4.2).
+    assert abs(INITS["legs"](256).imag[-1] / (256**2 / np.pi) - 1) < 0.05
     mixer = S4D(256, d_state=8, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.exp(mixer.log_A_real[...]), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(mixer.A_imag[...][1], np.pi * n, rtol=1e-6)
     dt = np.exp(mixer.log_dt[...])
     assert 1e-3 <= dt.min() < 1.2e-3 and 0.08 < dt.max() <= 0.1
     C = mixer.C_real[...] + 1j * mixer.C_imag[...]

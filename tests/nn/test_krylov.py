@@ -34,7 +34,7 @@ def draw(t):
     return rng.normal(size=(E, M, N)), rng.normal(size=(E, 2, t)), rng.normal(size=(E, 2, N))
 
 
-@pytest.mark.parametrize("t", [1, 5, 64, 130])
+@pytest.mark.parametrize("t", [1, 130, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 64))])
 def test_forms_agree(t):
     C, u, x = draw(t)
     step = system()
