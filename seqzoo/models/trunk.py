@@ -67,6 +67,8 @@ class Trunk(nnx.Module):
         positions: "none", or "learned" = a row per place in the document is added to embeddings.
         max_positions: rows of that table, the longest document; needed with learned positions.
         embed_norm: a norm of the embeddings, positions included.
+        embed_std: standard deviation that embeddings start with. Small ones are soon overwritten
+            by what the first mixer adds; recall of rare tokens is learnt faster from large ones.
         embed_scale: embeddings are multiplied by it.
         input_dim: width of the vectors that come in place of tokens; None = tokens.
         pad_vocab_multiple: rows of the embedding are padded to a multiple of it.
@@ -97,6 +99,7 @@ class Trunk(nnx.Module):
         positions: str = "none",
         max_positions: int | None = None,
         embed_norm: bool = False,
+        embed_std: float = 0.02,
         embed_scale: float = 1.0,
         input_dim: int | None = None,
         pad_vocab_multiple: int = 8,
@@ -120,6 +123,8 @@ class Trunk(nnx.Module):
             raise ValueError(f"positions is {positions!r}; allowed: {', '.join(POSITIONS)}")
         if positions == "learned" and max_positions is None:
             raise ValueError("positions is 'learned'; set max_positions, the longest document")
+        if embed_std <= 0:
+            raise ValueError(f"embed_std is {embed_std}; it must be above 0")
         for name, value in dict(dtype=dtype, residual_dtype=residual_dtype).items():
             if value not in ("float32", "bfloat16", "float16", "float64"):
                 raise ValueError(f"{name} is {value!r}; allowed: float32, bfloat16, float16")
@@ -133,7 +138,7 @@ class Trunk(nnx.Module):
             self.embed = nnx.Embed(
                 rows,
                 d_model,
-                embedding_init=EMBEDDING_INIT,
+                embedding_init=nnx.initializers.normal(embed_std),
                 embedding_metadata=metadata("vocab", "embed"),
                 rngs=rngs,
             )
