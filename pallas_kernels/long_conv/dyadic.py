@@ -1,8 +1,8 @@
 """The convolution of packed documents, exactly, in O(t log^2 t).
 
-Two tokens of one document that are not in one short block lie in the left and the right half of one
-dyadic block. Only one document crosses the middle of a block: one mask per half, and one
-convolution from half to half. In a short block every lag is a shifted product with its own mask.
+Any two tokens lie in the left and the right half of one dyadic block (of 2, 4, 8, ... tokens). Only
+one document crosses the middle of a block: one mask per half makes one convolution from half to
+half exact. A token by itself is lag 0.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.long_conv.convolution import Way, convolve
-
-SHORT = 16
 
 # The way to take for so many inputs, lags and outputs.
 Pick = Callable[[int, int, int], Way]
@@ -34,30 +32,12 @@ def packed(
         reverse: lags -1, -2, ... `[l e]`, or None.
         document: int32 `[b t]`, never falling; padding bears the number of the document before it.
     """
-    t = v.shape[1]
     z = kernel[0] * v
-    for lag in range(1, min(SHORT, t, kernel.shape[0])):
-        z = z + kernel[lag] * _near(v, document, lag)
-    if reverse is not None:
-        for lag in range(1, min(SHORT, t, reverse.shape[0] + 1)):
-            z = z + reverse[lag - 1] * _near(v, document, -lag)
-    half = SHORT
-    while half < t:
+    half = 1
+    while half < v.shape[1]:
         z = z + _from_half_to_half(pick, v, kernel, reverse, document, half)
         half = 2 * half
     return z
-
-
-def _near(v, document, lag: int):
-    """v_{i-lag} at place i, where that is of the same document and short block."""
-    t = v.shape[1]
-    places = jnp.arange(t) % SHORT - lag
-    cut = slice(None, t - lag) if lag > 0 else slice(-lag, None)
-    pad = (max(lag, 0), max(-lag, 0))
-    shifted = jnp.pad(v[:, cut], ((0, 0), pad, (0, 0)))
-    other = jnp.pad(document[:, cut], ((0, 0), pad), constant_values=-1)
-    same = (document == other) & (places >= 0) & (places < SHORT)
-    return jnp.where(same[..., None], shifted, 0)
 
 
 def _from_half_to_half(pick, v, kernel, reverse, document, half: int):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.numerics import state_dtype
-from pallas_kernels.core.segments import boundaries
-from pallas_kernels.long_conv import direct, dyadic, fft
+from pallas_kernels.long_conv import direct, documents, dyadic, fft
 from pallas_kernels.long_conv.convolution import Way, convolve
+from pallas_kernels.long_conv.documents import Plan, last_inputs, tokens
 from pallas_kernels.long_conv.monarch import Monarch
 
-FEW = 16  # outputs or lags: no transform
+FEW = 16  # outputs: a product with the history is less work than its transform
+SHORT = 64  # a transform of this length is one product with a matrix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class XlaConfig(Config):
     Attributes:
         form: "fft"; "monarch": the transforms as matrix products; "direct": products with Toeplitz
             matrices, where a later token moves no earlier output by a bit; "auto": direct for few
-            outputs or lags, else fft.
+            outputs, monarch for what is short altogether, else fft.
         stages: of the Monarch form: matrix products each way; None = 2, for long sequences 3.
         operands: of the Monarch form: "bfloat16" multiplies rounded numbers, as matrix units like
             it (sums stay float32; outputs are off by about 4e-3); None = full precision.
@@ -46,9 +47,13 @@ class XlaConfig(Config):
 
     def way(self, s: int, count: int, t: int) -> Way:
         """For so many inputs, lags and outputs."""
-        if self.form == "direct" or (self.form == "auto" and min(t, count) <= FEW):
-            return direct
-        return Monarch(self.stages, self.operands) if self.form == "monarch" else fft
+        if self.form == "monarch":
+            return Monarch(self.stages, self.operands)
+        if self.form == "auto":
+            if t > 1 and s + count <= SHORT:
+                return Monarch(stages=1)
+            return direct if t <= FEW else fft
+        return direct if self.form == "direct" else fft
 
 
 _ALLOWED = {
@@ -69,21 +74,6 @@ class Inputs(NamedTuple):
     pre_gate: jax.Array | None
     post_gate: jax.Array | None
     before: jax.Array | None
-
-
-class Plan(NamedTuple):
-    """Where the documents lie; None = one document.
-
-    Attributes:
-        valid: where there is a token, `[b t]`.
-        document: int32 `[b t]`, 0 = the one that the state is of, then 1, 2, ...; padding bears the
-            number of the document before it.
-        leading: int32 `[b]`, place of the first token, t if there is none.
-    """
-
-    valid: jax.Array
-    document: jax.Array
-    leading: jax.Array
 
 
 def refuses(shapes, device_kind) -> None:
@@ -110,59 +100,46 @@ def run(
     inputs = Inputs(u, kernel, skip, reverse_kernel, bias, pre_gate, post_gate, before)
     plan = None
     if segment_ids is not None:
-        reset, valid, last_id = boundaries(segment_ids, last_id)
-        t = u.shape[1]
-        leading = jnp.min(jnp.where(valid, jnp.arange(t, dtype=jnp.int32), t), axis=1)
-        plan = Plan(valid, jnp.cumsum(reset, axis=1, dtype=jnp.int32), leading)
-    y = _whole(XlaConfig.of(config, {}), inputs, plan)
-    if reverse_kernel is not None:
-        return y, None, None
-    return y, _last_inputs(inputs, plan), last_id
+        plan, last_id = documents.plan(segment_ids, last_id)
+    y, after = _whole(XlaConfig.of(config, {}), inputs, plan)
+    return y, after, None if after is None else last_id
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(config, inputs: Inputs, plan: Plan | None):
-    """y; keeps nothing but what it was given, and does everything else again backward."""
-    return _output(config, inputs, plan)
+    """y and the last inputs; keeps what it was given, and does everything else again backward."""
+    return _results(config, inputs, plan)
 
 
 def _whole_forward(config, inputs, plan):
-    return _output(config, inputs, plan), (inputs, plan)
+    return _results(config, inputs, plan), (inputs, plan)
 
 
-def _whole_backward(config, residuals, dy):
+def _whole_backward(config, residuals, cotangents):
     inputs, plan = residuals
-    _, pull = jax.vjp(lambda inputs: _output(config, inputs, plan), inputs)
-    return *pull(dy), None
+    _, pull = jax.vjp(lambda inputs: _results(config, inputs, plan), inputs)
+    return *pull(cotangents), None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
 
 
-def _output(config, inputs, plan):
+def _results(config, inputs, plan):
     dtype = state_dtype(*inputs)
-    v = _gated(inputs, plan)
+    v = tokens(inputs.u, plan).astype(dtype)
+    if inputs.pre_gate is not None:
+        v = v * tokens(inputs.pre_gate, plan).astype(dtype)
     z = _convolution(config, v, inputs, plan)
     if inputs.skip is not None:
         z = z + inputs.skip.astype(dtype) * v
     if inputs.bias is not None:
         z = z + inputs.bias.astype(dtype)
     if inputs.post_gate is not None:
-        z = z * _tokens(inputs.post_gate, plan).astype(dtype)
-    return _tokens(z, plan).astype(inputs.u.dtype)
-
-
-def _tokens(x, plan):
-    """0 where there is no token, whatever stands there."""
-    return x if plan is None else jnp.where(plan.valid[..., None], x, 0)
-
-
-def _gated(inputs, plan):
-    dtype = state_dtype(*inputs)
-    v = _tokens(inputs.u, plan).astype(dtype)
-    if inputs.pre_gate is None:
-        return v
-    return v * _tokens(inputs.pre_gate, plan).astype(dtype)
+        z = z * tokens(inputs.post_gate, plan).astype(dtype)
+    y = tokens(z, plan).astype(inputs.u.dtype)
+    if inputs.reverse_kernel is not None:
+        return y, None
+    return y, last_inputs(v, inputs.before, plan, inputs.kernel.shape[1] - 1)
 
 
 def _convolution(config, v, inputs, plan):
@@ -188,33 +165,4 @@ def _from_state(config, kernel, before, plan):
     t, reach = plan.valid.shape[1], before.shape[1]
     reached = min(t, reach)
     way = config.way(reach, reach, reached)
-    z = convolve(way, before, kernel[1:], 1 - reach, reached)
-    z = jnp.pad(z, ((0, 0), (t, t - reached), (0, 0)))
-    z = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, t, 0))(z, t - plan.leading)
-    return jnp.where((plan.document == 0)[..., None], z, 0)
-
-
-def _last_inputs(inputs, plan):
-    """The last l-1 gated inputs of the last document, zeros before its start."""
-    v, before = _gated(inputs, plan), inputs.before
-    (b, t, e), keep = v.shape, inputs.kernel.shape[1] - 1
-    if before is None:
-        before = jnp.zeros((b, keep, e), v.dtype)
-    if plan is None:
-        return jnp.concatenate([before, v], axis=1)[:, t:]
-    # The inputs before this call go right before the first token: padding takes no place.
-    padded = jnp.pad(v, ((0, 0), (keep, 0), (0, 0)))
-    padded = jax.vmap(lambda row, old, at: jax.lax.dynamic_update_slice_in_dim(row, old, at, 0))(
-        padded, before, plan.leading
-    )
-    places = jnp.arange(t, dtype=jnp.int32)
-    end = jnp.max(jnp.where(plan.valid, places, -1), axis=1)
-    end = jnp.where(end < 0, t - 1, end)  # nothing but padding: the state as it was
-    after = jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, keep, 0))(
-        padded, end + 1
-    )
-    # Of earlier documents there is nothing: they end where the number changes.
-    same = plan.document == plan.document[:, -1:]
-    start = jnp.where(plan.document[:, -1] == 0, -keep - 1, jnp.argmax(same, axis=1))
-    reached = end[:, None] + 1 - keep + jnp.arange(keep) >= start[:, None]
-    return jnp.where(reached[..., None], after, 0)
+    return documents.first(convolve(way, before, kernel[1:], 1 - reach, reached), plan)
