@@ -21,7 +21,8 @@ COLUMNS = (
     *("floor ms", "times faster", "than"),
 )
 COLOURS = {
-    "dilated_conv": "C3",
+    "stack, 16 taps": "C3",
+    "stack, 8 taps": "C4",
     "average, fft": "C0",
     "average, monarch": "C1",
     "average, scan": "C2",
