@@ -9,7 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.numerics import einsum
-from pallas_kernels.neural_memory.memory import ACTIVATIONS, Rule, Weights, factor, standardised
+from pallas_kernels.neural_memory.memory import (
+    ACTIVATIONS,
+    Rule,
+    Weights,
+    dots,
+    factor,
+    means,
+    standardised,
+)
 
 
 def one_document(how, opening, carry, tokens, mine, place):
@@ -61,12 +69,12 @@ def _chunk(how: Rule, carry, tokens, mine):
     x, layers, momenta = q, [], []
     matrices = list(zip(now.layers(), momentum.layers(), inputs, errors, strict=True))
     for i, (w, s, a, d) in enumerate(matrices):
-        z = mix.weights[..., None] * einsum("bhci,bhoi->bhco", x, w)
-        z = z + mix.momentum[..., None] * einsum("bhci,bhoi->bhco", x, s)
+        z = scaled(mix.weights, einsum("bhci,bhoi->bhco", x, w))
+        z = z + scaled(mix.momentum, einsum("bhci,bhoi->bhco", x, s))
         pairs = mix.gradients * einsum("bhci,bhji->bhcj", x, a)
         z = z - einsum("bhcj,bhjo->bhco", pairs, d)
         x = ACTIVATIONS[how.activation][0](z) if i + 1 < len(matrices) else z
-        outer = lambda by, d=d, a=a: einsum("bhco,bhci->bhoi", by[..., None] * d, a)
+        outer = lambda by, d=d, a=a: einsum("bhco,bhci->bhoi", scaled(by, d), a)
         layers.append(
             mix.keep_weights * w + mix.add_momentum * s - outer(mix.gradients[..., -1, :])
         )
@@ -116,6 +124,24 @@ class _Mix:
 
 
 @jax.custom_vjp
+def scaled(share: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows of `[... c i]` times `[... c]`."""
+    return share[..., None] * x
+
+
+def _scaled_forward(share, x):
+    return scaled(share, x), (share, x)
+
+
+def _scaled_backward(kept, dy):
+    share, x = kept
+    return dots(dy, x)[..., 0], share[..., None] * dy
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+@jax.custom_vjp
 def products(x: jax.Array) -> jax.Array:
     """Products over stretches of the last axis: `[... c]` gives `[... c 1+c]`.
 
@@ -138,7 +164,7 @@ def _products_backward(f, df):
     follows = einsum("...tj,...ts->...js", f[..., 1:], df)
     first = jnp.zeros_like(f[..., :1, :]).at[..., 0].set(1)  # nothing is before x_0
     before = jnp.concatenate([first, f[..., :-1, :]], axis=-2)
-    return (jnp.sum(before * follows, axis=-1),)
+    return (dots(before, follows)[..., 0],)
 
 
 products.defvjp(_products_forward, _products_backward)
@@ -166,19 +192,14 @@ def _gradients(how: Rule, start: Weights, k, v):
         normed, inverse = standardised(y, how.norm_eps)
         error = 2 * (normed * gain + k - v)
         by_gamma, g = error * normed, error * gain
-        mean = lambda x: jnp.mean(x, axis=-1, keepdims=True)
-        error = (g - mean(g) - normed * mean(g * normed)) * inverse
-        by_gamma = by_gamma * factor(_square(by_gamma), how)
+        error = (g - means(g) - normed * (dots(g, normed) / g.shape[-1])) * inverse
+        by_gamma = by_gamma * factor(dots(by_gamma, by_gamma), how)
     errors = [error]
     for w, z in zip(layers[:0:-1], before[::-1], strict=True):
         errors.append(einsum("bhco,bhoi->bhci", errors[-1], w) * slope(z))
     errors = errors[::-1]
     if how.limit != "none":
         errors = [
-            d * factor(_square(d) * _square(a), how) for d, a in zip(errors, inputs, strict=True)
+            d * factor(dots(d, d) * dots(a, a), how) for d, a in zip(errors, inputs, strict=True)
         ]
     return inputs, errors, by_gamma
-
-
-def _square(x):
-    return jnp.sum(x * x, axis=-1, keepdims=True)

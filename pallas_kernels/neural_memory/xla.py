@@ -12,7 +12,7 @@ from pallas_kernels.core import dispatch, parts
 from pallas_kernels.core.config import Config
 from pallas_kernels.neural_memory import dual
 
-_TOKENS_PER_STATE = 64
+_TOKENS_PER_STATE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class XlaConfig(Config):
 
     @classmethod
     def heuristic(cls, sizes: Mapping[str, int], device_kind: str | None = None) -> "XlaConfig":
-        """A state for 64 tokens at most."""
+        """A state for 16 tokens at least."""
         return cls(span=max(1, _TOKENS_PER_STATE // sizes["chunk"]), device_kind=device_kind)
 
 
