@@ -139,7 +139,7 @@ def flops_per_token(config: Mapping[str, Any], length: int) -> Flops:
     if "remat" in node:
         node["remat"] = "none"
     loss, params, batch = _loss(node, config["task"], 1, length)
-    with dispatch.forced("reference"):
+    with dispatch.counting():
         forward = count_flops(loss, params, batch)
         training = count_flops(jax.value_and_grad(loss), params, batch)
     return Flops(forward.flops / length, training.flops / length)
