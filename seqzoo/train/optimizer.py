@@ -260,14 +260,14 @@ def with_own_rates(
     """
     if not rated:
         return updates
-    updates, params = flatten_dict(updates), flatten_dict(params)
+    flat, values = flatten_dict(updates), flatten_dict(params)
     for path, rates in rated:
         ratio = 1.0 if rates.lr is None else rates.lr / hyper["peak_lr"]
-        update = ratio * updates[path]
+        update = ratio * flat[path]
         if rates.weight_decay:
-            update -= hyper["lr"] * ratio * rates.weight_decay * params[path]
-        updates[path] = update
-    return unflatten_dict(updates)
+            update -= hyper["lr"] * ratio * rates.weight_decay * values[path]
+        flat[path] = update
+    return unflatten_dict(flat)
 
 
 def _chain(
