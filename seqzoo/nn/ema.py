@@ -50,7 +50,7 @@ class EMA(nnx.Module):
             "fft", or "monarch" (the transform by matrix products). Streams take the first, a
             truncated average the convolution always ("chunk": "fft" in place of it).
         chunk: tokens per chunk of the form "chunk".
-        implementation: which implementation of the operators ("xla", ...); None = the best.
+        implementation: which implementation of the convolution ("xla", ...); None = the best.
         dtype: of the output; parameters, sums and the state are float32.
         rngs: source of the initial values: delta, alpha normal with 0.2; beta +1, -1, +1, .. plus
             normal with 0.02; gamma, omega normal with 1.
@@ -74,7 +74,7 @@ class EMA(nnx.Module):
         causal: bool = True,
         truncation: int | None = None,
         form: str = "chunk",
-        chunk: int = 16,
+        chunk: int = 32,
         implementation: str | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -196,15 +196,7 @@ class EMA(nnx.Module):
         return t if self.truncation is None else min(t, self.truncation)
 
     def _scan(self, x, rates, h, last_id, segment_ids):
-        return ema_scan(
-            x,
-            rates,
-            h,
-            last_id,
-            segment_ids=segment_ids,
-            chunk=self.chunk,
-            implementation=self.implementation,
-        )
+        return ema_scan(x, rates, h, last_id, segment_ids=segment_ids, chunk=self.chunk)
 
     def _convolve(self, x, segment_ids, future, state):
         skip, ahead = (None, None) if future is None else future

@@ -3,8 +3,9 @@
     h_t = q h_{t-1} + a x_t        [d n], n components per channel
     y_t = sum_n c_n h_t,n = sum_{s <= t} k[t - s] x_s,    k[l] = sum_n c_n a_n q_n^l
 
-Inside a chunk, y is a short convolution; what came before it is seen through h at its start. Chunks
-are small, so that both are few products per token; nothing of the size of d n is kept per token.
+Inside a chunk, y is a product with a Toeplitz matrix per channel; what came before it is seen
+through h at its start. Nothing of the size of d n is kept per token. Channels come first in the
+arrays of these products: they are batches of matrix products then, without turning anything round.
 """
 
 from typing import NamedTuple
@@ -14,8 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.segments import boundaries
-from pallas_kernels.short_conv import short_conv
-from seqzoo.nn.sharded import sharded
+from seqzoo.nn.chunk_conv import chunk_conv
 
 
 class Rates(NamedTuple):
@@ -52,8 +52,7 @@ def ema_scan(
     last_id: jax.Array | None = None,
     *,
     segment_ids: jax.Array | None = None,
-    chunk: int = 16,
-    implementation: str | None = None,
+    chunk: int = 32,
 ) -> tuple[jax.Array, jax.Array]:
     """The moving average of whole rows, or of the next part of a stream.
 
@@ -64,37 +63,29 @@ def ema_scan(
         last_id: int32 `[b]`, the document that h is of; None = not tracked.
         segment_ids: int32 `[b t]`, documents numbered upward, 0 = padding; None = one document.
         chunk: tokens at a time.
-        implementation: which implementation of the convolution inside chunks; None = the best.
 
     Returns:
         y `[b t d]` (0 at padding) and h after the last token.
     """
-    b, t, d = x.shape
+    b, t, _ = x.shape
     chunk = min(chunk, t)
     marks = _marks(segment_ids, last_id, b, t, chunk)
     if segment_ids is not None:
         x = jnp.where((segment_ids > 0)[..., None], x, 0)
     x = _chunks(x, chunk)  # [b i c d]
-    n_chunks, places = x.shape[1], jnp.arange(chunk)
-    y, _ = sharded(
-        short_conv,
-        x.reshape(b * n_chunks, chunk, d),
-        kernel(rates, chunk)[:, ::-1].T,
-        segment_ids=None if marks.documents is None else marks.documents.reshape(-1, chunk) + 1,
-        implementation=implementation,
-    )
-    y = y.reshape(x.shape)
+    lanes, places = jnp.moveaxis(x, 3, 0), jnp.arange(chunk)
+    only = lambda x, seen: x if seen is None else jnp.where(seen, x, 0)
 
-    only = lambda x, seen: x if seen is None else jnp.where(seen[..., None], x, 0)
     adds = einsum(
-        "bicd,cdn->ibdn", only(x, marks.end), rates.decay(chunk - 1 - places) * rates.into
+        "dbic,cdn->ibdn", only(lanes, marks.end), rates.decay(chunk - 1 - places) * rates.into
     )
     before = jnp.zeros(adds.shape[1:], adds.dtype)
+    to_outputs = None
     if h is not None and marks.documents is None:
         before = h
     elif h is not None:
         to_outputs, to_state = _goes_on(rates, h, marks)
-        y, adds = y + to_outputs, adds + to_state
+        adds = adds + to_state
     through = rates.decay(chunk)
 
     def carry(h, inputs):
@@ -104,9 +95,11 @@ def ema_scan(
 
     stays = None if marks.documents is None else (marks.enters == marks.leaves).T
     _, starts = jax.lax.scan(carry, before, (adds, stays))
-    old = einsum("ibdn,cdn->bicd", starts, rates.decay(places + 1) * rates.out)
-    y = (y + only(old, marks.start)).reshape(b, n_chunks * chunk, d)[:, :t]
-    return y, _last(x, rates, h, starts, marks)
+    old = einsum("ibdn,cdn->dbic", starts, rates.decay(places + 1) * rates.out)
+    y = chunk_conv(lanes, kernel(rates, chunk), marks.documents) + only(old, marks.start)
+    y = jnp.moveaxis(y, 0, 3)
+    y = y if to_outputs is None else y + to_outputs
+    return y.reshape(b, -1, y.shape[-1])[:, :t], _last(x, rates, h, starts, marks)
 
 
 class _Marks(NamedTuple):

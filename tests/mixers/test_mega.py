@@ -51,12 +51,6 @@ def test_promise(name, promise):
     assert result.outcome == ("declined" if declines else "kept"), result.detail
 
 
-@pytest.mark.parametrize("promise", ["steps_equal_whole", "packed_equal_alone"])
-def test_laplace_promise(promise):
-    result = check_promise(promise, SUBJECTS["laplace"])
-    assert result.outcome == "kept", result.detail
-
-
 # --- Golden values -------------------------------------------------------------------------------
 
 MATRICES = ("v_proj", "mx_proj", "h_proj")

@@ -17,8 +17,7 @@ from pallas_kernels.core.costs import Cost, count_flops
 
 CHUNKS, LAPLACE, LONG, SHARP = map(named, ("chunks", "laplace", "long_chunks", "sharp_chunks"))
 TWO_SIDED, TWO_SIDED_LAPLACE = map(named, ("two_sided", "two_sided_laplace"))
-CAUSAL = (CHUNKS, LAPLACE, LONG, SHARP)
-ALL = (*CAUSAL, TWO_SIDED, TWO_SIDED_LAPLACE)
+ALL = (CHUNKS, LAPLACE, LONG, SHARP, TWO_SIDED, TWO_SIDED_LAPLACE)
 by_name = dict(ids=lambda spec: spec.name)
 slow = pytest.mark.slow
 
@@ -35,11 +34,11 @@ def test_agrees_for_other_scores(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", (*testing.FAST_LENGTHS, *testing.SLOW_LENGTHS))
-@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("length", (2, 37, 128, 200))
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("spec", ALL, **by_name)
-def test_agrees_at_more_lengths(spec, dtype, documents, length):
+def test_agrees_at_more_lengths(spec, dtype, length):
+    documents = length != 128
     testing.check_agrees(chunk_attention, spec, length, dtype=dtype, documents=documents)
 
 
@@ -58,11 +57,10 @@ def test_hand_off():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [1, 19, 20, 40, 129])
-@pytest.mark.parametrize("spec", CAUSAL, **by_name)
-@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
-def test_hand_off_at_more_cuts(documents, spec, cut):
-    testing.check_hand_off(chunk_attention, spec, 130, cut, documents=documents)
+@pytest.mark.parametrize("cut", [1, 19, 20, 129])
+@pytest.mark.parametrize("spec", [CHUNKS, LAPLACE], **by_name)
+def test_hand_off_at_more_cuts(spec, cut):
+    testing.check_hand_off(chunk_attention, spec, 130, cut, documents=cut % 2 == 0)
 
 
 @pytest.mark.slow
@@ -113,7 +111,7 @@ def test_a_fresh_row_is_cut_on_a_grid(spec, length):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-@pytest.mark.parametrize("length", [5, 40, 45, 300])
+@pytest.mark.parametrize("length", [5, 300])
 @pytest.mark.parametrize("spec", [CHUNKS, LAPLACE, LONG], **by_name)
 def test_the_grid_in_other_blocks(spec, length, block):
     case, run = gradients(spec, length, config=XlaConfig(block=block))
