@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.dilated_conv.reference import level as next_level
 
-# Elements of a tile: 256 KiB in float32, which a core's second cache holds with the result.
-_TILE = 2**16
-# Rows whose products are added up at once when a tap's gradient is summed.
-_GROUPS = 16
+# Elements of a tile: 128 KiB in float32, which a core's second cache holds with what comes of it.
+_TILE = 2**15
+# Parts of a tile whose products are added up at once when a tap's gradient is summed.
+_GROUPS = 8
 
 
 class Tile(NamedTuple):
@@ -42,7 +42,8 @@ class How(NamedTuple):
         tile: what is done at once.
         forward: taps that look ahead.
         activation: "relu_res" or "linear".
-        edges: whether the rows before the first token and after the last have a gradient.
+        edges: x holds the rows before the first token, which have a gradient too (then forward is
+            0); else they are 0.
     """
 
     tile: Tile
@@ -51,13 +52,12 @@ class How(NamedTuple):
     edges: bool
 
 
-def tile_of(b: int, t: int, dilation: int, e: int) -> Tile:
-    """The tile for t tokens in phases of `dilation`."""
+def tile_of(b: int, t: int, dilation: int, e: int, taps: int) -> Tile:
+    """The tile for t tokens in phases of `dilation`; neighbours hold all that its taps reach."""
     n = -(-t // dilation)
-    most = max(1, _TILE // e)
-    if most > _GROUPS:
-        most -= most % _GROUPS
-    rows = -(-n // -(-n // most))
+    most = max(_TILE // e, taps - 1, 1)
+    most += -most % _GROUPS
+    rows = max(-(-n // -(-n // most)), min(n, taps - 1))
     if rows > _GROUPS:
         rows += -rows % _GROUPS
     phases = _divisor(dilation, most // rows)
@@ -71,81 +71,76 @@ def _divisor(n: int, most: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def level(padded, weight, bias, behind, ahead, how):
+def level(x, weight, bias, behind, ahead, how):
     """The next level `[b n d e]`.
 
     Args:
-        padded: `[b w-1+n d e]`, inputs by row and phase, with what the first and the last row see
-            beyond them.
-        weight: `[w e]`; tap j looks back j - how.forward rows.
+        x: `[b n d e]`, inputs by row and phase; with how.edges w - 1 rows more before them.
+        weight: `[w e]`; tap j looks back j - how.forward rows, 0 beyond both ends.
         bias: `[e]`.
         behind, ahead: int32 `[b n d 1]`, how many tokens each one sees; None = all.
         how: see How.
     """
-    b, _, d, e = padded.shape
+    b, _, d, e = x.shape
     w, tile = weight.shape[0], how.tile
 
     def body(at, out):
-        x = _cut(padded, at, tile, w - 1)
+        part = _inputs(x, at, w, how)
         sights = [_cut(sight, at, tile) for sight in (behind, ahead)]
-        a = _sum(x, weight, bias, sights, d, how.forward)
-        return _put(out, next_level(_tap(x, w, how.forward), a, how.activation), at)
+        a = _sum(part, weight, bias, sights, d, how.forward)
+        return _put(out, next_level(_tap(part, w, how.forward), a, how.activation), at)
 
-    return _each(tile, (b, d), body, jnp.zeros((b, tile.n, d, e), padded.dtype))
+    return _each(tile, (b, d), body, jnp.zeros((b, tile.n, d, e), x.dtype))
 
 
-def _level_forward(padded, weight, bias, behind, ahead, how):
-    y = level(padded, weight, bias, behind, ahead, how)
-    return y, (padded, weight, bias, behind, ahead)
+def _level_forward(x, weight, bias, behind, ahead, how):
+    return level(x, weight, bias, behind, ahead, how), (x, weight, bias, behind, ahead)
 
 
 def _level_backward(how, residuals, dy):
-    padded, weight, bias, behind, ahead = residuals
-    b, rows, d, e = padded.shape
-    w, n, tile = weight.shape[0], dy.shape[1], how.tile
-    before = w - 1 - how.forward  # rows of padded before the first token's
-    lead = w - 1 if how.edges else how.forward
-    spread = tile_of(b, rows * d, d, e) if how.edges else tile  # of the gradient of padded
+    x, weight, bias, behind, ahead = residuals
+    b, rows, d, e = x.shape
+    w, tile = weight.shape[0], how.tile
 
     def products(at, carry):
         da, sums = carry
-        x, g = _cut(padded, at, tile, w - 1), _cut(dy, at, tile)
+        part, g = _inputs(x, at, w, how), _cut(dy, at, tile)
         sights = [_cut(sight, at, tile) for sight in (behind, ahead)]
         if how.activation == "relu_res":
-            g = jnp.where(_sum(x, weight, bias, sights, d, how.forward) > 0, g, 0)
+            g = jnp.where(_sum(part, weight, bias, sights, d, how.forward) > 0, g, 0)
             g = jax.lax.optimization_barrier(g)
-        parts = [
-            _grouped(_seen(g, sights, (j - how.forward) * d) * _tap(x, w, j)) for j in range(w)
+        new = [
+            _products(_seen(g, sights, (j - how.forward) * d), _tap(part, w, j)) for j in range(w)
         ]
-        sums = [old + new for old, new in zip(sums, [*parts, _grouped(g)], strict=True)]
-        return _put(da, g, (at[0], at[1] + lead, *at[2:])), sums
+        sums = [old + more for old, more in zip(sums, [*new, _products(g)], strict=True)]
+        return _put(da, g, at), sums
 
     zero = jnp.zeros((tile.batch, tile.rows // _groups(tile.rows), tile.phases, e), dy.dtype)
-    da = jnp.zeros((b, spread.n + w - 1, d, e), dy.dtype)
-    da, sums = _each(tile, (b, d), products, (da, [zero] * (w + 1)))
+    da, sums = _each(tile, (b, d), products, (jnp.zeros_like(dy), [zero] * (w + 1)))
     *dweight, dbias = (jnp.sum(total, axis=(0, 1, 2)) for total in sums)
 
-    def around(x, fill=0):  # as da lies
-        after = spread.n + w - 1 - n - lead
-        return jnp.pad(x, ((0, 0), (lead, after), (0, 0), (0, 0)), constant_values=fill)
-
-    past = dy if not how.edges else around(dy)[:, how.forward :]
-    behind, ahead = (None if x is None else around(x, -1) for x in (behind, ahead))
+    # x[q] is read by row q + j - forward through tap j.
+    before, after, back = how.forward, w - 1 - how.forward, tile
+    if how.edges:  # rows of x begin w - 1 before those of da
+        back = tile_of(b, rows * d, d, e, w)
+        lay = lambda x, fill=0: jnp.pad(
+            x, ((0, 0), (w - 1, back.n - rows), (0, 0), (0, 0)), constant_values=fill
+        )
+        before, after = 0, w - 1
+        da, dy = lay(da), lay(dy)
+        behind, ahead = None if behind is None else lay(behind, -1), None
 
     def spreads(at, out):
-        g = _cut(da, at, spread, w - 1)
-        sights = [_cut(sight, at, spread, w - 1) for sight in (behind, ahead)]
-        total = _cut(past, at, spread) if how.activation == "relu_res" else 0
+        g = _around(da, at, back, before, after)
+        sights = [_around(sight, at, back, before, after, -1) for sight in (behind, ahead)]
+        total = _cut(dy, at, back) if how.activation == "relu_res" else 0
         for j in range(w):
             part = _seen(g, sights, (j - how.forward) * d)
-            total = total + weight[j] * part[:, j : j + spread.rows]
+            total = total + weight[j] * part[:, j : j + back.rows]
         return _put(out, total, at)
 
-    dx = _each(spread, (b, d), spreads, jnp.zeros((b, spread.n, d, e), dy.dtype))
-    dx = dx[:, :rows]
-    if not how.edges:
-        dx = jnp.pad(dx, ((0, 0), (before, how.forward), (0, 0), (0, 0)))
-    return dx, jnp.stack(dweight), dbias, None, None
+    dx = _each(back, (b, d), spreads, jnp.zeros((b, back.n, d, e), dy.dtype))
+    return dx[:, :rows], jnp.stack(dweight), dbias, None, None
 
 
 level.defvjp(_level_forward, _level_backward)
@@ -177,11 +172,15 @@ def _groups(rows: int) -> int:
     return math.gcd(rows, _GROUPS) if rows > _GROUPS else rows
 
 
-def _grouped(x):
-    """`[b rows p e]` with the rows added up in groups; XLA makes one quick loop of it."""
-    b, rows, p, e = x.shape
-    groups = _groups(rows)
-    return jnp.sum(x.reshape(b, groups, rows // groups, p, e), axis=1)
+def _products(*factors):
+    """Their product `[b rows p e]`, with parts of the rows added up.
+
+    Term by term: XLA makes one loop of it over whole vectors, which it does of no sum over an axis.
+    """
+    rows = factors[0].shape[1]
+    size = rows // _groups(rows)
+    part = lambda i: math.prod(x[:, i : i + size] for x in factors)
+    return sum(part(i) for i in range(size, rows, size)) + part(0)
 
 
 def _each(tile: Tile, sizes: tuple[int, int], body: Callable, carry: Any) -> Any:
@@ -189,8 +188,6 @@ def _each(tile: Tile, sizes: tuple[int, int], body: Callable, carry: Any) -> Any
     b, d = sizes
     by_row, by_phase = tile.n // tile.rows, d // tile.phases
     count = b // tile.batch * by_row * by_phase
-    if count == 1:
-        return body((0, 0, 0, 0), carry)
 
     def step(i, carry):
         phase = i % by_phase * tile.phases
@@ -200,12 +197,37 @@ def _each(tile: Tile, sizes: tuple[int, int], body: Callable, carry: Any) -> Any
     return jax.lax.fori_loop(0, count, step, carry)
 
 
+def _inputs(x, at, w: int, how: How):
+    """A tile of x with the rows around it that w taps read."""
+    if how.edges:
+        return _cut(x, at, how.tile, w - 1)
+    return _around(x, at, how.tile, w - 1 - how.forward, how.forward)
+
+
 def _cut(x, at, tile: Tile, more: int = 0):
     """A tile, with so many rows more behind it."""
     if x is None:
         return None
     shape = (tile.batch, tile.rows + more, tile.phases, x.shape[3])
     return jax.lax.optimization_barrier(jax.lax.dynamic_slice(x, at, shape))
+
+
+def _around(x, at, tile: Tile, before: int, after: int, fill=0):
+    """A tile with rows before and after it, `fill` beyond the ends of x."""
+    if x is None:
+        return None
+    cut = lambda row, rows: jax.lax.dynamic_slice(
+        x, (at[0], row, at[2], 0), (tile.batch, rows, tile.phases, x.shape[3])
+    )
+    row, end = at[1], at[1] + tile.rows
+    parts = [cut(row, tile.rows)]
+    if before:
+        rows = cut(jnp.maximum(row - before, 0), before)
+        parts.insert(0, jnp.where(row > 0, rows, fill))
+    if after:
+        rows = cut(jnp.minimum(end, tile.n - after), after)
+        parts.append(jnp.where(end < tile.n, rows, fill))
+    return jax.lax.optimization_barrier(jnp.concatenate(parts, axis=1))
 
 
 def _put(x, part, at):

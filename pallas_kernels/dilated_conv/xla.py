@@ -65,16 +65,16 @@ def run(
         forward = min(taps // 2, most) if symmetric else 0
         back = min(taps - 1 - taps // 2 if symmetric else taps - 1, most if fresh else taps)
         middle = taps // 2 if symmetric else 0
-        tile = tile_of(b, t, d, e)
+        tile = tile_of(b, t, d, e, back + forward + 1)
         n = tile.n
-        padded = jnp.pad(s, ((0, 0), (back * d, (n + forward) * d - t), (0, 0)))
+        x = jnp.pad(s, ((0, 0), (0 if fresh else back * d, n * d - t), (0, 0)))
         if not fresh and back:
             past = rings.seen_lags(ring[:, at], before, jnp.arange(back * d, 0, -1))
-            padded = _place(padded, past, first)
+            x = _place(x, past, first)
         w = weight[i, middle - forward : middle + back + 1]
         rows = lambda x, d=d, n=n: None if x is None else _rows(x, n, d)
         how = How(tile, forward, activation, edges=not fresh)
-        s = level(padded.reshape(b, -1, d, e), w, bias[i], rows(behind), rows(ahead), how)
+        s = level(x.reshape(b, -1, d, e), w, bias[i], rows(behind), rows(ahead), how)
         s = s.reshape(b, n * d, e)[:, :t]
         s = s if valid is None else jnp.where(valid[..., None], s, 0)
     y = s.astype(out_dtype)

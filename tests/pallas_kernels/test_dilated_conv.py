@@ -25,9 +25,11 @@ def test_agrees_with_and_without_documents(spec):
 @pytest.mark.parametrize("spec", [WHOLE, SYMMETRIC], ids=lambda s: s.name)
 def test_agrees_in_many_tiles(spec, monkeypatch):
     """Rows, phases and the batch cut: as long sequences are."""
-    monkeypatch.setattr(level, "_TILE", 100)
-    assert level.tile_of(4, 130, 4, 3) == level.Tile(1, 32, 1, 64)
-    assert level.tile_of(4, 37, 1, 1) == level.Tile(2, 48, 1, 48)
+    monkeypatch.setattr(level, "_TILE", 40)
+    assert level.tile_of(4, 130, 4, 3, taps=3) == level.Tile(1, 16, 1, 48)
+    assert level.tile_of(4, 19, 1, 1, taps=3) == level.Tile(1, 24, 1, 24)
+    assert level.tile_of(1, 41, 1, 100, taps=34) == level.Tile(1, 40, 1, 80)
+    assert level.tile_of(4, 4, 4, 3, taps=1) == level.Tile(4, 1, 4, 1)
     testing.check_agrees(dilated_conv, spec, 130, documents=spec is WHOLE)
 
 
