@@ -14,7 +14,7 @@ from pallas_kernels.neural_memory.memory import ACTIVATIONS, Rule, Weights
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 LIMITS = ("none", "clip", "normalise")
-_OF_WEIGHTS = Weights(w_out="h v n", w_in="h m k", w_hidden="h l m m", gamma="h v")
+_OF_WEIGHTS = ("h v n", "h m k", "h l m m", "h v")  # w_out, w_in, w_hidden, gamma
 AXES = axes(
     "b t h k, b t h k, b t h v, b t h, b t h, b t h, "
     + ", ".join((*_OF_WEIGHTS, *_OF_WEIGHTS))
@@ -137,10 +137,8 @@ def neural_memory(
     how = Rule(chunk, activation, float(norm_eps), limit, float(max_norm), bool(detach_norm))
     _check_settings(how)
     sizes: dict[str, int] = {}
-    opening, momentum = (
-        Weights(w_out, w_in, w_hidden, gamma),
-        Weights(s_out, s_in, s_hidden, s_gamma),
-    )
+    opening = Weights(w_out, w_in, w_hidden, gamma)
+    given = (s_out, s_in, s_hidden, s_gamma)
     check_shapes(
         "neural_memory",
         sizes,
@@ -150,15 +148,15 @@ def neural_memory(
         alpha=("b t h", alpha),
         eta=("b t h", eta),
         theta=("b t h", theta),
-        **_named(opening, ""),
-        **_named(momentum, "s_"),
+        **_named(opening, Weights._fields),
+        **_named(given, ("s_out", "s_in", "s_hidden", "s_gamma")),
     )
     _check_layers(sizes, opening)
     dtype = state_dtype(q, k, v, alpha, eta, theta, *(x for x in opening if x is not None))
     opening = jax.tree.map(lambda x: x.astype(dtype), opening)
-    momentum = Weights(*map(_or_zeros, opening, momentum))
+    momentum = Weights(*map(_or_zeros, opening, given))
     fresh = initial_state is None
-    if fresh:
+    if initial_state is None:
         rows = lambda tree: jax.tree.map(
             lambda x: jnp.broadcast_to(x, (sizes["b"], *x.shape)), tree
         )
@@ -206,11 +204,8 @@ def _check_settings(how: Rule) -> None:
             raise ValueError(f"neural_memory: {name}={number}; it must be above 0")
 
 
-def _named(weights: Weights, prefix: str) -> dict[str, tuple[str, jax.Array | None]]:
+def _named(weights: tuple, names: tuple[str, ...]) -> dict[str, tuple[str, jax.Array | None]]:
     """Weights for check_shapes, under the names of the arguments."""
-    names = ("w_out", "w_in", "w_hidden", "gamma")
-    if prefix:
-        names = tuple(prefix + name.removeprefix("w_") for name in names)
     return dict(zip(names, zip(_OF_WEIGHTS, weights, strict=True), strict=True))
 
 

@@ -166,11 +166,15 @@ class NeuralMemory(nnx.Module):
         self.w_hidden = weight(jnp.stack(hidden, axis=1)) if hidden else None
         gamma = param(jnp.zeros((h, k)), axes=("heads", None), decay=False)
         self.gamma = gamma if norm else None
+        # Of the state of a row: the layer may be without arrays, or several of them stacked.
+        self.shapes = tuple(None if x is None else x.shape for x in self._variables())
+
+    def _variables(self):
+        return self.w_out, self.w_in, self.w_hidden, self.gamma
 
     def weights(self) -> Weights:
         """That every document begins with, before the persistent tokens are written."""
-        both = (self.w_out, self.w_in, self.w_hidden, self.gamma)
-        return Weights(*(None if x is None else x[...] for x in both))
+        return Weights(*(None if x is None else x[...] for x in self._variables()))
 
     def __call__(
         self,
@@ -274,9 +278,8 @@ class NeuralMemory(nnx.Module):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state before the first token: it holds no weights yet."""
-        rows = lambda: jax.tree.map(
-            lambda x: jnp.zeros((batch_size, *x.shape), jnp.float32), self.weights()
-        )
+        row = lambda shape: shape and jnp.zeros((batch_size, *shape), jnp.float32)
+        rows = lambda: Weights(*map(row, self.shapes))
         # One array each: a state is donated, and no buffer can be given away twice.
         count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         memory = NeuralMemoryState(rows(), rows(), rows(), count, last_id)
@@ -284,7 +287,7 @@ class NeuralMemory(nnx.Module):
 
     def state_bytes(self) -> dict[str, int]:
         """Weights now, at the chunk's start, and momentum; and with the conv inputs and counts."""
-        weights = 3 * 4 * sum(x.size for x in jax.tree.leaves(self.weights()))
+        weights = 3 * 4 * sum(math.prod(shape) for shape in self.shapes if shape)
         return {"recurrent": weights, "total": weights + 8 + self.inputs.state_bytes()}
 
 
