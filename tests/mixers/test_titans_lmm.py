@@ -147,11 +147,12 @@ def test_a_step_that_may_diverge_is_warned_of():
 
 
 def test_it_tells_of_its_memory():
-    mixer = MAKE(16, rngs=nnx.Rngs(0))
+    graphdef, variables = nnx.split(MAKE(16, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (2, 20, 16))
     ids = jnp.asarray([[1] * 20, [1] * 5 + [0] * 15], jnp.int32)
     call = lambda mixer, x: mixer(x, segment_ids=ids)
-    (_, state), told = jax.jit(lambda x: captured(mixer, call, x))(x)
+    run = lambda variables, x: captured(nnx.merge(graphdef, variables), call, x)
+    (_, state), told = jax.jit(run)(variables, x)
     values = {k: float(v[0]) for k, v in gather([{k: v[None] for k, v in told.items()}])[1].items()}
     assert set(values) == {
         f"memory_{name}"
