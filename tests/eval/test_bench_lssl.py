@@ -1,12 +1,12 @@
 """The bench of LSSL: its rows, and the memory that it promises."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 
-import jax.numpy as jnp
-import numpy as np
+import jax
 import pytest
 
 from seqzoo.eval.bench import lssl
@@ -16,8 +16,9 @@ def test_rows():
     assert lssl.title(256, 256, 16_384) == "kernel H256 N256 L16,384"
     row = lssl.row("a", "ms", 12.345)
     assert (row["measured"], row["unit"], row["to reach"]) == (12.3, "ms", "")
-    k = lssl.kernels(*lssl.arguments(3, 4, 2), length=5)
-    assert k.shape == (3, 2, 5) and np.all(jnp.isfinite(k))
+    shapes = jax.eval_shape(lambda: lssl.arguments(3, 4, 2))
+    k = jax.eval_shape(functools.partial(lssl.kernels, length=5), *shapes)
+    assert k.shape == (3, 2, 5)
 
 
 @pytest.mark.slow

@@ -39,13 +39,17 @@ def test_forms_agree(t):
     C, u, x = draw(t)
     step = system()
     want, after = recurrence(step, C, u, x)
-    with jax.enable_x64(True):
+
+    @jax.jit
+    def run(step, C, u, x):
         k, _ = krylov.kernel(step, C, t)
-        old = np.asarray(krylov.respond(step, C, jnp.asarray(x), t))
-        chunks, _ = krylov.scan(step, jnp.asarray(C), jnp.asarray(u))
-        got = krylov.absorb(step, jnp.asarray(u[..., ::-1]), t, jnp.asarray(x))
+        chunks, _ = krylov.scan(step, C, u)
+        after = krylov.absorb(step, u[..., ::-1], t, x)
+        return k, krylov.respond(step, C, x, t), chunks, after
+
+    with jax.enable_x64(True):
+        k, old, chunks, got = map(np.asarray, run(step, C, u, x))
     assert k.shape == (E, M, t)
-    k = np.asarray(k)
     y = np.stack([np.einsum("ebi,emi->ebm", u[..., : i + 1], k[..., i::-1]) for i in range(t)], -1)
     np.testing.assert_allclose(y + old, want, atol=1e-12 * np.abs(want).max())
     np.testing.assert_allclose(got, after, atol=1e-12 * np.abs(after).max())
