@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.chunk_attention.scores import weigh
 from pallas_kernels.core.segments import boundaries
 
+counted_as = "xla"  # tokens times window or chunk, not the t^2 pairs of this
+
 
 def refuses(shapes, device_kind) -> None:
     """Serves every call."""

@@ -133,7 +133,8 @@ class MegaBlock(nnx.Module):
             dtype=self.dtype,
             rngs=rngs,
         )
-        self.norm = NORMS[norm](d_model, eps=norm_eps, dtype="float32", rngs=rngs)
+        wide = str(jnp.promote_types(self.dtype, jnp.float32))
+        self.norm = NORMS[norm](d_model, eps=norm_eps, dtype=wide, rngs=rngs)
         self.move = move
         self.v_proj = project(d_model, v, ("embed", "inner"))
         self.mx_proj = project(d_model, 2 * d_model + z + v, ("embed", None))

@@ -12,7 +12,7 @@ from pallas_kernels import chunk_attention
 from pallas_kernels.chunk_attention.arg_specs import named
 from pallas_kernels.chunk_attention.scores import DEVIATION, MEAN
 from pallas_kernels.chunk_attention.xla import XlaConfig
-from pallas_kernels.core import bench, testing
+from pallas_kernels.core import bench, dispatch, testing
 from pallas_kernels.core.costs import Cost, count_flops
 
 CHUNKS, LAPLACE, LONG, SHARP = map(named, ("chunks", "laplace", "long_chunks", "sharp_chunks"))
@@ -202,6 +202,14 @@ def test_cost_is_about_what_xla_does(backward):
     assert 0.3 < stated.transcendentals / counted.transcendentals < 0.7
     two_sided = chunk_attention.cost(**sizes, chunk=64, causal=False)
     assert two_sided.flops == 2 * 64 / 65 * chunk_attention.cost(**sizes, chunk=64).flops
+
+
+def test_models_count_chunks_and_not_all_pairs():
+    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    run = lambda *a: jnp.sum(chunk_attention(*a, chunk=64)[0])
+    with dispatch.counting():
+        short, long = (count_flops(run, *(struct(1, t, 1, 8),) * 3).flops for t in (512, 2048))
+    assert long == pytest.approx(4 * short, rel=0.01)
 
 
 @pytest.mark.parametrize(
