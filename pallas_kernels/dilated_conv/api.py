@@ -162,4 +162,5 @@ def cost(
 dilated_conv.axes = AXES  # type: ignore[attr-defined]
 dilated_conv.forms = FORMS  # type: ignore[attr-defined]
 dilated_conv.options = dict(dilations=(1, 16, 256))  # type: ignore[attr-defined]  # of a typical call
+dilated_conv.sizes = dict(j=3)  # type: ignore[attr-defined]
 dilated_conv.cost = cost  # type: ignore[attr-defined]
