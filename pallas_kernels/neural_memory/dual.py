@@ -18,6 +18,7 @@ from pallas_kernels.neural_memory.memory import (
     means,
     standardised,
 )
+from pallas_kernels.neural_memory.mixing import Mix, scaled
 
 
 def one_document(how, opening, carry, tokens, mine, place):
@@ -64,8 +65,8 @@ def _chunk(how: Rule, carry, tokens, mine):
 
     q, k, v, alpha, _, theta = map(by_head, tokens)
     eta = by_head(tokens[4], 1)
-    mix = _Mix(alpha, eta, theta, own)
-    inputs, errors, slopes = _gradients(how, start, k, v)
+    mix = Mix(alpha, eta, theta, own)
+    inputs, errors, by_gamma = _gradients(how, start, k, v)
     x, layers, momenta = q, [], []
     matrices = list(zip(now.layers(), momentum.layers(), inputs, errors, strict=True))
     for i, (w, s, a, d) in enumerate(matrices):
@@ -81,13 +82,12 @@ def _chunk(how: Rule, carry, tokens, mine):
         momenta.append(mix.keep_momentum * s - outer(mix.momenta_of_last))
     gain, gain_momentum = now.gamma, momentum.gamma
     if gain is not None:
-        u = slopes
         gains = mix.weights[..., None] * gain[..., None, :]
         gains = gains + mix.momentum[..., None] * gain_momentum[..., None, :]
-        gains = gains - einsum("bhcj,bhjv->bhcv", mix.gradients, u)
+        gains = gains - einsum("bhcj,bhjv->bhcv", mix.gradients, by_gamma)
         x = standardised(x, how.norm_eps)[0] * (1 + gains) + q
         gain_momentum = mix.keep_momentum[..., 0] * gain_momentum - einsum(
-            "bhc,bhcv->bhv", mix.momenta_of_last, u
+            "bhc,bhcv->bhv", mix.momenta_of_last, by_gamma
         )
         gain = gains[..., -1, :]
     after = (
@@ -96,78 +96,6 @@ def _chunk(how: Rule, carry, tokens, mine):
         momentum.rebuilt(tuple(momenta), gain_momentum),
     )
     return after, jnp.swapaxes(x, 1, 2).astype(out_dtype)
-
-
-class _Mix:
-    """What is left, at each token, of the weights and the momentum before, and of each gradient.
-
-        M_t = weights_t W + momentum_t S - sum_i gradients_ti u_i
-
-    Attributes:
-        weights, momentum: `[b h c]`.
-        gradients: `[b h c c]`, C of README.md.
-        keep_weights, add_momentum: the first two at the last token, `[b h 1 1]`.
-        keep_momentum: what is left of the momentum in the momentum, `[b h 1 1]`.
-        momenta_of_last: what of each token's gradient is in the momentum after the last, `[b h c]`.
-    """
-
-    def __init__(self, alpha, eta, theta, own):
-        forgets, fades = products(jnp.stack([1 - alpha, eta]))  # [b h c 1+c]
-        in_weights = fades if own is None else jnp.where(own[..., None], fades, 0)
-        both = einsum("bhts,bhsi->bhti", forgets[..., 1:], in_weights)
-        self.weights, self.momentum = forgets[..., 0], both[..., 0]
-        self.gradients = both[..., 1:] * theta[..., None, :]
-        last = lambda x: x[..., -1][..., None, None]
-        self.keep_weights, self.add_momentum = last(self.weights), last(self.momentum)
-        self.keep_momentum = last(fades[..., 0])
-        self.momenta_of_last = fades[..., -1, 1:] * theta
-
-
-@jax.custom_vjp
-def scaled(share: jax.Array, x: jax.Array) -> jax.Array:
-    """Rows of `[... c i]` times `[... c]`."""
-    return share[..., None] * x
-
-
-def _scaled_forward(share, x):
-    return scaled(share, x), (share, x)
-
-
-def _scaled_backward(kept, dy):
-    share, x = kept
-    return dots(dy, x)[..., 0], share[..., None] * dy
-
-
-scaled.defvjp(_scaled_forward, _scaled_backward)
-
-
-@jax.custom_vjp
-def products(x: jax.Array) -> jax.Array:
-    """Products over stretches of the last axis: `[... c]` gives `[... c 1+c]`.
-
-    Entry (t, 0) is x_0 ... x_t; entry (t, 1+s) is x_{s+1} ... x_t, 1 for s = t and 0 for s > t.
-    Products and no differences of logarithms: a factor of 0 is exact, and so is its gradient.
-    """
-    c = x.shape[-1]
-    t, s = jnp.arange(c)[:, None], jnp.arange(-1, c)
-    stretches = jnp.cumprod(jnp.where(t > s, x[..., :, None], 1), axis=-2)
-    return jnp.where(t >= s, stretches, 0)
-
-
-def _products_forward(x):
-    f = products(x)
-    return f, f
-
-
-def _products_backward(f, df):
-    """x_j is in the stretches from s < j to t >= j: what is before it times what follows it."""
-    follows = einsum("...tj,...ts->...js", f[..., 1:], df)
-    first = jnp.zeros_like(f[..., :1, :]).at[..., 0].set(1)  # nothing is before x_0
-    before = jnp.concatenate([first, f[..., :-1, :]], axis=-2)
-    return (dots(before, follows)[..., 0],)
-
-
-products.defvjp(_products_forward, _products_backward)
 
 
 def _gradients(how: Rule, start: Weights, k, v):
