@@ -38,6 +38,7 @@ class TitansLMM(nnx.Module):
         activation: between its layers, "gelu" or "silu".
         empty_memory: its last layer starts at 0 (and is learned): it holds nothing at first.
         d_conv: taps of the convolutions of q, k and v; 0 = none.
+        conv_init_std: they start as the identity plus normal values of this standard deviation.
         use_momentum: else eta is 0.
         use_forgetting: else alpha is 0.
         theta_max: largest step size; None = (1 - eta) / chunk, eta being that of eta_bias.
@@ -78,6 +79,7 @@ class TitansLMM(nnx.Module):
         activation: str = "gelu",
         empty_memory: bool = False,
         d_conv: int = 4,
+        conv_init_std: float = 0.02,
         use_momentum: bool = True,
         use_forgetting: bool = True,
         theta_max: float | None = None,
@@ -109,6 +111,7 @@ class TitansLMM(nnx.Module):
             activation=activation,
             empty_memory=empty_memory,
             d_conv=d_conv,
+            conv_init_std=conv_init_std,
             use_momentum=use_momentum,
             use_forgetting=use_forgetting,
             theta_max=theta_max,

@@ -52,8 +52,8 @@ class TitansMAC(nnx.Module):
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
         segment: tokens of a segment, a multiple of chunk.
         chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
-            use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias, limit,
-            max_norm, detach_norm: the memory's, as TitansLMM has them.
+            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias,
+            limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens that attention sees in every segment, 0 = none.
         rope: turn queries and keys by their positions: 0 to segment - 1 for what is recalled, then
             the tokens; persistent tokens have none.
@@ -91,6 +91,7 @@ class TitansMAC(nnx.Module):
         activation: str = "gelu",
         empty_memory: bool = False,
         d_conv: int = 4,
+        conv_init_std: float = 0.02,
         use_momentum: bool = True,
         use_forgetting: bool = True,
         theta_max: float | None = None,
@@ -129,6 +130,7 @@ class TitansMAC(nnx.Module):
             unit=1,
             n_out=1,
             d_conv=d_conv,
+            conv_init_std=conv_init_std,
             implementation=implementation,
             **common,
         )
@@ -146,6 +148,7 @@ class TitansMAC(nnx.Module):
             activation=activation,
             empty_memory=empty_memory,
             d_conv=d_conv,
+            conv_init_std=conv_init_std,
             use_momentum=use_momentum,
             use_forgetting=use_forgetting,
             theta_max=theta_max,

@@ -39,8 +39,8 @@ class TitansMAG(nnx.Module):
         d_model: width of the input and output.
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
         chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
-            use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias, limit,
-            max_norm, detach_norm: the memory's, as TitansLMM has them.
+            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias,
+            limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens before each document and in every window, 0 = none.
         window: tokens that attention sees, itself included.
         rope: turn queries and keys by their positions, persistent tokens not.
@@ -76,6 +76,7 @@ class TitansMAG(nnx.Module):
         activation: str = "gelu",
         empty_memory: bool = False,
         d_conv: int = 4,
+        conv_init_std: float = 0.02,
         use_momentum: bool = True,
         use_forgetting: bool = True,
         theta_max: float | None = None,
@@ -107,6 +108,7 @@ class TitansMAG(nnx.Module):
             activation=activation,
             empty_memory=empty_memory,
             d_conv=d_conv,
+            conv_init_std=conv_init_std,
             use_momentum=use_momentum,
             use_forgetting=use_forgetting,
             theta_max=theta_max,

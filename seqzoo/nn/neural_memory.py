@@ -56,6 +56,7 @@ class NeuralMemory(nnx.Module):
         empty_memory: its last layer starts at 0 (and is learned), so that it holds nothing at
             first; else Xavier's uniform like the others.
         d_conv: taps of the convolution, 0 = none.
+        conv_init_std: it starts as the identity plus normal values of this standard deviation.
         use_momentum: else eta is 0.
         use_forgetting: else alpha is 0.
         theta_max: largest step size; None = (1 - eta) / chunk with the eta of eta_bias.
@@ -89,6 +90,7 @@ class NeuralMemory(nnx.Module):
         activation: str = "gelu",
         empty_memory: bool = False,
         d_conv: int = 4,
+        conv_init_std: float = 0.02,
         use_momentum: bool = True,
         use_forgetting: bool = True,
         theta_max: float | None = None,
@@ -105,7 +107,7 @@ class NeuralMemory(nnx.Module):
         rngs: nnx.Rngs,
     ):
         at_least(1, n_heads=n_heads, head_dim=head_dim, chunk=chunk, memory_layers=memory_layers)
-        at_least(0, d_conv=d_conv, n_persistent=n_persistent)
+        at_least(0, d_conv=d_conv, n_persistent=n_persistent, conv_init_std=conv_init_std)
         inner = round(memory_expand * head_dim)
         if inner < 1 or abs(inner - memory_expand * head_dim) > 1e-5 * inner:
             raise ValueError(
@@ -140,6 +142,7 @@ class NeuralMemory(nnx.Module):
             unit=2,
             n_out=3,
             d_conv=d_conv,
+            conv_init_std=conv_init_std,
             implementation=implementation,
             dtype=dtype,
             rngs=rngs,

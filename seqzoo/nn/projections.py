@@ -19,7 +19,8 @@ class Projections(nnx.Module):
         n_heads, head_dim: heads (h) and the width of each (k).
         unit: how many of what comes out have length 1 (queries and keys; the first ones).
         n_out: how many heads' inputs come out.
-        d_conv: taps of the convolution, 0 = none. It starts near the identity.
+        d_conv: taps of the convolution, 0 = none.
+        conv_init_std: it starts as the identity plus normal values of this standard deviation.
         implementation: which implementation of the convolution; None = the best.
         dtype: of what comes out.
         rngs: source of the initial values.
@@ -34,6 +35,7 @@ class Projections(nnx.Module):
         unit: int,
         n_out: int,
         d_conv: int,
+        conv_init_std: float,
         implementation: str | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
@@ -46,7 +48,7 @@ class Projections(nnx.Module):
             self.conv = ShortConv(
                 width, d_conv, use_bias=False, implementation=implementation, **common
             )
-            weight = 0.02 * jax.random.normal(rngs.params(), (d_conv, width))
+            weight = conv_init_std * jax.random.normal(rngs.params(), (d_conv, width))
             self.conv.weight = param(weight.at[-1].add(1.0), axes=("conv", "inner"))
         self.d_conv = d_conv
 
