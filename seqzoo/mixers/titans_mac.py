@@ -52,8 +52,8 @@ class TitansMAC(nnx.Module):
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
         segment: tokens of a segment, a multiple of chunk.
         chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
-            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias,
-            limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
+            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias,
+            theta_bias, limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens that attention sees in every segment, 0 = none.
         rope: turn queries and keys by their positions: 0 to segment - 1 for what is recalled, then
             the tokens; persistent tokens have none.

@@ -39,8 +39,8 @@ class TitansMAG(nnx.Module):
         d_model: width of the input and output.
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
         chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
-            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias, theta_bias,
-            limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
+            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias,
+            theta_bias, limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens before each document and in every window, 0 = none.
         window: tokens that attention sees, itself included.
         rope: turn queries and keys by their positions, persistent tokens not.
