@@ -60,12 +60,12 @@ def tile_of(b: int, t: int, dilation: int, e: int, taps: int) -> Tile:
     rows = max(-(-n // -(-n // most)), min(n, taps - 1))
     if rows > _GROUPS:
         rows += -rows % _GROUPS
-    phases = _divisor(dilation, most // rows)
-    batch = _divisor(b, most // (rows * phases)) if phases == dilation else 1
+    phases = divisor(dilation, most // rows)
+    batch = divisor(b, most // (rows * phases)) if phases == dilation else 1
     return Tile(batch, rows, phases, -(-n // rows) * rows)
 
 
-def _divisor(n: int, most: int) -> int:
+def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is no larger."""
     return max(k for k in range(1, max(1, min(n, most)) + 1) if n % k == 0)
 
@@ -102,22 +102,25 @@ def _level_backward(how, residuals, dy):
     b, rows, d, e = x.shape
     w, tile = weight.shape[0], how.tile
 
-    def products(at, carry):
-        da, sums = carry
-        part, g = _inputs(x, at, w, how), _cut(dy, at, tile)
-        sights = [_cut(sight, at, tile) for sight in (behind, ahead)]
-        if how.activation == "relu_res":
-            g = jnp.where(_sum(part, weight, bias, sights, d, how.forward) > 0, g, 0)
-            g = jax.lax.optimization_barrier(g)
-        new = [
-            _products(_seen(g, sights, (j - how.forward) * d), _tap(part, w, j)) for j in range(w)
-        ]
-        sums = [old + more for old, more in zip(sums, [*new, _products(g)], strict=True)]
-        return _put(da, g, at), sums
+    # Three passes: what is computed in one is in memory for the next. Within a pass XLA would
+    # compute da again for the gradient of each tap.
+    def through_relu(at, da):
+        a = _sum(_inputs(x, at, w, how), weight, bias, cuts(at), d, how.forward)
+        return _put(da, jnp.where(a > 0, _cut(dy, at, tile), 0), at)
 
+    def products(at, sums):
+        part, g, seen = _inputs(x, at, w, how), _cut(da, at, tile), cuts(at)
+        new = [_products(_seen(g, seen, (j - how.forward) * d), _tap(part, w, j)) for j in range(w)]
+        return [old + more for old, more in zip(sums, [*new, _products(g)], strict=True)]
+
+    cuts = lambda at: [_cut(sight, at, tile) for sight in (behind, ahead)]
+    da = dy
+    if how.activation == "relu_res":
+        da = _each(tile, (b, d), through_relu, jnp.zeros_like(dy))
     zero = jnp.zeros((tile.batch, tile.rows // _groups(tile.rows), tile.phases, e), dy.dtype)
-    da, sums = _each(tile, (b, d), products, (jnp.zeros_like(dy), [zero] * (w + 1)))
-    *dweight, dbias = (jnp.sum(total, axis=(0, 1, 2)) for total in sums)
+    *dweight, dbias = (
+        jnp.sum(total, axis=(0, 1, 2)) for total in _each(tile, (b, d), products, [zero] * (w + 1))
+    )
 
     # x[q] is read by row q + j - forward through tap j.
     before, after, back = how.forward, w - 1 - how.forward, tile
