@@ -9,8 +9,7 @@ from flax import nnx
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.neural_memory import MemoryState, NeuralMemory, memory_heads
-from seqzoo.nn.persistent_attention import PersistentAttention
-from seqzoo.nn.window_attention import WindowState
+from seqzoo.nn.persistent_attention import AttentionState, PersistentAttention
 
 
 class TitansMALState(NamedTuple):
@@ -18,11 +17,11 @@ class TitansMALState(NamedTuple):
 
     Attributes:
         memory: weights and momentum of every head, conv inputs.
-        window: keys and values of the last tokens.
+        attention: keys and values of the last tokens, conv inputs.
     """
 
     memory: MemoryState
-    window: WindowState
+    attention: AttentionState
 
 
 class TitansMAL(nnx.Module):
@@ -42,6 +41,7 @@ class TitansMAL(nnx.Module):
             theta_bias, limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens before each document and in every window, 0 = none.
         window: tokens that attention sees, itself included.
+        attention_conv: taps of the convolutions of attention's q, k and v; 0 = none.
         rope: turn queries and keys by their positions, persistent tokens not.
         rope_theta: base of the rotary wavelengths.
         norm_eps: added under the root of the norms.
@@ -87,6 +87,7 @@ class TitansMAL(nnx.Module):
         detach_norm: bool = False,
         n_persistent: int = 4,
         window: int = 512,
+        attention_conv: int = 4,
         rope: bool = True,
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-5,
@@ -129,8 +130,11 @@ class TitansMAL(nnx.Module):
             n_heads=n_heads,
             head_dim=head_dim,
             window=window,
+            d_conv=attention_conv,
+            conv_init_std=conv_init_std,
             rope=rope,
             rope_theta=rope_theta,
+            implementation=implementation,
             **common,
         )
         self.out_proj = linear(inner, d_model, axes=("heads", "embed"), **common)
@@ -153,16 +157,16 @@ class TitansMAL(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
-        memory, window = (None, None) if state is None else state
+        memory, attention = (None, None) if state is None else state
         opening, said = self.memory.opening(memory)
         m, memory = self.memory(x, segment_ids=segment_ids, state=memory, opening=opening)
-        y, window = self.attention(
+        y, attention = self.attention(
             self.norm(m),
             persistent=None if said is None else self.norm(said),
             segment_ids=segment_ids,
-            state=window,
+            state=attention,
         )
-        return self.out_proj(y), TitansMALState(memory, window)
+        return self.out_proj(y), TitansMALState(memory, attention)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> TitansMALState:
         """The state before the first token; `max_length` changes nothing here."""

@@ -12,7 +12,7 @@ from seqzoo.nn.param import param
 
 
 class Projections(nnx.Module):
-    """Heads out of the stream: silu(conv(x W)), some of them of length 1.
+    """Heads out of the stream: activation(conv(x W)), some of them of length 1.
 
     Args:
         d_in: width of what comes in.
@@ -20,6 +20,7 @@ class Projections(nnx.Module):
         unit: how many of what comes out have length 1 (queries and keys; the first ones).
         n_out: how many heads' inputs come out.
         d_conv: taps of the convolution, 0 = none.
+        activation: "silu" or None.
         conv_init_std: it starts as the identity plus normal values of this standard deviation.
         implementation: which implementation of the convolution; None = the best.
         dtype: of what comes out.
@@ -36,17 +37,24 @@ class Projections(nnx.Module):
         n_out: int,
         d_conv: int,
         conv_init_std: float,
+        activation: str | None = "silu",
         implementation: str | None = None,
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
         self.n_heads, self.head_dim, self.unit, self.n_out = n_heads, head_dim, unit, n_out
+        self.activation = activation
         width = n_out * n_heads * head_dim
         common = dict(dtype=str(jnp.dtype(dtype)), rngs=rngs)
         self.proj = linear(d_in, width, axes=("embed", "heads"), **common)
         if d_conv:
             self.conv = ShortConv(
-                width, d_conv, use_bias=False, implementation=implementation, **common
+                width,
+                d_conv,
+                use_bias=False,
+                activation=activation,
+                implementation=implementation,
+                **common,
             )
             weight = conv_init_std * jax.random.normal(rngs.params(), (d_conv, width))
             self.conv.weight = param(weight.at[-1].add(1.0), axes=("conv", "inner"))
@@ -60,7 +68,7 @@ class Projections(nnx.Module):
             state = states[0] if states else None
             y, state = self.conv(y, segment_ids=segment_ids, state=state)
             after = (state,)
-        else:
+        elif self.activation:
             y = jax.nn.silu(y)
         # Head by head, so that heads can be cut apart.
         y = y.reshape(*y.shape[:2], self.n_heads, self.n_out, self.head_dim)

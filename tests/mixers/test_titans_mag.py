@@ -78,15 +78,17 @@ def test_attention(persistent):
     tokens = jax.random.normal(jax.random.key(1), (persistent, 16)) if persistent else None
     ids = np.asarray([[1] * 31 + [2] * 59, [0] * 2 + [1] * 80 + [0] * 8], np.int32)
     y, _ = jax.jit(lambda x: layer(x, persistent=tokens, segment_ids=jnp.asarray(ids)))(x)
-    project = lambda p, x: np.asarray(x @ p.kernel[...]).reshape(*x.shape[:-1], 2, 8)
-    q, k, v = (project(p, x) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    project = lambda x: np.moveaxis(
+        np.asarray(x @ layer.inputs.proj.kernel[...]).reshape(*x.shape[:-1], 2, 3, 8), -2, 0
+    )
+    q, k, v = project(x)
     lag = np.arange(90)[:, None] - np.arange(90)
     seen = (lag >= 0) & (lag < 5) & (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, None]
     powers = np.exp(np.einsum("bthk,bshk->bhts", q, k) / 8**0.5) * seen[:, None]
     top = np.einsum("bhts,bshk->bthk", powers, v)
     total = powers.sum(-1)
     if persistent:
-        pk, pv = project(layer.k_proj, tokens), project(layer.v_proj, tokens)
+        _, pk, pv = project(tokens)
         more = np.exp(np.einsum("bthk,nhk->bhtn", q, pk) / 8**0.5)
         top, total = top + np.einsum("bhtn,nhk->bthk", more, pv), total + more.sum(-1)
     want = top / np.maximum(np.moveaxis(total, 1, 2), 1e-30)[..., None]
@@ -97,8 +99,9 @@ def test_attention(persistent):
 def test_attention_turns_as_sliding_window_attention_does():
     mine = PersistentAttention(16, n_heads=2, head_dim=8, window=5, rngs=nnx.Rngs(0))
     other = SlidingWindowAttention(16, n_heads=2, window=5, rngs=nnx.Rngs(0))
-    for name in ("q_proj", "k_proj", "v_proj"):
-        getattr(other, name).kernel[...] = getattr(mine, name).kernel[...]
+    kernels = jnp.moveaxis(mine.inputs.proj.kernel[...].reshape(16, 2, 3, 8), 2, 0)
+    for layer, kernel in zip((other.q_proj, other.k_proj, other.v_proj), kernels, strict=True):
+        layer.kernel[...] = kernel.reshape(16, 16)
     other.out_proj.kernel[...] = jnp.eye(16)
     x = jax.random.normal(jax.random.key(0), (2, 70, 16))
     np.testing.assert_allclose(jax.jit(mine)(x)[0], jax.jit(other)(x)[0], atol=1e-5)
@@ -108,6 +111,7 @@ def test_attention_turns_as_sliding_window_attention_does():
     "keywords, message",
     [
         (dict(window=0), "window is 0; it must be at least 1"),
+        (dict(attention_conv=-1), "attention_conv is -1; it must be at least 0"),
         (dict(head_dim=3), "head_dim is 3; it must be at least 1, and even with rope"),
         (dict(chunk=0), "chunk is 0"),
     ],
