@@ -149,14 +149,22 @@ def _convolution(config, v, inputs, plan):
     reverse = inputs.reverse_kernel
     reverse = None if reverse is None else reverse.astype(v.dtype).T[: t - 1]
     if plan is not None:
-        z = dyadic.packed(config.way, v, kernel[:t], reverse, plan.document)
+        # Where no row holds two documents, padding is all there is: nothing needs a mask.
+        several = jnp.any(plan.document > 0)
+        packed = functools.partial(dyadic.packed, config.way, document=plan.document)
+        alone = functools.partial(_one_document, config)
+        z = jax.lax.cond(several, packed, alone, v, kernel[:t], reverse)
         return z if before is None or reach == 0 else z + _from_state(config, kernel, before, plan)
     if before is not None:
         v = jnp.concatenate([before, v], axis=1)
         return convolve(config.way(t + reach, reach + 1, t), v, kernel, -reach, t)
-    lags, ahead = kernel[:t], 0
+    return _one_document(config, v, kernel[:t], reverse)
+
+
+def _one_document(config, v, kernel, reverse):
+    t, lags, ahead = v.shape[1], kernel, 0
     if reverse is not None:
-        lags, ahead = jnp.concatenate([jnp.flip(reverse, axis=0), lags]), reverse.shape[0]
+        lags, ahead = jnp.concatenate([jnp.flip(reverse, axis=0), kernel]), reverse.shape[0]
     return convolve(config.way(t, lags.shape[0], t), v, lags, -ahead, t)
 
 

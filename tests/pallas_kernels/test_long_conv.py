@@ -134,6 +134,25 @@ def test_no_state_is_a_state_of_zeros(documents):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["causal", "two sided"])
+def test_padding_alone_moves_nothing(ahead):
+    """One document with padding around it is what it is without, in the very program for many."""
+    u, kernel, reverse = draw()
+    reverse = reverse if ahead else None
+    call = jax.jit(lambda u, ids: long_conv(u, kernel, None, reverse, segment_ids=ids)[0])
+    ids = np.zeros((2, 40), np.int32)
+    ids[0, 3:33], ids[1, :21] = 1, 2
+    padded = call(u, ids)
+    second = ids + (ids > 0) * (np.arange(40) > 12)  # and now two documents
+    packed = call(u, second)
+    for row, places in ((0, slice(3, 33)), (1, slice(0, 21))):
+        alone, _ = long_conv(u[row : row + 1, places], kernel, None, reverse)
+        np.testing.assert_allclose(padded[row, places], alone[0], atol=2e-5)
+    np.testing.assert_allclose(
+        packed[0, 3:13], long_conv(u[:1, 3:13], kernel, None, reverse)[0][0], atol=2e-5
+    )
+
+
 @pytest.mark.parametrize("form", ["direct", "fft", "monarch"])
 def test_causality(form):
     """To the bit in the direct form, else to 1e-5 of the largest output."""
