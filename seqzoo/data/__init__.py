@@ -14,6 +14,8 @@ from seqzoo.data.listops_tsv import ListOpsTSV
 from seqzoo.data.masked import Masked
 from seqzoo.data.mqar import MQAR
 from seqzoo.data.mqar_segments import MQARSegments
+from seqzoo.data.needles import Needles
+from seqzoo.data.passkey import Passkey, PasskeyTokens
 from seqzoo.data.pathfinder import Pathfinder
 from seqzoo.data.retrieval import Retrieval
 from seqzoo.data.selective_copying import SelectiveCopying
@@ -40,6 +42,9 @@ __all__ = [
     "ListOpsTSV",
     "MQARSegments",
     "Masked",
+    "Needles",
+    "Passkey",
+    "PasskeyTokens",
     "Pathfinder",
     "Retrieval",
     "SelectiveCopying",
