@@ -37,6 +37,7 @@ class TitansLMM(nnx.Module):
         memory_norm: LayerNorm of its output, scaled, and its input added.
         activation: between its layers, "gelu" or "silu".
         empty_memory: its last layer starts at 0 (and is learned): it holds nothing at first.
+        memory_lr: peak learning rate of the weights that documents begin with; None = optimizer.lr.
         d_conv: taps of the convolutions of q, k and v; 0 = none.
         conv_init_std: they start as the identity plus normal values of this standard deviation.
         use_momentum: else eta is 0.
@@ -78,6 +79,7 @@ class TitansLMM(nnx.Module):
         memory_norm: bool = True,
         activation: str = "gelu",
         empty_memory: bool = False,
+        memory_lr: float | None = None,
         d_conv: int = 4,
         conv_init_std: float = 0.02,
         use_momentum: bool = True,
@@ -110,6 +112,7 @@ class TitansLMM(nnx.Module):
             memory_norm=memory_norm,
             activation=activation,
             empty_memory=empty_memory,
+            memory_lr=memory_lr,
             d_conv=d_conv,
             conv_init_std=conv_init_std,
             use_momentum=use_momentum,

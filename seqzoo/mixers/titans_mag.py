@@ -37,8 +37,8 @@ class TitansMAG(nnx.Module):
     Args:
         d_model: width of the input and output.
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
-        chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, d_conv,
-            conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias,
+        chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, memory_lr,
+            d_conv, conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias,
             theta_bias, limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
         n_persistent: learned tokens before each document and in every window, 0 = none.
         window: tokens that attention sees, itself included.
@@ -75,6 +75,7 @@ class TitansMAG(nnx.Module):
         memory_norm: bool = True,
         activation: str = "gelu",
         empty_memory: bool = False,
+        memory_lr: float | None = None,
         d_conv: int = 4,
         conv_init_std: float = 0.02,
         use_momentum: bool = True,
@@ -108,6 +109,7 @@ class TitansMAG(nnx.Module):
             memory_norm=memory_norm,
             activation=activation,
             empty_memory=empty_memory,
+            memory_lr=memory_lr,
             d_conv=d_conv,
             conv_init_std=conv_init_std,
             use_momentum=use_momentum,

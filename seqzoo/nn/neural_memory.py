@@ -55,6 +55,7 @@ class NeuralMemory(nnx.Module):
         activation: between its layers, "gelu" or "silu".
         empty_memory: its last layer starts at 0 (and is learned), so that it holds nothing at
             first; else Xavier's uniform like the others.
+        memory_lr: peak learning rate of these weights; None = the optimizer's.
         d_conv: taps of the convolution, 0 = none.
         conv_init_std: it starts as the identity plus normal values of this standard deviation.
         use_momentum: else eta is 0.
@@ -89,6 +90,7 @@ class NeuralMemory(nnx.Module):
         memory_norm: bool = True,
         activation: str = "gelu",
         empty_memory: bool = False,
+        memory_lr: float | None = None,
         d_conv: int = 4,
         conv_init_std: float = 0.02,
         use_momentum: bool = True,
@@ -153,21 +155,21 @@ class NeuralMemory(nnx.Module):
         self.gates_bias = param(
             jnp.broadcast_to(bias, (n_heads, 3)), axes=("heads", None), decay=False
         )
-        self._make_weights(memory_layers, inner, memory_norm, empty_memory, rngs)
+        self._make_weights(memory_layers, inner, memory_norm, empty_memory, memory_lr, rngs)
         # Assigned once: an attribute that was None first would be static.
         self.persistent = persistent_tokens(n_persistent, d_in, rngs) if n_persistent else None
 
-    def _make_weights(self, layers, inner, norm, empty, rngs):
+    def _make_weights(self, layers, inner, norm, empty, lr, rngs):
         h, k = self.n_heads, self.head_dim
         draw = inits.xavier_uniform(1.0, batch_axis=(0,))
         made = lambda *shape: draw(rngs.params(), (h, *shape), jnp.float32)
-        weight = lambda x: param(x, axes=("heads",) + (None,) * (x.ndim - 1))
+        weight = lambda x: param(x, axes=("heads",) + (None,) * (x.ndim - 1), lr=lr)
         last = made(k, inner if layers > 1 else k)
         self.w_out = weight(jnp.zeros_like(last) if empty else last)
         self.w_in = weight(made(inner, k)) if layers > 1 else None
         hidden = [made(inner, inner) for _ in range(layers - 2)]
         self.w_hidden = weight(jnp.stack(hidden, axis=1)) if hidden else None
-        gamma = param(jnp.zeros((h, k)), axes=("heads", None), decay=False)
+        gamma = param(jnp.zeros((h, k)), axes=("heads", None), decay=False, lr=lr)
         self.gamma = gamma if norm else None
         # Of the state of a row: the layer may be without arrays, or several of them stacked.
         self.shapes = tuple(None if x is None else x.shape for x in self._variables())
