@@ -132,19 +132,19 @@ def chunk_attention(
             f"it must be int32 {(b,)}"
         )
     segment_ids, last_id = check_documents("chunk_attention", sizes, segment_ids, last_id)
-    state = (old_k.astype(dtype), old_v.astype(dtype), jnp.asarray(count, jnp.int32), last_id)
+    before = (old_k.astype(dtype), old_v.astype(dtype), jnp.asarray(count, jnp.int32), last_id)
     if t == 0:
-        y = jnp.zeros((b, 0, h, sizes["v"]), q.dtype)
+        y, after = jnp.zeros((b, 0, h, sizes["v"]), q.dtype), list(before)
     else:
-        y, *state = dispatch.call(
+        y, *after = dispatch.call(
             "chunk_attention",
             FORMS,
-            (q, k, v, bias, *state, segment_ids),
+            (q, k, v, bias, *before, segment_ids),
             implementation=implementation,
             config=config,
             form=form,
         )
-    return y, ChunkAttentionState(*state) if causal else None
+    return y, ChunkAttentionState(*after) if causal else None
 
 
 chunk_attention.axes = AXES  # type: ignore[attr-defined]

@@ -97,7 +97,7 @@ def _block(i, arrays, cut: Cut, form: Form, dtype):
         at, keys_at = (chunk, shift), (chunk, 0)
     else:
         at = keys_at = (0, i * cut.rows)
-        shift = form.chunk - 1
+        shift = form.slots - 1
     sizes, keys_sizes = (cut.group, cut.rows), (cut.group, cut.keys)
     q_c = _take(floats[0], at, sizes).astype(dtype)
     k_c, v_c = (_take(x, keys_at, keys_sizes).astype(dtype) for x in floats[1:])

@@ -22,7 +22,7 @@ STAIRS = 4
 def run(q, k, v, bias, ring_k, ring_v, count, place: Places, *, form: Form, block: int):
     """y `[b t h v]`; the ring `[b g l k]`, `[b g l v]` in the dtype to compute in."""
     b, t, h, _ = q.shape
-    chunk, g = form.chunk, k.shape[2]
+    chunk, g = form.slots, k.shape[2]
     q = q.reshape(b, t, g, h // g, -1)
     if form.fresh and place.valid is None:
         y = _grid(q, k, v, bias, ring_k.dtype, form, block)
@@ -54,7 +54,7 @@ def _labels(place: Places, count, chunk: int, t: int):
 def _grid(q, k, v, bias, dtype, form: Form, block: int):
     """y `[b t g r v]`; chunk i of every row holds its tokens i * chunk .. (i + 1) * chunk - 1."""
     b, t = q.shape[:2]
-    chunk = min(form.chunk, t)
+    chunk = min(form.slots, t)
     blocks = -(-chunk // block)
     rows = -(-chunk // blocks)
     n = -(-t // chunk)
@@ -84,10 +84,10 @@ def _grid(q, k, v, bias, dtype, form: Form, block: int):
         chunks(q, rows * blocks),
         chunks(k, chunk),
         chunks(v, chunk),
-        _middle(bias, form.chunk, chunk),
+        _middle(bias, form.slots, chunk),
         _pad(jnp.where(there, 0, PADDING_QUERY), 2, 0, rows * blocks - chunk, PADDING_QUERY),
         jnp.where(there, 0, PADDING_KEY),
-        (cuts, form._replace(chunk=chunk), str(dtype)),
+        (cuts, form._replace(slots=chunk), str(dtype)),
     )
     return y[:, :, :chunk].reshape(b, n * chunk, *y.shape[3:])[:, :t]
 
