@@ -15,6 +15,7 @@ from seqzoo.config.compose import compose
 from seqzoo.mixers import Mega
 from seqzoo.nn.linear import NORMS
 from seqzoo.nn.mlp import SiLU
+from seqzoo.nn.relative_bias import SimpleBias
 from seqzoo.nn.sharding import MESH_AXES, param_shardings, use_mesh
 from seqzoo.testing import PROMISES, STREAMS, Subject, check_promise
 
@@ -216,7 +217,7 @@ def test_initial_values():
         assert not np.any(getattr(mixer, name).bias[...])
     assert std(mixer.gamma) == pytest.approx(0.02, rel=0.3) and not np.any(mixer.beta[...])
     assert std(mixer.rel_pos_bias.alpha) == pytest.approx(0.02, rel=0.4)
-    simple = Mega(16, rel_pos_bias="simple", chunk_size=500, rngs=nnx.Rngs(0)).rel_pos_bias
+    simple = SimpleBias(64, max_positions=500, rngs=nnx.Rngs(0))
     assert simple.weight.shape == (999,) and std(simple.weight) == pytest.approx(0.02, rel=0.1)
 
 
@@ -230,6 +231,7 @@ def test_enwik8_has_39_million_parameters():
     assert model.embed_scale == 512**0.5
 
 
+@pytest.mark.slow
 def test_decoding_the_small_model():
     """Steps of the whole model give what it reads in one piece, across chunks of 32."""
     model = build(compose(["model=mega_small", "model.d_model=16"]).model, rngs=nnx.Rngs(0))
