@@ -10,9 +10,7 @@ again: finished runs are found by their configuration, the one in hand goes on.
 """
 
 import argparse
-import csv
 import pathlib
-import statistics
 
 import matplotlib
 
@@ -20,16 +18,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from seqzoo.config.compose import compose
-from seqzoo.errors import NotFiniteError
-from seqzoo.eval import describe
-from seqzoo.eval.compare import TOLERANCES, interval, spread
-from seqzoo.train import loop
+from seqzoo.eval import describe, protocol
+from seqzoo.eval.compare import TOLERANCES, spread
 
 HERE = pathlib.Path(__file__).parent
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-STEP = 3.0  # of the grid, beyond its edges
-SEEDS = (1, 2, 3, 4, 5)
-SOLVED = 0.95
 
 # What each mixer is at each size: settings below model.mixers.NAME. All have one layer of it
 # behind a gated short convolution, as in BASED's study; matched on the bytes that decoding keeps.
@@ -72,61 +64,28 @@ def overrides(row: str, size: str, rate: float, seed: int) -> list[str]:
 
 def train(row: str, size: str, rate: float, seed: int) -> dict[str, object]:
     """Trains, or finds what is there; a run that diverged counts as worst."""
-    words = overrides(row, size, rate, seed)
-    print(f"-- {row} {size}, lr {rate:g}, seed {seed}", flush=True)
-    try:
-        result = loop.train(compose(words), overrides=words)
-    except NotFiniteError:
-        return dict(rate=rate, seed=seed, valid=0.0, test=0.0, diverged=1, seconds=None)
-    return dict(
-        rate=rate,
-        seed=seed,
-        valid=result.value,
-        test=result.test["accuracy"],
-        diverged=0,
-        seconds=round(result.seconds, 1) or None,
-    )
-
-
-def tuned(row: str, size: str) -> tuple[float, int]:
-    """The learning rate that is best on the valid split of seed 0, and how many were tried."""
-    found = {rate: train(row, size, rate, 0)["valid"] for rate in RATES}
-    while len(found) < 3 * len(RATES):
-        best = max(found, key=lambda rate: found[rate])
-        if best == min(found):
-            rate = best / STEP
-        elif best == max(found):
-            rate = best * STEP
-        else:
-            break
-        found[rate] = train(row, size, rate, 0)["valid"]
-    return max(found, key=lambda rate: found[rate]), len(found)
+    return protocol.train(overrides(row, size, rate, seed))
 
 
 def measure(row: str, size: str) -> dict[str, object]:
     """One line of the table."""
-    rate, tried = tuned(row, size)
-    runs = [train(row, size, rate, seed) for seed in SEEDS]
+    rate, tried = protocol.tuned(lambda rate: train(row, size, rate, 0)["valid"])
+    runs = [train(row, size, rate, seed) for seed in protocol.SEEDS]
     values = [run["test"] for run in runs]
-    low, high = interval(values)
     return {
         **state(row, size),
         "lr": rate,
         "rates_tried": tried,
-        "seeds": len(SEEDS),
-        "median": round(statistics.median(values), 4),
-        "low": round(min(values), 4),
-        "high": round(max(values), 4),
-        "ci_low": round(low, 4),
-        "ci_high": round(high, 4),
-        "solved": f"{sum(value >= SOLVED for value in values)}/{len(values)}",
+        "seeds": len(protocol.SEEDS),
+        **protocol.summary(values),
+        "solved": protocol.solved(values),
         "diverged": sum(run["diverged"] for run in runs),
     }
 
 
 def state(row: str, size: str) -> dict[str, object]:
     """Sizes of a model, without training it."""
-    config = compose(overrides(row, size, RATES[0], 0))
+    config = compose(overrides(row, size, protocol.RATES[0], 0))
     model = describe.abstract_model(config["model"])
     kept = model.state_bytes(config["data"]["seq_len"])
     return dict(
@@ -148,17 +107,11 @@ def check_matched(rows, sizes) -> None:
 
 def write(found: dict[tuple[str, str], dict[str, object]]) -> None:
     lines = [found[row, size] for row in ROWS for size in ROWS[row] if (row, size) in found]
-    with open(HERE / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    protocol.write(lines, HERE / "results.csv")
 
 
 def read() -> dict[tuple[str, str], dict[str, object]]:
-    if not (HERE / "results.csv").exists():
-        return {}
-    with open(HERE / "results.csv") as file:
-        return {(line["mixer"], line["size"]): line for line in csv.DictReader(file)}
+    return {(line["mixer"], line["size"]): line for line in protocol.read(HERE / "results.csv")}
 
 
 def draw(found: dict[tuple[str, str], dict[str, object]]) -> None:
