@@ -37,8 +37,8 @@ def monarch_matmul(
         config: tile sizes and `interpret` of that form; None = its own choice.
 
     Returns:
-        y `[b t m]` in the dtype of x, m = l s (k q without w2). Factors and the results of products
-        are rounded to the dtype of x; sums are in float32 (float64 for float64 inputs).
+        y `[b t m]` in the dtype of x, m = l s (k q without w2). Factors and what stands between
+        them are rounded to the dtype of x; sums are in float32 (float64 for float64 inputs).
         Differentiable in every argument. It has no state and takes each token alone.
 
     Raises:
