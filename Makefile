@@ -19,7 +19,7 @@ ARGS ?=
 # Processes that share the tests; a test file stays in one.
 WORKERS ?= 2
 
-.PHONY: help install train test test-slow bench torture-resume frontier docs check lint types clean
+.PHONY: help install train test test-slow bench torture-resume frontier passkey titans-ablation docs check lint types clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -49,6 +49,12 @@ bench: $(STAMP)  ## measures the operators and the train loop on this machine
 
 frontier: $(STAMP)  ## recall against state size, tuned alike (hours; goes on where it stopped; ARGS="--help")
 	$(BIN)/python experiments/recall_frontier/frontier.py $(ARGS)
+
+passkey: $(STAMP)  ## a key in longer and longer filler, seven architectures (hours; goes on where it stopped)
+	$(BIN)/python experiments/passkey/passkey.py $(ARGS)
+
+titans-ablation: $(STAMP)  ## what the parts of a Titans memory are worth (hours; goes on where it stopped)
+	$(BIN)/python experiments/titans_ablation/titans_ablation.py $(ARGS)
 
 docs: $(STAMP)  ## writes docs/keys.md anew from the constructors
 	$(BIN)/python -m seqzoo.config.keys > docs/keys.md
