@@ -30,11 +30,11 @@ def run(x, weight, bias, ring, count, last_id, segment_ids, *, config, symmetric
     x = jnp.where(valid[..., None], x, 0).astype(dtype)
 
     def step(state, inputs):
-        y_t, *state = token(weight, bias, *state, *inputs, **how)
-        return state, y_t
+        y_t, ring, count = token(weight, bias, *state, *inputs, **how)
+        return (ring, count), y_t
 
     by_time = lambda a: jnp.swapaxes(a, 0, 1)
-    (ring, count), y = jax.lax.scan(step, [ring, count], tuple(map(by_time, (x, reset, valid))))
+    (ring, count), y = jax.lax.scan(step, (ring, count), tuple(map(by_time, (x, reset, valid))))
     return by_time(y).astype(out_dtype), ring, count, last_id
 
 

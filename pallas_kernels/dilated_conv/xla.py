@@ -46,13 +46,14 @@ def run(
     before, count = count, count + t
     if segment_ids is not None:
         starts, valid, last_id = boundaries(segment_ids, last_id)
-        sights = Sights(*_sights(segment_ids, starts, valid, before), valid)
+        behind, ahead = _sights(segment_ids, starts, valid, before)
+        sights = Sights(behind, ahead, valid)
         x = jnp.where(valid[..., None], x, 0)
         places = jnp.arange(t, dtype=jnp.int32)
         first = jnp.min(jnp.where(valid, places, t), axis=1)
         end = jnp.max(jnp.where(valid, places, 0), axis=1)
         held, reset = jnp.sum(valid, axis=1, dtype=jnp.int32), jnp.any(starts, axis=1)
-        newest = jnp.take_along_axis(sights.behind, end[:, None], axis=1)[:, 0]
+        newest = jnp.take_along_axis(behind, end[:, None], axis=1)[:, 0]
         count = jnp.where(held > 0, newest + 1, before)
         held = jnp.where(reset, count, held)
 
