@@ -283,13 +283,12 @@ class LSSL(nnx.Module):
         else:
             made = hippo.MEASURES[self.measure](self.d_state)
             shared, own = tuple(jnp.asarray(a, self._sums) for a in made), None
-        lower = not self.learn and self.measure in hippo.LOWER
 
         def block(dt, own, *arrays):
             A, B = shared if own is None else hippo.matrices(own)
-            step = krylov.bilinear(A, B, dt * self.resample, lower=lower)
+            step = krylov.bilinear(A, B, dt * self.resample)
             if self.resample_legacy and self.resample != 1:
-                step = step._replace(B=krylov.bilinear(A, B, dt, lower=lower).B)
+                step = step._replace(B=krylov.bilinear(A, B, dt).B)
             return function(step, *arrays)
 
         return krylov.in_blocks(block, (dt, own, *arrays), self.d_state)

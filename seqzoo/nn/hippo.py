@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqzoo.nn.krylov import inverse
+
 
 def legs(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Scaled Legendre, all of the past: A `[n n]` lower triangular and B `[n]`, float64.
@@ -40,9 +42,6 @@ def lagt(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 MEASURES = {"legs": legs, "legt": legt, "lagt": lagt}
-
-# A is lower triangular, and so are (I - c A)^-1 and all powers.
-LOWER = frozenset({"legs", "lagt"})
 
 
 class Transition(NamedTuple):
@@ -104,8 +103,7 @@ def matrices(vectors: Transition) -> tuple[jax.Array, jax.Array]:
     T = d[..., None] * eye
     T += dl[..., :n, None] * jnp.eye(n, k=-1, dtype=d.dtype)
     T += du[..., 1:, None] * jnp.eye(n, k=1, dtype=d.dtype)
-    inverse = jnp.linalg.solve(T, jnp.broadcast_to(eye, T.shape))
-    return -pl[..., None] * (inverse + c[..., None] * eye) * pr[..., None, :], pl * b
+    return -pl[..., None] * (inverse(T) + c[..., None] * eye) * pr[..., None, :], pl * b
 
 
 def normal_legs(n: int) -> np.ndarray:
