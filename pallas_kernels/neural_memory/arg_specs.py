@@ -72,7 +72,12 @@ def _spec(name, sizes, given=(), draw=draw, tags=("test",), **options):
 _MLP = ("w_in", "gamma")
 SPECS = (
     _spec("linear", dict(b=4, h=2, k=5, v=4, n=5)),
-    _spec("whole", dict(b=4, h=2, k=6, v=6, m=8, n=8), (*_MLP, "s_out", "s_in", "s_gamma")),
+    _spec(
+        "whole",
+        dict(b=4, h=2, k=6, v=6, m=8, n=8),
+        (*_MLP, "s_out", "s_in", "s_gamma"),
+        limit="clip",
+    ),
     _spec("clip", dict(b=4, h=1, k=4, v=4, m=6, n=6), _MLP, limit="clip", activation="silu"),
     _spec("normalise", dict(b=4, h=1, k=4, v=3, m=6, n=6), ("w_in",), limit="normalise"),
     _spec("deep", dict(b=4, h=1, k=4, v=3, m=5, n=5, l=2), ("w_in", "w_hidden"), limit="clip"),

@@ -15,6 +15,7 @@ from pallas_kernels.neural_memory.arg_specs import named
 from seqzoo.eval.bench import neural_memory as rows_of
 
 
+@pytest.mark.slow
 def test_the_materialised_form_computes_the_same():
     spec = named("whole")
     case = testing.draw_case(neural_memory, spec, 32)

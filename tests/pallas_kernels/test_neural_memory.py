@@ -26,6 +26,7 @@ def test_agrees_for_one_token():
     testing.check_agrees(neural_memory, LINEAR, 1)
 
 
+@pytest.mark.slow
 def test_agrees_in_float64():
     """Four layers, clipped."""
     testing.check_agrees(neural_memory, DEEP, 37, dtype="float64", documents=True)
@@ -64,6 +65,7 @@ def test_padding_only():
     testing.check_padding_only(neural_memory, LINEAR)
 
 
+@pytest.mark.slow
 def test_hand_off():
     """Inside a chunk, with documents."""
     testing.check_hand_off(neural_memory, LINEAR, 70, 51, documents=True)
