@@ -19,7 +19,7 @@ from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.param import param
-from seqzoo.nn.projections import Projections
+from seqzoo.nn.projections import Projections, plain
 from seqzoo.nn.report import report
 from seqzoo.nn.sharded import sharded
 
@@ -244,12 +244,13 @@ class NeuralMemory(nnx.Module):
         return jax.lax.cond(jnp.any(state.memory.count == 0), self._written, skip)
 
     def _written(self):
-        x = self.persistent[...][None]
-        tokens, _ = self.inputs(x)
-        # One row for all documents: not cut over the mesh, so a form that GSPMD can partition.
-        plain = self.implementation if self.implementation == "reference" else "xla"
+        x = self.persistent[...]
         m, state = neural_memory(
-            *tokens, *self._gates(x), *self.weights(), implementation=plain, **dict(self.options)
+            *self.inputs.shared(x),
+            *self._gates(x[None]),
+            *self.weights(),
+            implementation=plain(self.implementation),
+            **dict(self.options),
         )
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)
         return (first(state.now), first(state.momentum)), m[0].reshape(m.shape[1], -1)

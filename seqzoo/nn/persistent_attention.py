@@ -97,7 +97,7 @@ class PersistentAttention(nnx.Module):
         (q, k, v), convs = self.inputs(x, segment_ids=segment_ids, states=convs)
         constant = None
         if persistent is not None:
-            (_, *tokens), _ = self.inputs(persistent[None])
+            _, *tokens = self.inputs.shared(persistent)
             constant = (q, *(y[0] for y in tokens))
         none = jnp.zeros((b,), jnp.int32)
         count, last_id = (none, none) if window is None else (window.count, window.last_id)

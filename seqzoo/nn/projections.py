@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.short_conv import ShortConvState
+from pallas_kernels.short_conv import ShortConvState, short_conv
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import l2_norm
 from seqzoo.nn.linear import linear
@@ -70,10 +70,30 @@ class Projections(nnx.Module):
             after = (state,)
         elif self.activation:
             y = jax.nn.silu(y)
+        return self._heads(y), after
+
+    def shared(self, tokens: jax.Array):
+        """`[n d]` tokens that all rows share to n_out arrays `[1 n h k]`.
+
+        One row is not cut over the mesh, so its convolution has a form that GSPMD can partition.
+        """
+        y = self.proj(tokens[None])
+        if self.d_conv:
+            y, _ = short_conv(
+                y,
+                self.conv.weight[...],
+                activation=self.activation,
+                implementation=plain(self.conv.implementation),
+            )
+        elif self.activation:
+            y = jax.nn.silu(y)
+        return self._heads(y)
+
+    def _heads(self, y):
         # Head by head, so that heads can be cut apart.
         y = y.reshape(*y.shape[:2], self.n_heads, self.n_out, self.head_dim)
         parts = (y[..., i, :] for i in range(self.n_out))
-        return tuple(l2_norm(p) if i < self.unit else p for i, p in enumerate(parts)), after
+        return tuple(l2_norm(p) if i < self.unit else p for i, p in enumerate(parts))
 
     def init_states(self, batch_size: int) -> tuple[ShortConvState, ...]:
         """Before the first token, in a tuple; empty without a convolution."""
@@ -83,3 +103,8 @@ class Projections(nnx.Module):
         """Bytes of that per sequence."""
         width = self.n_out * self.n_heads * self.head_dim
         return 4 * width * (self.d_conv - 1) + 4 if self.d_conv else 0
+
+
+def plain(implementation: str | None) -> str:
+    """An operator's form that GSPMD can partition, for calls outside of shard_map."""
+    return "reference" if implementation == "reference" else "xla"

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from seqzoo.mixers import TitansMAC
+from seqzoo.nn.sharding import MESH_AXES, param_shardings, use_mesh
 from seqzoo.testing import PROMISES, Subject, check_promise
 
 MAKE = functools.partial(TitansMAC, n_heads=2, head_dim=4, chunk=8, segment=16, memory_layers=1)
@@ -129,3 +131,25 @@ def test_attention_stays_in_its_segment():
 def test_bad_settings(keywords, message):
     with pytest.raises(ValueError, match=message):
         MAKE(16, **keywords, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.slow
+def test_spread_over_eight_devices():
+    """Operator calls inside the scan over segments stand in shard_map."""
+    graphdef, variables = nnx.split(MAKE(16, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (8, 37, 16))
+    ids = jnp.asarray(np.where(np.arange(37) < 9, 1, 2)[None].repeat(8, 0), jnp.int32)
+
+    def loss(variables, x):
+        y, state = nnx.merge(graphdef, variables)(x, segment_ids=ids)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(state.carried.now.w_out)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1))
+    want = jax.jit(run)(nnx.as_pure(variables), x)
+    mesh = jax.make_mesh((2, 2, 2, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    params = jax.device_put(nnx.as_pure(variables), param_shardings(variables, mesh))
+    rows = jax.NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with use_mesh(mesh):
+        got = jax.jit(lambda p, x: run(p, x))(params, jax.device_put(x, rows))
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
