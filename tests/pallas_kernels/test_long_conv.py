@@ -73,9 +73,10 @@ def test_padding_only():
     testing.check_padding_only(long_conv, WHOLE)
 
 
+@pytest.mark.parametrize("length, cut", [(40, 17), pytest.param(130, 51, marks=slow)])
 @pytest.mark.parametrize("documents", [pytest.param(False, marks=slow), True])
-def test_hand_off(documents):
-    testing.check_hand_off(long_conv, WHOLE, 130, 51, documents=documents)
+def test_hand_off(documents, length, cut):
+    testing.check_hand_off(long_conv, WHOLE, length, cut, documents=documents)
 
 
 @slow
@@ -134,7 +135,7 @@ def test_no_state_is_a_state_of_zeros(documents):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["causal", "two sided"])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=slow), True])
 def test_padding_alone_moves_nothing(ahead):
     """One document with padding around it is what it is without, in the very program for many."""
     u, kernel, reverse = draw()
