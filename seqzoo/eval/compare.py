@@ -127,7 +127,7 @@ def check_same_data(records: Sequence[Record]) -> None:
 
 def mode_of(metric: str) -> str:
     """Whether more of a metric is better."""
-    return "max" if metric.partition("/")[0] == "accuracy" else "min"
+    return "max" if metric.partition("/")[0] in ("accuracy", "exact") else "min"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from seqzoo.train.setup import setup
 
 # What an evaluation may change: the rest is what was trained.
 _SECTIONS = ("data", "task")
-_TRAINER = ("eval_batch_size", "workers", "prefetch", "precision")
+_TRAINER = ("eval_batch_size", "eval_chunk_length", "workers", "prefetch", "precision")
 # Of mixers, what published protocols change without training: the rate of a signal, and how far
 # chunks of attention reach.
 _MIXER = ("resample", "chunk_size")

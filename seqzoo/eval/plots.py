@@ -2,9 +2,11 @@
 
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -12,6 +14,7 @@ from seqzoo.eval.records import Record, Series, series
 
 _MOST_POINTS = 2000
 _REPORTED = "train/report/"
+_LAYER = re.compile(r"/layer_(\d+)$")
 # Told apart without colour vision (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
@@ -32,7 +35,8 @@ def panels(metric: str | None, names: Iterable[str] = ()) -> list[Panel]:
     Args:
         metric: what the task is scored by.
         names: of all series; what mixers reported while training (train/report/NAME or
-            train/report/NAME/PART) gets a panel per NAME, in which its parts stand together.
+            train/report/NAME/PART) gets a panel per NAME, in which its parts or layers stand
+            together.
     """
     told = (name.removeprefix(_REPORTED) for name in names if name.startswith(_REPORTED))
     reported = {name.partition("/")[0] for name in told}
@@ -60,13 +64,24 @@ def draw(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
     files = []
     names = {name for found in everything.values() for name in found}
     for panel in panels(next(iter(sorted(metrics)), None), names):
-        lines = {
-            label: {name: one for name, one in found.items() if belongs(name, panel.names)}
-            for label, found in everything.items()
-        }
+        lines = lines_of(panel, everything)
         if any(lines.values()):
             files.append(_plot(panel, lines, folder / f"{panel.file}.png"))
     return files
+
+
+def lines_of(
+    panel: Panel, everything: Mapping[str, Mapping[str, Series]]
+) -> dict[str, dict[str, Series]]:
+    """The series of each run on a panel, layers in order; of several runs without layers."""
+    return {
+        label: {
+            name: found[name]
+            for name in sorted(found, key=_by_layer)
+            if belongs(name, panel.names) and (len(everything) == 1 or not _LAYER.search(name))
+        }
+        for label, found in everything.items()
+    }
 
 
 def belongs(name: str, wanted: tuple[str, ...]) -> bool:
@@ -79,10 +94,16 @@ def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (label, found) in enumerate(lines.items()):
-        for position, (name, one) in enumerate(sorted(found.items())):
+        depth = max([int(m[1]) for m in map(_LAYER.search, found) if m], default=0)
+        for position, (name, one) in enumerate(found.items()):
             steps, values = _thin(one)
             text = name if len(lines) == 1 else label if len(found) == 1 else f"{label}  {name}"
             colour = _COLOURS[(position if len(lines) == 1 else number) % len(_COLOURS)]
+            layer = _LAYER.search(name)
+            if layer:  # from the first to the last, dark to light
+                colour = colormaps["viridis"](0.9 * int(layer[1]) / depth)
+            elif depth:  # their mean
+                colour = "#000000"
             style = "-" if len(lines) == 1 else _STYLES[position % len(_STYLES)]
             # The one point of a test stands out from the curves that it lies on.
             mark = dict(marker="*", ms=11, zorder=3) if len(steps) == 1 else {}
@@ -98,6 +119,12 @@ def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path)
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(file)
     return file
+
+
+def _by_layer(name: str) -> tuple[str, int]:
+    """Sorts layer 10 behind layer 9, and their mean before them."""
+    layer = _LAYER.search(name)
+    return (_LAYER.sub("", name), int(layer[1]) if layer else -1)
 
 
 def _thin(one: Series) -> Series:

@@ -32,7 +32,8 @@ EMPTY = Reports({}, {}, {})
 
 
 def report(module: nnx.Module, name: str, value: jax.Array) -> None:
-    """Reports a diagnostic of any (small) shape; the log shows its mean."""
+    """Reports a diagnostic of any (small) shape; the log shows its mean, and that of each layer
+    (NAME/layer_0, ... of the layers that report it; not for names that have parts)."""
     _sow(module, _VALUE + name, jax.lax.stop_gradient(value))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from seqzoo.data.source import Dataset
 from seqzoo.tasks import task
+from seqzoo.tasks.rows import score_rows
 from seqzoo.tasks.task import Mode, Sums
 
 
@@ -17,10 +18,12 @@ class MaskedAnswers:
     """Cross entropy and accuracy where a target is given.
 
     The loss is the mean over all answers. Accuracy is the mean over rows of the fraction of the
-    row's answers that are right (Zoology's measure), and the same for each group of rows.
+    row's answers that are right (Zoology's measure), exact the fraction of rows whose answers are
+    all right; both also for each group of rows.
 
     Attributes:
-      metric: accuracy, loss, or accuracy/GROUP; the best checkpoint is chosen by it.
+      metric: accuracy, exact, loss, accuracy/GROUP or exact/GROUP; the best checkpoint is
+        chosen by it.
       target: a value of the metric at which a run may stop early.
       groups: names of the groups of rows; filled in from the data.
     """
@@ -29,8 +32,10 @@ class MaskedAnswers:
     target: float | None = None
     groups: tuple[str, ...] = ()
 
+    in_chunks = True  # rows may be read in chunks: trainer.eval_chunk_length
+
     def __post_init__(self) -> None:
-        task.check_metric(self.metric, ("accuracy", "loss"))
+        task.check_metric(self.metric, ("accuracy", "exact", "loss"))
         object.__setattr__(self, "groups", tuple(self.groups))
 
     @property
@@ -41,21 +46,27 @@ class MaskedAnswers:
         return dataclasses.replace(self, groups=tuple(dataset.group_names))
 
     def sums(
-        self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        chunk_length: int | None = None,
     ) -> Sums:
-        """Runs the model on a batch and adds up what it got right."""
-        out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
-        scores = task.score(out.logits, batch["targets"])
-        asked = scores.asked.sum(-1)
-        fraction = scores.right.sum(-1) / jnp.maximum(asked, 1.0)
-        counts = (asked > 0).astype(fraction.dtype)
+        """Runs the model on a batch, whole or in chunks, and adds up what it got right."""
+        rows, reports = score_rows(model, batch, key=key, chunk_length=chunk_length)
+        fraction = rows.right / jnp.maximum(rows.asked, 1.0)
+        counts = (rows.asked > 0).astype(fraction.dtype)
+        exact = counts * (rows.right == rows.asked)
+        group = batch.get("group")
         return Sums(
-            loss=scores.loss.sum(),
-            weight=asked.sum(),
-            metrics=task.by_group("accuracy", fraction, counts, batch.get("group"), self.groups),
-            reports=out.reports,
+            loss=rows.loss.sum(),
+            weight=rows.asked.sum(),
+            metrics=task.by_group("accuracy", fraction, counts, group, self.groups)
+            | task.by_group("exact", exact, counts, group, self.groups),
+            reports=reports,
         )
 
     def finish(self, totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-        """Turns added-up sums into what is shown: loss, accuracy, accuracy/GROUP."""
+        """Turns added-up sums into what is shown: loss, accuracy, exact, and by GROUP."""
         return task.averages(totals)

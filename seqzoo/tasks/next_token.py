@@ -10,6 +10,7 @@ import jax
 from seqzoo.data.source import Dataset
 from seqzoo.errors import ConfigError
 from seqzoo.tasks import task
+from seqzoo.tasks.rows import score_rows
 from seqzoo.tasks.task import Mode, Sums
 
 
@@ -29,6 +30,8 @@ class NextToken:
     target: float | None = None
     bytes_per_token: float | None = None
 
+    in_chunks = True  # rows may be read in chunks: trainer.eval_chunk_length
+
     def __post_init__(self) -> None:
         task.check_metric(self.metric, ("loss", "perplexity", "bits_per_byte", "accuracy"))
 
@@ -46,22 +49,26 @@ class NextToken:
         return dataclasses.replace(self, bytes_per_token=known)
 
     def sums(
-        self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        *,
+        key: jax.Array | None = None,
+        chunk_length: int | None = None,
     ) -> Sums:
-        """Runs the model on a batch and adds up the losses.
+        """Runs the model on a batch, whole or in chunks, and adds up the losses.
 
         Raises:
           ConfigError: a mixer of the model sees the token that it is asked for.
         """
         _check_causal(model)
-        out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
-        scores = task.score(out.logits, batch["targets"])
-        weight = scores.asked.sum()
+        rows, reports = score_rows(model, batch, key=key, chunk_length=chunk_length)
+        weight = rows.asked.sum()
         return Sums(
-            loss=scores.loss.sum(),
+            loss=rows.loss.sum(),
             weight=weight,
-            metrics={"accuracy": (scores.right.sum(), weight)},
-            reports=out.reports,
+            metrics={"accuracy": (rows.right.sum(), weight)},
+            reports=reports,
         )
 
     def finish(self, totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:

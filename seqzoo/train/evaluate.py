@@ -71,7 +71,7 @@ def evaluate(
             batch = meshes.put_batch(host_batch, sharding)
             length = row_length(host_batch)
             program = programs.compiled(
-                eval_step(spec),
+                eval_step(spec, trainer.eval_chunk_length),
                 params,
                 rest,
                 batch,

@@ -23,6 +23,8 @@ class TrainerSettings:
         eval_samples: rows of the validation split that are looked at; null = all.
         test_samples: rows of the test split that are looked at, at the end; null = all, 0 = none.
         eval_batch_size: rows per batch when evaluating; null = those of a microbatch.
+        eval_chunk_length: tokens of a row that the model reads at a time when evaluating, carrying
+            its state: memory does not grow with the row; null = whole rows.
         log_every: steps per line of metrics.jsonl, which holds their means.
         save_every: steps between checkpoints; 0 = by the clock and at the end only.
         save_minutes: minutes between checkpoints; 0 = by steps and at the end only.
@@ -44,6 +46,7 @@ class TrainerSettings:
     eval_samples: int | None = 1000
     test_samples: int | None = None
     eval_batch_size: int | None = None
+    eval_chunk_length: int | None = None
     log_every: int = 10
     save_every: int = 200
     save_minutes: float = 10.0
@@ -59,7 +62,7 @@ class TrainerSettings:
             _at_least("trainer", self, name, 1)
         for name in ("eval_every", "save_every", "save_minutes", "workers", "prefetch"):
             _at_least("trainer", self, name, 0)
-        for name in ("eval_samples", "eval_batch_size"):
+        for name in ("eval_samples", "eval_batch_size", "eval_chunk_length"):
             _at_least("trainer", self, name, 1)
         _at_least("trainer", self, "test_samples", 0)
         if self.global_batch_size % self.grad_accum_steps:

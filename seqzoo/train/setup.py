@@ -109,6 +109,11 @@ def setup(
     mesh_settings = MeshSettings(**config["mesh"])
     data = build_data(config) if data is None else data
     task = _checked(build(config["task"]).for_data(data))
+    if trainer.eval_chunk_length is not None and not getattr(task, "in_chunks", False):
+        raise ConfigError(
+            f"trainer.eval_chunk_length={trainer.eval_chunk_length}, but this task needs whole "
+            "rows; set it to null"
+        )
     optimizer = build(config["optimizer"])
     mesh, rules = meshes.make_mesh(mesh_settings, devices), meshes.rules_of(mesh_settings)
     rows = trainer.global_batch_size // trainer.grad_accum_steps

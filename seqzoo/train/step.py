@@ -159,11 +159,15 @@ def train_step(spec: Spec):
 
 
 @functools.lru_cache(maxsize=64)
-def eval_step(spec: Spec):
-    """The jitted evaluation of a batch: `(params, rest, batch) -> {name: (sum, weight)}`."""
+def eval_step(spec: Spec, chunk_length: int | None = None):
+    """The jitted evaluation of a batch: `(params, rest, batch) -> {name: (sum, weight)}`.
+
+    With a chunk_length rows are read in chunks (seqzoo.tasks.rows).
+    """
+    more: dict[str, Any] = {} if chunk_length is None else {"chunk_length": chunk_length}
 
     def evaluate(params, rest, batch):
-        return _totals(spec.task.sums(merge(spec.graphdef, params, rest), batch))
+        return _totals(spec.task.sums(merge(spec.graphdef, params, rest), batch, **more))
 
     whole = NamedSharding(spec.mesh, PartitionSpec())
     return jax.jit(_in_force(spec, evaluate), out_shardings=whole)
@@ -179,6 +183,11 @@ def _totals(sums: Sums) -> dict[str, tuple[jax.Array, jax.Array]]:
         }
         for name, value in told.items():
             totals[name] = (jnp.mean(value) * sums.weight, sums.weight)
+        for name, value in sums.reports.values.items():
+            # A name with parts stands for itself: each part by layer would be too many lines.
+            by_layer = "/" not in name and jnp.ndim(value) > 0 and len(value) > 1
+            for layer, one in enumerate(value if by_layer else ()):
+                totals[f"report/{name}/layer_{layer}"] = (jnp.mean(one) * sums.weight, sums.weight)
     return totals
 
 

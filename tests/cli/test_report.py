@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from seqzoo.eval import plots
 from seqzoo.eval.compare import compare, interval, spread
 from seqzoo.eval.records import read, read_all, series
 from seqzoo.eval.report import size_of, write_comparison, write_report
@@ -39,6 +40,25 @@ def test_what_mixers_report_is_drawn(write_run, tmp_path):
     for name in ("report_router_load", "report_router_entropy"):
         assert (run / f"report/{name}.png").read_bytes().startswith(PNG)
         assert f'alt="{name}"' in text
+
+
+def test_layers_are_drawn_in_one_panel(write_run, tmp_path):
+    """Mean and layers of a run together; of several runs the means alone."""
+    run = write_run(tmp_path)
+    with open(run / "metrics.jsonl", "a") as out:
+        for step in (110, 120):
+            told = {f"train/report/memory_surprise/layer_{i}": 0.1 * i for i in range(12)}
+            out.write(
+                json.dumps({"step": step, "train/report/memory_surprise": 0.5, **told}) + "\n"
+            )
+    told = series(read(run).metrics)
+    panel = plots.panels(None, told)[-1]
+    names = list(plots.lines_of(panel, {"a": told})["a"])
+    assert names[0] == "train/report/memory_surprise" and names[-1].endswith("layer_11")
+    assert [name[-2:].strip("_") for name in names[1:4]] == ["0", "1", "2"] and len(names) == 13
+    assert 'alt="report_memory_surprise"' in write_report(run).read_text()
+    for found in plots.lines_of(panel, {"a": told, "b": told}).values():
+        assert list(found) == ["train/report/memory_surprise"]
 
 
 def test_the_page_needs_no_network(write_run, tmp_path):

@@ -1,0 +1,33 @@
+"""Tuning alike, and what is said of seeds."""
+
+import pytest
+
+from seqzoo.eval import protocol
+
+
+def test_a_best_rate_at_an_edge_widens_the_grid():
+    peak = lambda best: lambda rate: -abs(rate / best - 1)
+    assert protocol.tuned(peak(3e-3)) == (3e-3, 4)
+    rate, tried = protocol.tuned(peak(0.09))
+    assert rate == pytest.approx(0.09) and tried == 6  # 0.09 and what lies beyond it
+    rate, tried = protocol.tuned(peak(1e-3 / 9))
+    assert rate == pytest.approx(1e-3 / 9) and tried == 7
+    rate, tried = protocol.tuned(lambda rate: rate)  # no end: three times as many and no more
+    assert tried == 12
+
+
+def test_a_row_is_told_by_its_median_and_interval():
+    told = protocol.summary([0.9, 1.0, 0.2, 0.95, 0.97])
+    assert told["median"] == 0.95 and (told["low"], told["high"]) == (0.2, 1.0)
+    assert told["low"] <= told["ci_low"] <= told["median"] <= told["ci_high"] <= told["high"]
+    assert protocol.solved([0.9, 1.0, 0.2, 0.95, 0.97]) == "3/5"
+
+
+def test_tables_are_read_as_they_were_written(tmp_path):
+    file = tmp_path / "results.csv"
+    assert protocol.read(file) == []
+    protocol.write([{"row": "a", "median": 0.5}, {"row": "b", "exact": 0.1}], file)
+    assert protocol.read(file) == [
+        {"row": "a", "median": "0.5", "exact": ""},
+        {"row": "b", "median": "", "exact": "0.1"},
+    ]
