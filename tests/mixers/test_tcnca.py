@@ -250,4 +250,5 @@ def test_spread_over_eight_devices(gating, shape):
     assert "manual" in lowered.as_text()
     got = lowered.compile()(params, jax.device_put(x, rows))
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * float(jnp.abs(a).max()))
+        # The bias of keys moves no softmax: its gradient is rounding alone, hence the 5e-5.
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=5e-5 + 1e-5 * float(jnp.abs(a).max()))
