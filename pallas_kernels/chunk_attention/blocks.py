@@ -81,7 +81,8 @@ def _backward(how, residuals, dy):
     for cut in cuts:
         carry, _ = jax.lax.scan(functools.partial(one_block, cut), carry, jnp.arange(cut.steps))
     dq, dk, dv, dbias = carry
-    dbias = None if bias is None else dbias.astype(bias.dtype)
+    if bias is not None and dbias is not None:
+        dbias = dbias.astype(bias.dtype)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), dbias, None, None
 
 

@@ -87,7 +87,7 @@ def in_parts(x, weight, bias, sights, stack):
     """The whole stack `[b t e]` without a past; see `one_level`."""
 
     def body(part, y):
-        return part.put(y, _all_levels(*part.cut(x, weight, bias, sights), stack=stack))
+        return part.put(y, _all_levels(*part.cut(x, weight, bias, sights), stack))
 
     return _each(x, body, jnp.zeros_like(x))
 
@@ -102,7 +102,7 @@ def _in_parts_backward(stack, residuals, dy):
     def body(part, carry):
         dx, dweight, dbias = carry
         *floats, seen = part.cut(x, weight, bias, sights)
-        _, pull = jax.vjp(lambda *floats: _all_levels(*floats, sights=seen, stack=stack), *floats)
+        _, pull = jax.vjp(lambda *floats: _all_levels(*floats, seen, stack), *floats)
         dx_part, *more = pull(part.cut(dy, None, None, None)[0])
         dweight, dbias = (part.add(a, b) for a, b in zip((dweight, dbias), more, strict=True))
         return part.put(dx, dx_part), dweight, dbias
