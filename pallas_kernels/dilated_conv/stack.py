@@ -74,8 +74,9 @@ def _rows(x, n: int, d: int):
     return jnp.pad(x, ((0, 0), (0, n * d - t)), constant_values=-1).reshape(b, n, d, 1)
 
 
-def _all_levels(x, weight, bias, sights, stack):
-    """In the dtype of the weight inside, in that of x outside."""
+def _all_levels(floats, sights, stack):
+    """From (x, weight, bias); in the dtype of the weight inside, in that of x outside."""
+    x, weight, bias = floats
     s = x.astype(weight.dtype)
     for i in range(len(stack.dilations)):
         s = one_level(s, i, weight, bias, sights, stack)
@@ -87,7 +88,8 @@ def in_parts(x, weight, bias, sights, stack):
     """The whole stack `[b t e]` without a past; see `one_level`."""
 
     def body(part, y):
-        return part.put(y, _all_levels(*part.cut(x, weight, bias, sights), stack))
+        *floats, seen = part.cut(x, weight, bias, sights)
+        return part.put(y, _all_levels(floats, seen, stack))
 
     return _each(x, body, jnp.zeros_like(x))
 
@@ -102,7 +104,7 @@ def _in_parts_backward(stack, residuals, dy):
     def body(part, carry):
         dx, dweight, dbias = carry
         *floats, seen = part.cut(x, weight, bias, sights)
-        _, pull = jax.vjp(lambda *floats: _all_levels(*floats, seen, stack), *floats)
+        _, pull = jax.vjp(lambda *floats: _all_levels(floats, seen, stack), *floats)
         dx_part, *more = pull(part.cut(dy, None, None, None)[0])
         dweight, dbias = (part.add(a, b) for a, b in zip((dweight, dbias), more, strict=True))
         return part.put(dx, dx_part), dweight, dbias
