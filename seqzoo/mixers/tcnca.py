@@ -30,8 +30,15 @@ class TCNCA(nnx.Module):
     Args:
         d_model: width of the input and output.
         gating: "mega" or "simple".
-        kernel_size, dilation_growth, n_levels, dilations, preset, weight_norm, use_bias,
-            max_length: of the network; see seqzoo.nn.tcn.TCN.
+        kernel_size: taps of a level of the network (K); odd where it looks both ways.
+        dilation_growth: by which the dilation grows from level to level, at most kernel_size.
+        n_levels: levels.
+        dilations: one per level, in place of dilation_growth and n_levels; None = those.
+        preset: of the network: "relu_res", "linear" or "separable".
+        weight_norm: size and direction of a channel's taps are parameters of their own.
+        use_bias: whether levels have a bias.
+        max_length: of the longest sequence: levels that reach no other token of it are left out,
+            with a warning; None = leave out nothing.
         z_dim: width of queries and keys (z); None = d_model / 4, at least 2, made even.
         v_dim: width of values (v); None = 2 d_model.
         chunk_size: tokens of a chunk; None = the whole row (only with causal=False).

@@ -51,9 +51,23 @@ class TitansMAC(nnx.Module):
         d_model: width of the input and output.
         n_heads, head_dim: heads of the memory and of attention; None = as many as make d_model.
         segment: tokens of a segment, a multiple of chunk.
-        chunk, memory_layers, memory_expand, memory_norm, activation, empty_memory, memory_lr,
-            d_conv, conv_init_std, use_momentum, use_forgetting, theta_max, alpha_bias, eta_bias,
-            theta_bias, limit, max_norm, detach_norm: the memory's, as TitansLMM has them.
+        chunk: tokens whose gradients are taken at the same weights.
+        memory_layers: layers of the network; 1 = linear.
+        memory_expand: its inner width over head_dim.
+        memory_norm: LayerNorm of its output, scaled, and its input added.
+        activation: between its layers, "gelu" or "silu".
+        empty_memory: its last layer starts at 0 (and is learned), so that it holds nothing at
+            first; else Xavier's uniform like the others.
+        memory_lr: peak learning rate of these weights; None = the optimizer's.
+        d_conv: taps of the convolution, 0 = none.
+        conv_init_std: it starts as the identity plus normal values of this standard deviation.
+        use_momentum: else eta is 0.
+        use_forgetting: else alpha is 0.
+        theta_max: largest step size; None = (1 - eta) / chunk with the eta of eta_bias.
+        alpha_bias, eta_bias, theta_bias: b_a, b_e, b_t at the start.
+        limit: of each token's gradient by each matrix: "none", "clip" or "normalise".
+        max_norm: to which length.
+        detach_norm: whether that length counts as a constant when differentiated.
         n_persistent: learned tokens that attention sees in every segment, 0 = none.
         rope: turn queries and keys by their positions: 0 to segment - 1 for what is recalled, then
             the tokens; persistent tokens have none.

@@ -19,8 +19,9 @@ HERE = pathlib.Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 TRAIN = [
     "--config-dir", "mylab/configs",
-    "model=mamba_small", "model.pattern=[s4d]", "model.d_model=16", "model.n_layers=2",
-    "model.mixers.s4d.d_state=4", "data.vocab_size=32", "data.seq_len=16", "data.num_kv_pairs=2",
+    "model=mamba_small", "model.pattern=[diagonal]", "model.d_model=16", "model.n_layers=2",
+    "model.mixers.diagonal.d_state=4",
+    "data.vocab_size=32", "data.seq_len=16", "data.num_kv_pairs=2",
     "trainer.steps=400", "trainer.save_every=20", "trainer.eval_every=200",
     "trainer.global_batch_size=8", "trainer.stop_at_target=false",
 ]  # fmt: skip
@@ -69,7 +70,7 @@ def test_the_wheel_is_what_runs(lab):
 
 
 def test_the_mixer_passes_the_suite(lab):
-    printed = run(lab, "check", "mylab.mixers.s4d.S4D", "d_state=4")
+    printed = run(lab, "check", "mylab.mixers.diagonal.Diagonal", "d_state=4")
     assert "broken" not in printed.lower()
 
 
@@ -95,5 +96,5 @@ def test_it_trains_is_killed_resumes_and_evaluates(lab):
     assert (status["state"], status["step"], status["attempt"]) == ("finished", 400, 2)
 
     refused = run(lab, "eval", str(run_folder), code=2)
-    assert "mylab.mixers.s4d.S4D" in refused and "--trust mylab" in refused
+    assert "mylab.mixers.diagonal.Diagonal" in refused and "--trust mylab" in refused
     assert "accuracy" in run(lab, "eval", str(run_folder), "--trust", "mylab")

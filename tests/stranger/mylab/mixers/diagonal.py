@@ -12,7 +12,7 @@ from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
 
 
-class S4D(nnx.Module):
+class Diagonal(nnx.Module):
     """A diagonal linear state space with fixed real decays, gated by nothing.
 
     Args:
