@@ -24,6 +24,8 @@ def collect(paths):
     for path in map(pathlib.Path, paths):
         run = records.read(path)
         model = "+".join(dict.fromkeys(run.config["model"]["pattern"]))
+        std = run.config["model"].get("embed_std", 0.02)
+        model += "" if std == 0.02 else f", embeddings of {std:g}"
         steps, values = records.series(run.metrics)["valid/accuracy"]
         for step, value in zip(steps, values, strict=True):
             curves.append(dict(model=model, seed=run.seed, step=step, accuracy=round(value, 4)))
