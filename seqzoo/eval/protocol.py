@@ -7,11 +7,12 @@ configuration, the one in hand goes on.
 import csv
 import pathlib
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seqzoo.config.compose import compose
-from seqzoo.errors import NotFiniteError
+from seqzoo.errors import NotFiniteError, SeqzooError
 from seqzoo.eval.compare import LEARNED, interval
 from seqzoo.train import loop
 
@@ -30,6 +31,9 @@ def train(words: Sequence[str], *, metric: str = "accuracy") -> dict[str, Any]:
     Returns:
         valid (its best), test, diverged (0 or 1), seconds, and path, None where it diverged: such
         a run counts as worst.
+
+    Raises:
+        SystemExit: it was stopped or cannot run; with the exit code of `seqzoo train`.
     """
     print("-- " + " ".join(words), flush=True)
     words = list(words)
@@ -37,6 +41,9 @@ def train(words: Sequence[str], *, metric: str = "accuracy") -> dict[str, Any]:
         result = loop.train(compose(words), overrides=words)
     except NotFiniteError:
         return dict(valid=0.0, test=0.0, diverged=1, seconds=None, path=None)
+    except SeqzooError as error:  # the driver ends as the command would: 75 when it was stopped
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
     return dict(
         valid=result.value,
         test=result.test[metric],

@@ -2,6 +2,7 @@
 
 import pytest
 
+from seqzoo.errors import NotFiniteError, Preempted
 from seqzoo.eval import protocol
 
 
@@ -31,3 +32,21 @@ def test_tables_are_read_as_they_were_written(tmp_path):
         {"row": "a", "median": "0.5", "exact": ""},
         {"row": "b", "median": "", "exact": "0.1"},
     ]
+
+
+def test_a_run_that_was_stopped_stops_the_study(monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise Preempted("stopped at step 3, saved")
+
+    monkeypatch.setattr(protocol.loop, "train", stopped)
+    with pytest.raises(SystemExit) as ended:
+        protocol.train(["trainer.steps=3"])
+    assert ended.value.code == 75 and "stopped at step 3" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_counts_as_worst(monkeypatch):
+    def diverged(*args, **kwargs):
+        raise NotFiniteError("nan at step 3")
+
+    monkeypatch.setattr(protocol.loop, "train", diverged)
+    assert protocol.train(["trainer.steps=3"])["valid"] == 0.0
