@@ -10,12 +10,13 @@ class Config:
     """How a form is to run; results are the same up to rounding, whatever it says.
 
     Attributes:
-        interpret: runs a kernel by interpretation, on any machine.
+        interpret: runs a kernel by interpretation, on any machine; "races" by the slow interpreter
+            that also finds races, reads out of bounds and reads of what was never written.
         device_kind: the device to compile for, by jax's name; None = the one of the mesh in force,
             else the local one.
     """
 
-    interpret: bool = False
+    interpret: bool | str = False
     device_kind: str | None = None
 
     @classmethod

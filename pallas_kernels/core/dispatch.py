@@ -5,8 +5,9 @@ An operator has forms by name, modules with
     run(*arrays, config, **options) -> results       its own jax.custom_vjp inside
     refuses(shapes, device_kind) -> reason or None
 
-`implementation=None` takes the best form that serves the call on the platform it is lowered for
-(a program traced on a CPU compiles for a TPU); a name takes exactly that form, or says why not.
+`implementation=None` takes the best form that serves the call on the platform it is lowered for; a
+name takes exactly that form, or says why not. Kernels are traced where the device is theirs; a
+machine without one traces them for it inside `compiling_for("TPU v5 lite")`.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ _LOG = logging.getLogger(__name__)
 
 # The platform that a kernel form is lowered for; the other forms run anywhere.
 KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
+# The device whose tiles a kernel takes where it is interpreted on another one.
+INTERPRETED_AS = {"tpu": "TPU v5 lite", "cuda": "NVIDIA H100 80GB HBM3"}
 NAMES = ("reference", "xla", *KERNELS)
 
 
@@ -62,6 +65,20 @@ def counting() -> Iterator[None]:
     matrix product.
     """
     with _FORCED(_COUNTED):
+        yield
+
+
+@contextlib.contextmanager
+def compiling_for(kind: str) -> Iterator[None]:
+    """What is traced inside is for a device of this kind, whatever stands in this machine.
+
+    Args:
+        kind: jax's name of the device, "TPU v5 lite", "NVIDIA H200".
+    """
+    platform = {"cuda": "gpu"}.get(platform_of(kind), platform_of(kind))
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
         yield
 
 
@@ -124,7 +141,7 @@ def call(
             return bound(name)(*arrays)
         branches: dict[str, Callable] = {}
         for kernel, platform in KERNELS.items():
-            reason = forms[kernel].refuses(shapes, kind)
+            reason = _why_no_kernel(forms[kernel], platform, shapes, kind)
             if reason:
                 _LOG.debug("%s: %s does not serve this call: %s", op, kernel, reason)
             else:
@@ -156,14 +173,34 @@ def explain(op: Callable, *arguments: Any, **keywords: Any) -> Reasons:
 
 
 def _why_not(form: Form, name: str, shapes: Any, kind: str, config: Any) -> str | None:
-    reason = form.refuses(shapes, kind)
     platform = KERNELS.get(name)
-    if reason or platform is None or getattr(config, "interpret", False):
-        return reason
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if _abstract_device() is None and here != platform:
-        return f"it needs a {platform} device and this is a {here}; config.interpret runs it anyway"
-    return None
+    if platform is None:
+        return form.refuses(shapes, kind)
+    if getattr(config, "interpret", False):
+        return form.refuses(shapes, config.device_kind or INTERPRETED_AS[platform])
+    return _why_no_kernel(form, platform, shapes, kind)
+
+
+def _why_no_kernel(form: Form, platform: str, shapes: Any, kind: str) -> str | None:
+    """Why a kernel is no use here: its own reason, else that the device is another one.
+
+    A kernel is traced for its own devices only: a CPU's programs would trace every one in vain.
+    """
+    if platform_of(kind) == platform:
+        return form.refuses(shapes, kind)
+    return form.refuses(shapes, INTERPRETED_AS[platform]) or (
+        f"it needs a {platform} device and this is a {kind}; config.interpret runs it anyway, and "
+        "inside dispatch.compiling_for(KIND) it compiles for another device"
+    )
+
+
+def platform_of(kind: str) -> str:
+    """The platform of a kind of device: "tpu", "cuda", or the first word of its name."""
+    if kind.startswith("TPU"):
+        return "tpu"
+    if kind.startswith("NVIDIA"):
+        return "cuda"
+    return kind.split()[0].lower()
 
 
 def _abstract_device() -> Any:

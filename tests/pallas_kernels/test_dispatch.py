@@ -50,12 +50,17 @@ def test_none_takes_xla_on_a_cpu():
 
 
 def test_a_program_traced_here_compiles_for_another_platform():
-    traced = jax.jit(call).trace(X)
-    here = traced.lower().as_text()
-    there = traced.lower(lowering_platforms=("tpu",)).as_text()
-    gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
+    with dispatch.compiling_for("TPU v6 lite"):
+        traced = jax.jit(call).trace(X)
+        here = traced.lower().as_text()
+        there = traced.lower(lowering_platforms=("tpu",)).as_text()
+        gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "3.0" in there and "3.0" not in here and "3.0" not in gpu  # the TPU form's factor
     assert "2.0" in here and "2.0" in gpu  # the GPU form refuses: xla
+
+
+def test_a_program_for_this_cpu_traces_no_kernel():
+    assert "3.0" not in str(jax.make_jaxpr(call)(X))
 
 
 @pytest.mark.parametrize("name, factor", [("reference", 1), ("xla", 2)])
