@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.axes import axes
-from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.numerics import check_documents, check_shapes, state_dtype
 from pallas_kernels.taylor_attention import pallas_gpu, pallas_tpu, reference, xla
+from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.features import feature_count
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -119,25 +119,6 @@ def taylor_attention(
         eps=float(eps),
     )
     return y, TaylorAttentionState(kv, z, last_id)
-
-
-def cost(
-    b: int, t: int, h: int, k: int, v: int, *, itemsize: int = 4, backward: bool = False
-) -> Cost:
-    """What a call costs at least: operations, and bytes if every array moves once.
-
-    Forward per token and head: two products with the state, 2 f (v + 1) operations each, and twice
-    f for the features. Backward five such products: the state again, its gradient, and one each for
-    the gradients of q, k and v.
-    """
-    tokens, f = b * t * h, feature_count(k)
-    products = 2 * f * (v + 1)
-    state = 4 * b * h * f * (v + 1)
-    if not backward:
-        moved = itemsize * tokens * (2 * k + 2 * v) + 2 * state
-        return Cost(flops=tokens * (2 * products + 2 * f), bytes=moved)
-    moved = itemsize * tokens * (4 * k + 4 * v) + 2 * state
-    return Cost(flops=tokens * (5 * products + 6 * f), bytes=moved)
 
 
 taylor_attention.axes = AXES  # type: ignore[attr-defined]
