@@ -1,4 +1,4 @@
-"""Bytes of the passes that XLA makes over arrays around kernels: pads, transposes, sums, conversions.
+"""Bytes of the passes that XLA makes around kernels: pads, transposes, sums, conversions.
 
 A model of its fusion, not its own account:
 

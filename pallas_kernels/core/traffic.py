@@ -1,7 +1,7 @@
 """Bytes that a program moves between memory and chip, counted from its traced jaxpr.
 
-Kernels are counted by their BlockSpecs (core/blocks.py), what XLA does around them by a model of its
-fusion (core/passes.py).
+Kernels are counted by their BlockSpecs (core/blocks.py), what XLA does around them by a model of
+its fusion (core/passes.py).
 
 Loop bodies count as often as they run, of branches the dearest, or the one of the platform that is
 asked for; inside a shard_map, what one device moves. What nobody uses is left out.
