@@ -21,6 +21,9 @@ __all__ = ["build", "compose", "expand", "parse"]
 
 DEFAULT_EXPERIMENT = "mqar"
 
+# Words that may be typed for keys that stand elsewhere.
+ALIASES = {"eval.stream_chunk": "trainer.eval_chunk_length"}
+
 
 def compose(
     overrides: Sequence[str] = (),
@@ -58,6 +61,29 @@ def compose(
     return OmegaConf.create(checked)
 
 
+def compose_settings(
+    config_name: str,
+    overrides: Sequence[str],
+    settings: Mapping[str, str],
+    *,
+    config_dir: str | None = None,
+) -> dict[str, Any]:
+    """Composes a root that holds sections of settings alone, such as configs/sweep.yaml.
+
+    Args:
+        config_name: the root file.
+        overrides: words of the command line.
+        settings: section -> the dataclass that it fills.
+        config_dir: a user's own folder of groups.
+
+    Raises:
+        ConfigError: as `compose`.
+    """
+    where = paths.folders(config_dir)
+    words = [_checked(override, where) for override in parse(overrides)]
+    return schema.check_settings(_resolved(_compose(config_name, words, where)), settings)
+
+
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Returns the override lists of a sweep: every combination of ``lr=1e-3,1e-2 seed=1,2``."""
     choices = []
@@ -77,6 +103,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     for word in overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"'{word}' is no key=value; as in optimizer.lr=1e-3")
+        key, equals, value = word.partition("=")
+        word = f"{ALIASES.get(key, key)}{equals}{value}"
         try:
             parsed += parser.parse_overrides([word])
         except HydraException as error:

@@ -68,6 +68,24 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def check_settings(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
+    """The same for a configuration of settings alone.
+
+    Args:
+        config: resolved.
+        settings: section -> the dataclass that it fills.
+    """
+    known = [
+        f"{section}.{key}"
+        for section, target in settings.items()
+        for key in signature_of(target).keywords
+    ]
+    return {
+        section: _node(section, config[section], signature_of(target), known)
+        for section, target in settings.items()
+    }
+
+
 def valid_keys(config: Mapping[str, Any]) -> list[str]:
     """Returns every key that this configuration could hold, as ``section.key``."""
     found = list(ROOT)
