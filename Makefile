@@ -19,7 +19,7 @@ ARGS ?=
 # Processes that share the tests; a test file stays in one.
 WORKERS ?= 2
 
-.PHONY: help install train test test-slow bench torture-resume frontier passkey titans-ablation docs check lint types clean
+.PHONY: help install train test test-slow bench long-streams torture-resume frontier passkey titans-ablation docs check lint types clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -43,6 +43,9 @@ test-slow: $(STAMP)  ## the long tests as well: more lengths, twenty kills, 262,
 
 torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an unbroken one bit by bit
 	$(BIN)/python tests/torture/torture.py $(ARGS)
+
+long-streams: $(STAMP)  ## a million tokens through four models, chunk by chunk, in under 2 GiB
+	$(BIN)/python tests/streams/long_streams.py $(ARGS)
 
 bench: $(STAMP)  ## measures the operators and the train loop on this machine
 	$(BIN)/seqzoo bench $(ARGS)

@@ -24,7 +24,8 @@ class TrainerSettings:
         test_samples: rows of the test split that are looked at, at the end; null = all, 0 = none.
         eval_batch_size: rows per batch when evaluating; null = those of a microbatch.
         eval_chunk_length: tokens of a row that the model reads at a time when evaluating, carrying
-            its state: memory does not grow with the row; null = whole rows.
+            its state: memory does not grow with the row; null = whole rows. May be typed as
+            eval.stream_chunk.
         log_every: steps per line of metrics.jsonl, which holds their means.
         save_every: steps between checkpoints; 0 = by the clock and at the end only.
         save_minutes: minutes between checkpoints; 0 = by steps and at the end only.

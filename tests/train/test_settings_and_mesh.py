@@ -35,6 +35,10 @@ def test_values_out_of_range(settings, values, said):
         settings(**values)
 
 
+def test_a_key_by_its_other_name(tiny):
+    assert tiny("eval.stream_chunk=4").trainer.eval_chunk_length == 4
+
+
 def test_the_window_of_the_profiler():
     assert TrainerSettings(profile="10:15").profile_window() == (10, 15)
     assert TrainerSettings().profile_window() is None
