@@ -20,8 +20,6 @@ from pallas_kernels.taylor_attention.tpu_places import pack
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6
-_LONGEST = 2048
-_MOST_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,21 +30,19 @@ class PallasTpuConfig(tpu.TpuConfig):
         chunk: tokens whose pairs are formed; a multiple of 128 (any number when interpreted).
         block: tokens in the vector memory at a time, and between two saved states; a multiple of
             the chunk.
-        heads: heads worked on side by side, forward; a divisor of them all.
-        backward_heads: the same, backward.
+        heads: heads worked on side by side; a divisor of them all.
     """
 
     chunk: int = 128
     block: int = 128
     heads: int = 1
-    backward_heads: int = 1
 
     def __post_init__(self):
         ragged = self.chunk % tpu.LANES and not self.interpret
-        if min(self.chunk, self.heads, self.backward_heads) < 1 or ragged:
+        if min(self.chunk, self.heads) < 1 or ragged:
             raise ValueError(
-                f"taylor_attention: chunk is {self.chunk}, heads {self.heads} and backward_heads "
-                f"{self.backward_heads}; chunk must be a multiple of 128 and all at least 1"
+                f"taylor_attention: chunk is {self.chunk} and heads {self.heads}; chunk must be a "
+                "multiple of 128 and both at least 1"
             )
         if self.block < 1 or self.block % self.chunk:
             raise ValueError(
@@ -58,36 +54,23 @@ class PallasTpuConfig(tpu.TpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasTpuConfig":
-        """Blocks as long as the vector memory allows, then heads."""
+        """Blocks as long as the vector memory allows; of short sequences, several heads."""
         room = _SHARE * tpu.generation(device_kind).scoped_vmem
-        h, itemsize = sizes["h"], sizes.get("itemsize", 4)
-        whole = tpu.round_up(sizes["t"], cls.chunk)
-        of = functools.partial(_bytes, tpu.round_up(sizes["k"], 16), tpu.round_up(sizes["v"], 16))
+        k, v = (tpu.round_up(sizes[x], 16) for x in "kv")
+        fits = lambda n: _bytes(k, v, n, sizes.get("itemsize", 4)) <= room
         lengths = [cls.chunk * 2**n for n in range(5)]
-        block = max(
-            (n for n in lengths if n <= _LONGEST and of(n, itemsize, True) <= room),
-            default=cls.chunk,
-        )
-        n_blocks = -(-whole // block)  # of one length, with the least padding
-        block = tpu.round_up(-(-whole // n_blocks), cls.chunk)
-
-        def heads(backward: bool) -> int:
-            fit = [n for n in range(1, _MOST_HEADS + 1) if h % n == 0]
-            return max(
-                (n for n in fit if n * of(block, itemsize, backward) <= room), default=1
-            )
-
-        return cls(
-            block=block, heads=heads(False), backward_heads=heads(True), device_kind=device_kind
-        )
+        longest = max((n for n in lengths if fits(n)), default=cls.chunk)
+        n_blocks = -(-sizes["t"] // longest)  # of one length, with the least padding
+        block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
+        heads = [n for n in range(1, 5) if sizes["h"] % n == 0 and n * block <= longest]
+        return cls(block=block, heads=max(heads), device_kind=device_kind)
 
 
-def _bytes(k: int, v: int, block: int, itemsize: int, backward: bool) -> int:
-    """Of the vector memory that one head takes: blocks twice, scratch once, float32 rows padded."""
-    rows = (2 * k + 3 * v + 2 * k + v) if backward else (2 * k + 2 * v)
-    scratch = (k + v + 8) * 4 if backward else 0
-    states = 4 * tpu.round_up(rows_of(k), tpu.LANES) * (v + 16)
-    return block * (2 * (rows * itemsize + 32) + scratch) + 8 * states
+def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
+    """Of the vector memory that a head takes backward: arrays twice, scratch once, states."""
+    arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES) + 4 * (k + v + tpu.SUBLANES)
+    states = 10 * 4 * tpu.round_up(rows_of(k), tpu.LANES) * tpu.round_up(v + 16, tpu.LANES)
+    return block * arrays + states
 
 
 def refuses(shapes, device_kind) -> str | None:
@@ -102,10 +85,9 @@ def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
     itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
     sizes = dict(b=b, t=t, h=h, k=width, v=v_width, itemsize=itemsize)
     config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
-    if h % config.heads or h % config.backward_heads:
+    if h % config.heads:
         raise ValueError(
-            f"taylor_attention: config has heads={config.heads}, backward_heads="
-            f"{config.backward_heads}; both must divide the {h} heads"
+            f"taylor_attention: config.heads is {config.heads}, no divisor of {h} heads"
         )
     places, padded = None, tpu.round_up(t, config.block)
     if segment_ids is not None:

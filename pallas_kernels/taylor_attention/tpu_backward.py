@@ -1,8 +1,9 @@
 """taylor_attention's backward kernel for TPUs: blocks of tokens from the last to the first.
 
-A block's q, k, v, dy and y are in the vector memory once, and are walked twice: forward from the
-state that was saved before the block (dq needs states), then backward with the gradient of the state
-(dk and dv need it). With v1 = [v, 1], do = dy / (z + eps), do1 = [do, -sum(do y)] and r = q.k,
+A block's q, k, v, dy and y come into the vector memory once, and are walked twice: forward from the
+state that was saved before the block (dq needs states), then backward with the state's gradient
+(dk and dv need it). States and their gradients are held in float32 and, for products, a second time
+in the products' type: reading that copy holds fewer registers. With v1 = [v, 1], do = dy / (z + eps), do1 = [do, -sum(do y)] and r = q.k,
 
     forward:   dw = v1^T do1,  ds = dw (1 + scale r) scale,  dq = k ds + scale pull(S^T do1)
                dk = q ds^T,    dv = do w^T,                  S <- S + v1 phi(k)^T
@@ -51,7 +52,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
         Gradients of q, k, v and of the state before.
     """
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
-    heads, block = config.backward_heads, config.block
+    heads, block = config.heads, config.block
     steps, dtype = t // block, product_dtype(q, k, v)
     rows, f = state_rows(v_width, dtype), rows_of(width)
 
@@ -81,6 +82,8 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
     )
     scratch = dict(
         state=pltpu.VMEM((heads, f, rows), jnp.float32),
+        low=pltpu.VMEM((heads, f, rows), dtype),
+        dlow=pltpu.VMEM((heads, rows, f), dtype),
         dstate=pltpu.VMEM((heads, rows, f), jnp.float32),
         dk_pairs=pltpu.VMEM((heads, width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((heads, v_width, block), jnp.float32),
@@ -106,16 +109,18 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
 
 def _body(*refs, names, how: How, steps: int, dtype):
     at = dict(zip(names, refs, strict=True))
-    step, chunk, heads = pl.program_id(2), how.config.chunk, how.config.backward_heads
+    step, chunk, heads = pl.program_id(2), how.config.chunk, how.config.heads
     n_chunks = how.config.block // chunk
 
     @pl.when(step == 0)
     def _():
         at["dstate"][...] = at["dlast"][0]
+        at["dlow"][...] = at["dlast"][0].astype(dtype)
 
     for head in range(heads):
         state = at["state"]
         state[head] = at["saved"][0, head, 0].T if "saved" in at else jnp.zeros_like(state[head])
+        at["low"][head] = state[head].astype(dtype)
 
     def walk(one_head):
         def one_chunk(i, carry):
@@ -156,12 +161,12 @@ def _up(at, head: int, here, masks: Seen, how: How, dtype):
     at["dk_pairs"][head, :, here] = dot(q, ds, NT)
     at["dv_pairs"][head, :, here] = dot(do1[: do.shape[0]], w, NT)
 
-    before = state[head]
-    dphi = dot(before.astype(dtype), only(masks.head, do1), NN)
+    dphi = dot(at["low"][head], only(masks.head, do1), NN)
     dq = dot(k, ds, NN) + scale * pull(scale * q.astype(jnp.float32), dphi)
     at["dq"][0, head, :, here] = dq.astype(at["dq"].dtype)
     new = dot(phi(k.astype(jnp.float32)).astype(dtype), only(masks.tail, v1), NT)
-    state[head] = only(masks.kept, before) + new
+    new = only(masks.kept, state[head]) + new
+    state[head], at["low"][head] = new, new.astype(dtype)
 
 
 def _down(at, head: int, here, masks: Seen, how: How, dtype):
@@ -174,16 +179,16 @@ def _down(at, head: int, here, masks: Seen, how: How, dtype):
     total = at["total"][head, :, here] if how.normalize else None
     do1 = only(masks.head, _with_total(do, total, v1.shape[0]).astype(dtype))
 
-    after = dstate[head]
     k = k.astype(jnp.float32)
-    dphi = dot(after.astype(dtype), only(masks.tail, v1), TN)
+    dphi = dot(at["dlow"][head], only(masks.tail, v1), TN)
     dk = at["dk_pairs"][head, :, here] + pull(k, dphi)
-    read = only(masks.tail, dot(after.astype(dtype), phi(k).astype(dtype), NN))
+    read = only(masks.tail, dot(at["dlow"][head], phi(k).astype(dtype), NN))
     dv = only(masks.valid, at["dv_pairs"][head, :, here] + read[:v_width])
     at["dk"][0, head, :, here] = dk.astype(at["dk"].dtype)
     at["dv"][0, head, :, here] = dv.astype(at["dv"].dtype)
     new = dot(do1, phi(how.scale * q.astype(jnp.float32)).astype(dtype), NT)
-    dstate[head] = only(masks.kept, after) + new
+    new = only(masks.kept, dstate[head]) + new
+    dstate[head], at["dlow"][head] = new, new.astype(dtype)
 
 
 def _inputs(at, head: int, here, masks: Seen, dtype):

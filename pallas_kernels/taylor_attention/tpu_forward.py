@@ -153,12 +153,11 @@ def _one_head(at, head: int, here, masks: Seen, how: How, dtype):
     k = only(masks.valid, at["k"][0, head, :, here].astype(dtype))
     v1 = with_ones(at["v"][0, head, :, here].astype(dtype), masks.valid, state.shape[1])
 
-    before = state[head]
-    read = dot(before.astype(dtype), phi(how.scale * q.astype(jnp.float32)).astype(dtype), NN)
+    read = dot(state[head].astype(dtype), phi(how.scale * q.astype(jnp.float32)).astype(dtype), NN)
     w = weights(dot(k, q, TN), masks.pairs, how.scale)
     o1 = only(masks.head, read) + dot(v1, w.astype(dtype), NN)
     new = dot(only(masks.tail, v1), phi(k.astype(jnp.float32)).astype(dtype), NT)
-    state[head] = only(masks.kept, before) + new
+    state[head] = only(masks.kept, state[head]) + new
 
     o = o1[:v_width]
     if how.normalize:
