@@ -1,5 +1,183 @@
-"""selective_scan as a Mosaic TPU kernel: its place, not written yet (dispatch falls to xla)."""
+"""selective_scan as Mosaic TPU kernels, forward and backward, the state staying on the chip.
 
-from pallas_kernels.core.unwritten import refuses, run
+Kept between the two: the arguments, and the state at the start of each chunk. README.md has grid,
+blocks and bytes.
+"""
 
-__all__ = ["refuses", "run"]
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core import dispatch, tpu
+from pallas_kernels.core.segments import boundaries
+from pallas_kernels.selective_scan.tpu_backward import backward
+from pallas_kernels.selective_scan.tpu_forward import forward
+from pallas_kernels.selective_scan.tpu_parts import F32, TOKENS, How
+
+# Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
+_SHARE = 0.65
+_MOST_CHANNELS = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasTpuConfig(tpu.TpuConfig):
+    """How the work is cut.
+
+    Attributes:
+        chunk: tokens per step, and between two states that are kept: 16, 32, 64 or 128.
+        lanes: channels whose states are in registers at a time, a multiple of 128.
+        channels: per step, forward; a multiple of `lanes`.
+        channels_backward: the same, backward.
+    """
+
+    chunk: int = 128
+    lanes: int = 128
+    channels: int = 128
+    channels_backward: int = 128
+
+    def __post_init__(self):
+        if self.chunk < TOKENS or tpu.LANES % self.chunk:
+            raise ValueError(f"selective_scan: chunk is {self.chunk}; it must be 16, 32, 64 or 128")
+        ragged = self.channels % self.lanes or self.channels_backward % self.lanes
+        if self.lanes % tpu.LANES or ragged:
+            raise ValueError(
+                f"selective_scan: lanes is {self.lanes}, channels {self.channels}, "
+                f"channels_backward {self.channels_backward}; lanes must be a multiple of 128 and "
+                "divide the others"
+            )
+
+    @classmethod
+    def heuristic(
+        cls, sizes: Mapping[str, int], device_kind: str | None = None
+    ) -> "PallasTpuConfig":
+        """As many channels per step as the vector memory allows."""
+        room = _SHARE * tpu.generation(device_kind).scoped_vmem
+        e, n = tpu.round_up(sizes["e"], tpu.LANES), tpu.round_up(sizes["n"], tpu.SUBLANES)
+        itemsize = sizes.get("itemsize", 4)
+        lanes = 2 * tpu.LANES if e % (2 * tpu.LANES) == 0 and n <= 16 else tpu.LANES
+        fits = lambda chunk, some, backward: (
+            _bytes(chunk, n, lanes, some, itemsize, backward) <= room
+        )
+        chunk = 128
+        while chunk > TOKENS and not fits(chunk, lanes, True):
+            chunk //= 2
+        some = [x for x in range(lanes, min(e, _MOST_CHANNELS) + 1, lanes) if e % x == 0]
+        channels, channels_backward = (
+            max((x for x in some if fits(chunk, x, backward)), default=lanes)
+            for backward in (False, True)
+        )
+        return cls(
+            chunk=chunk,
+            lanes=lanes,
+            channels=channels,
+            channels_backward=channels_backward,
+            device_kind=device_kind,
+        )
+
+
+def _bytes(chunk: int, n: int, lanes: int, channels: int, itemsize: int, backward: bool) -> int:
+    """Of the vector memory: blocks twice, scratch once."""
+    columns = 4 * chunk * n * tpu.LANES
+    blocks = chunk * channels * itemsize * (7 if backward else 4)
+    states = 4 * n * channels * (9 if backward else 9)
+    scratch = columns * 2
+    if backward:
+        scratch = columns * 4 + 4 * chunk * lanes * (n + 2)
+    return 2 * blocks + states + scratch
+
+
+def refuses(shapes, device_kind) -> str | None:
+    """The reason against a call; see `selective_scan`."""
+    del device_kind
+    return tpu.refuses_dtypes(shapes)
+
+
+def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_softplus, config):
+    """See `selective_scan`; h `[b e n]` float32. Returns y, h, last_id."""
+    b, t, e = u.shape
+    n = A.shape[1]
+    sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
+    config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
+    how = How(delta_softplus, _chunk(t, config.chunk), config.lanes, config)
+    tokens, channels, states = (
+        tpu.round_up(t, how.chunk),
+        tpu.round_up(tpu.round_up(e, config.channels), config.channels_backward),
+        tpu.round_up(n, tpu.SUBLANES),
+    )
+    reset = valid = None
+    if segment_ids is not None:
+        reset, valid, last_id = boundaries(segment_ids, last_id)
+    elif tokens > t:
+        valid = jnp.ones((b, t), bool)
+
+    def by_token(x):  # [b t e]
+        return None if x is None else tpu.pad_to(tpu.pad_to(x, 1, tokens), 2, channels)
+
+    def by_lane(x):  # [b n t] of B and C; [b 1 t] of flags
+        return tpu.pad_to(x, 2, tpu.round_up(tokens, tpu.LANES))
+
+    def along(x):
+        x = x if valid is None else jnp.where(valid[..., None], x, 0)
+        return by_lane(tpu.pad_to(jnp.swapaxes(x, 1, 2), 1, states))
+
+    def by_channel(x):
+        return None if x is None else tpu.pad_to(x.astype(F32)[None], 1, channels)
+
+    def state(x):  # [... n e] of [... e n]
+        return tpu.pad_to(tpu.pad_to(jnp.swapaxes(x, -1, -2), -1, channels), -2, states)
+
+    arrays = dict(
+        **dict(u=by_token(u), delta=by_token(delta), z=by_token(z), B=along(B), C=along(C)),
+        **dict(A=state(A.astype(F32)), D=by_channel(D), bias=by_channel(delta_bias)),
+        h=state(h),
+    )
+    flags = dict(
+        valid=None if valid is None else by_lane(valid.astype(F32)[:, None]),
+        reset=None if reset is None else by_lane(reset.astype(jnp.int32)[:, None]),
+    )
+    y, last = _scan(_given(arrays), _given(flags), how)
+    return y[:, :t, :e], jnp.swapaxes(last, 1, 2)[:, :e, :n], last_id
+
+
+def _chunk(t: int, longest: int) -> int:
+    """The shortest chunk that holds t tokens, up to `longest`."""
+    chunk = TOKENS
+    while chunk < min(t, longest):
+        chunk *= 2
+    return chunk
+
+
+def _given(arrays: dict) -> dict:
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scan(arrays, flags, how: How):
+    """y `[b t e]` and the last state `[b n e]`; arrays as `forward` takes them."""
+    found = forward({**arrays, **flags}, how, save=False)
+    return found["y"], found["h"]
+
+
+def _scan_forward(arrays, flags, how: How):
+    found = forward({**arrays, **flags}, how, save=True)
+    kept = {name: x for name, x in arrays.items() if name != "h"}
+    return (found["y"], found["h"]), ({**kept, "starts": found["starts"]}, flags)
+
+
+def _scan_backward(how: How, residuals, cotangents):
+    arrays, flags = residuals
+    dy, dlast = cotangents
+    found = backward({**arrays, **flags, "dy": dy, "dlast": dlast}, how)
+    for name in ("B", "C"):
+        found[name] = jnp.sum(found[name], axis=1).astype(arrays[name].dtype)
+    found["A"] = jnp.sum(found["A"], axis=0)
+    for name in ("D", "bias"):
+        if name in found:
+            found[name] = jnp.sum(found[name], axis=(0, 1))[None]
+    return found, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)

@@ -1,0 +1,112 @@
+"""selective_scan's forward kernel for TPUs: one pass over time, the state stays on the chip."""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.core.tpu import LANES, kernel_call
+from pallas_kernels.selective_scan import tpu_parts as parts
+from pallas_kernels.selective_scan.cost import cost
+from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Refs
+
+
+def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, jax.Array]:
+    """The kernel's call.
+
+    Args:
+        arrays: u, delta `[b t e]`, A `[n e]`, B, C `[b n t]`, h `[b n e]`; where they are given
+            z `[b t e]`, D, bias `[1 e]`, valid (0 at padding) and reset (1 where a document
+            begins) `[b 1 t]`. t is a multiple of the chunk, for those with t last of 128.
+        how: settings.
+        save: whether the backward pass will want the states at the starts of chunks.
+
+    Returns:
+        y `[b t e]`, the last state h `[b n e]`, and starts `[b t/chunk n e]`.
+    """
+    u = arrays["u"]
+    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.config.channels
+    steps = t // how.chunk
+    specs = parts.block_specs(how, n, channels, steps)
+    outputs = dict(
+        y=(specs["tokens"], jax.ShapeDtypeStruct(u.shape, u.dtype)),
+        h=(specs["by_row"], jax.ShapeDtypeStruct((b, n, e), F32)),
+    )
+    if save:
+        starts = jax.ShapeDtypeStruct((b, steps, n, e), F32)
+        outputs["starts"] = (specs["starts"], starts)
+    work = cost(b, t, e, n, itemsize=u.dtype.itemsize)
+    columns = pltpu.VMEM((how.chunk, n, LANES), F32)
+    return kernel_call(
+        functools.partial(_body, how=how, steps=steps),
+        name="selective_scan_forward",
+        config=how.config,
+        grid=(b, e // channels, steps),
+        in_specs=[{name: specs[KINDS[name]] for name in arrays}],
+        out_specs={name: spec for name, (spec, _) in outputs.items()},
+        out_shape={name: shape for name, (_, shape) in outputs.items()},
+        semantics=("parallel", "parallel", "arbitrary"),
+        scratch_shapes=[
+            dict(
+                h=pltpu.VMEM((n, channels), F32),
+                **dict(B=columns, C=columns, there=pltpu.VMEM((how.chunk, LANES), F32)),
+            )
+        ],
+        cost=pl.CostEstimate(int(work.flops), int(work.transcendentals), int(work.bytes)),
+    )(arrays)
+
+
+def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
+    step = pl.program_id(2)
+    begin = step % (LANES // how.chunk) * how.chunk  # of the chunk, in blocks along lanes
+    state = own["h"]
+
+    @pl.when(step == 0)
+    def _():
+        state[...] = ins["h"][...]
+
+    if "starts" in outs:
+        outs["starts"][...] = state[...]
+    for x in ("B", "C"):
+        parts.columns(ins[x], own[x], begin)
+    if "valid" in ins:
+        parts.down(ins["valid"], own["there"], begin)
+
+    def some_channels(k, carry):
+        here = pl.ds(pl.multiple_of(k * how.lanes, how.lanes), how.lanes)
+
+        def some_tokens(i, h):
+            return _tokens(ins, outs, own, h, pl.multiple_of(i * TOKENS, TOKENS), here, begin, how)
+
+        state[:, here] = jax.lax.fori_loop(0, how.chunk // TOKENS, some_tokens, state[:, here])
+        return carry
+
+    jax.lax.fori_loop(0, state.shape[1] // how.lanes, some_channels, 0)
+
+    @pl.when(step == steps - 1)
+    def _():
+        outs["h"][...] = state[...]
+
+
+def _tokens(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) -> jax.Array:
+    """Writes y of TOKENS tokens; gives the state after them."""
+    rows = pl.ds(first, TOKENS)
+    there = parts.there_of(ins, own["there"], rows, how.lanes)
+    d = parts.only(there, parts.step_sizes(ins, rows, here, how.softplus))
+    u = parts.only(there, ins["u"][rows, here].astype(F32))
+    du, rates = d * u, ins["A"][:, here] * LOG2_E
+    reads = []
+    for j in range(TOKENS):
+        B, C = (parts.wide(own[x][first + j], how.lanes) for x in ("B", "C"))
+        decay = parts.decays(d[j : j + 1], rates, ins, begin + first + j)
+        h = decay * h + du[j : j + 1] * B
+        reads.append(parts.fold(h * C))
+    y = parts.sums(reads)
+    if "D" in ins:
+        y = y + ins["D"][:, here] * u
+    if "z" in ins:
+        z = ins["z"][rows, here].astype(F32)
+        y = parts.only(there, y * z * jax.nn.sigmoid(z))
+    outs["y"][rows, here] = y.astype(outs["y"].dtype)
+    return h

@@ -1,0 +1,172 @@
+"""What selective_scan's two TPU kernels share.
+
+Channels lie on lanes, states on sublanes: h is `[n e]`. A chunk's tokens follow each other in a
+loop, TOKENS of them written out at a time; what does not depend on the state is done for these at
+once.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.core.tpu import LANES, SUBLANES
+
+F32 = jnp.float32
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
+TOKENS = 16  # rows of a register of bfloat16
+Refs = dict[str, Any]
+# Which block an array has.
+KINDS = dict(
+    **dict(u="tokens", delta="tokens", z="tokens", dy="tokens"),
+    **dict(B="along", C="along", A="states", D="channels", bias="channels"),
+    **dict(h="by_row", dlast="by_row", starts="starts", valid="flags", reset="scalars"),
+)
+
+
+class How(NamedTuple):
+    """Static settings.
+
+    Attributes:
+        softplus: whether delta goes through softplus.
+        chunk: tokens per step of the grid.
+        lanes: channels whose states are in registers at a time.
+        config: PallasTpuConfig.
+    """
+
+    softplus: bool
+    chunk: int
+    lanes: int
+    config: Any
+
+
+def block_specs(how: How, n: int, channels: int, steps: int, *, reverse: bool = False) -> Refs:
+    """Blocks by kind of array; the grid is (b, blocks of channels, chunks of time).
+
+    Args:
+        how: settings.
+        n: states per channel.
+        channels: per block.
+        steps: chunks.
+        reverse: whether time runs from the last chunk to the first.
+    """
+    at = (lambda i: steps - 1 - i) if reverse else (lambda i: i)
+    per_row = LANES // how.chunk  # chunks that share a block of numbers along lanes
+    by_lane = lambda b, e, i: (b, 0, at(i) // per_row)
+    flags = functools.partial(pl.BlockSpec, (None, 1, LANES), by_lane)
+    return dict(
+        tokens=pl.BlockSpec((None, how.chunk, channels), lambda b, e, i: (b, at(i), e)),
+        along=pl.BlockSpec((None, n, LANES), by_lane),
+        along_parts=pl.BlockSpec(
+            (None, None, n, LANES), lambda b, e, i: (b, e, 0, at(i) // per_row)
+        ),
+        flags=flags(),
+        scalars=flags(memory_space=pltpu.SMEM),
+        channels=pl.BlockSpec((1, channels), lambda b, e, i: (0, e)),
+        states=pl.BlockSpec((n, channels), lambda b, e, i: (0, e)),
+        by_row=pl.BlockSpec((None, n, channels), lambda b, e, i: (b, 0, e)),
+        by_row_8=pl.BlockSpec((None, SUBLANES, channels), lambda b, e, i: (b, 0, e)),
+        starts=pl.BlockSpec((None, None, n, channels), lambda b, e, i: (b, at(i), 0, e)),
+    )
+
+
+def columns(rows_ref: Any, to_ref: Any, begin: jax.Array) -> None:
+    """to[t] = column begin + t of rows `[n 128]`, the same on every lane; to is `[c n 128]`."""
+
+    def eight(k, carry):
+        first = pl.multiple_of(k * SUBLANES, SUBLANES)
+        rows = _from_lane(rows_ref[...].astype(F32), begin + first)
+        for j in range(SUBLANES):
+            to_ref[first + j] = jnp.broadcast_to(rows[:, j : j + 1], rows.shape)
+        return carry
+
+    jax.lax.fori_loop(0, to_ref.shape[0] // SUBLANES, eight, 0)
+
+
+def column_sums(parts_ref: Any, to_ref: Any, begin: jax.Array) -> None:
+    """Column begin + t of `[n 128]` = the sum of parts[t] over its lanes; the others stay."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, to_ref.shape, 1) - begin
+
+    def eight(k, rows):
+        for j in range(SUBLANES):
+            t = k * SUBLANES + j
+            rows = jnp.where(lane == t, jnp.sum(parts_ref[t], axis=1, keepdims=True), rows)
+        return rows
+
+    to_ref[...] = jax.lax.fori_loop(0, parts_ref.shape[0] // SUBLANES, eight, to_ref[...])
+
+
+def down(row_ref: Any, to_ref: Any, begin: jax.Array) -> None:
+    """to[t] = number begin + t of a row `[1 128]`, the same on every lane; to is `[c 128]`."""
+    column = jnp.reshape(_from_lane(row_ref[...], begin), (LANES, 1))
+    to_ref[...] = jnp.broadcast_to(column[: to_ref.shape[0]], to_ref.shape)
+
+
+def _from_lane(x: jax.Array, first: jax.Array) -> jax.Array:
+    """x with lane `first` in front."""
+    return pltpu.roll(x, (LANES - first) % LANES, 1)
+
+
+def wide(x: jax.Array, lanes: int) -> jax.Array:
+    """`[n 128]` beside itself, up to so many lanes."""
+    return x if lanes == LANES else jnp.concatenate([x] * (lanes // LANES), axis=1)
+
+
+def fold(x: jax.Array) -> jax.Array:
+    """Adds registers under each other: `[8 k, e]` to `[8 e]`, still to be summed."""
+    return functools.reduce(jnp.add, [x[i : i + 8] for i in range(0, x.shape[0], 8)])
+
+
+def fold_lanes(x: jax.Array) -> jax.Array:
+    """Adds registers beside each other: `[n e]` to `[n 128]`, still to be summed."""
+    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
+
+
+def sums(of_tokens: Sequence[jax.Array]) -> jax.Array:
+    """Row j = the sum of the rows of the jth of some `[8 e]`, a multiple of eight of them."""
+    eights = [of_tokens[i : i + SUBLANES] for i in range(0, len(of_tokens), SUBLANES)]
+    return jnp.concatenate([_sums_of_eight(x) for x in eights], axis=0)
+
+
+def _sums_of_eight(x: Sequence[jax.Array]) -> jax.Array:
+    """Half of two is added to the other half of each, three times: 7 rotations instead of 24."""
+    row = jax.lax.broadcasted_iota(jnp.int32, x[0].shape, 0)
+    for bit in (1, 2, 4):
+        low = (row & bit) == 0
+        x = [
+            jnp.where(low, a, b) + pltpu.roll(jnp.where(low, b, a), SUBLANES - bit, 0)
+            for a, b in zip(x[0::2], x[1::2], strict=True)
+        ]
+    return x[0]
+
+
+def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Sets padding to 0, whatever stands there; there is None where there is no padding."""
+    return x if there is None else jnp.where(there, x, 0)
+
+
+def there_of(ins: Refs, there_ref: Any, rows: Any, lanes: int) -> jax.Array | None:
+    """Where tokens are, bool `[rows lanes]`; None = everywhere."""
+    return wide(there_ref[rows, :], lanes) > 0 if "valid" in ins else None
+
+
+def before_softplus(ins: Refs, rows: Any, here: Any) -> jax.Array:
+    """delta + delta_bias."""
+    x = ins["delta"][rows, here].astype(F32)
+    return x + ins["bias"][:, here] if "bias" in ins else x
+
+
+def step_sizes(ins: Refs, rows: Any, here: Any, softplus: bool) -> jax.Array:
+    """Step sizes of some tokens and channels."""
+    x = before_softplus(ins, rows, here)
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))) if softplus else x
+
+
+def decays(d: jax.Array, rates: jax.Array, ins: Refs, place: jax.Array) -> jax.Array:
+    """exp(d A) `[n e]` for a row d `[1 e]` and rates = A LOG2_E; 0 where a document begins."""
+    decay = jnp.exp2(d * rates)
+    return jnp.where(ins["reset"][0, place] != 0, 0.0, decay) if "reset" in ins else decay
