@@ -1,0 +1,193 @@
+"""How the kernels of neural_memory cut their arrays, and what both do with the pieces."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.core.tpu import TpuConfig
+from pallas_kernels.neural_memory.memory import Rule
+from pallas_kernels.neural_memory.tpu_chunk import Tokens
+
+
+class Layout(NamedTuple):
+    """What of a call is static; sizes are those of the arrays that the kernels get.
+
+    Attributes:
+        how: settings of the memory.
+        config: of the form.
+        narrow: whether products take bfloat16.
+        aligned: whether rows are one document each, and blocks its chunks.
+        b, t, h: rows, tokens that are there, heads.
+        block: tokens per block.
+        blocks: blocks per row, a multiple of span.
+        span: blocks per state that is kept.
+        heads: heads per step of the grid, which divide h.
+    """
+
+    how: Rule
+    config: TpuConfig
+    narrow: bool
+    aligned: bool
+    b: int
+    t: int
+    h: int
+    block: int
+    blocks: int
+    span: int
+    heads: int
+
+    @property
+    def spans(self) -> int:
+        return self.blocks // self.span
+
+    @property
+    def groups(self) -> int:
+        return self.h // self.heads
+
+    @property
+    def last(self) -> int:
+        """The last block with a token."""
+        return (self.t - 1) // self.block
+
+
+class Cuts(NamedTuple):
+    """Where documents begin, for rows that are not one document each.
+
+    Attributes:
+        tokens: float32 `[b n 3 c]`: the part of its block that a token is in (-1: none), 1 where a
+            document begins, 1 where a chunk begins.
+        parts: int32 `[b 1 n]`, parts of each block.
+    """
+
+    tokens: jax.Array
+    parts: jax.Array
+
+
+def tokens_spec(form: Layout, array: Any, at: Callable, n: int = 1) -> pl.BlockSpec:
+    """n blocks of `[b t h*x]`; `at(*grid)` is which."""
+    width = array.shape[2] // form.groups
+    return pl.BlockSpec((1, n * form.block, width), lambda b, g, *i: (b, at(*i), g))
+
+
+def gates_spec(form: Layout, at: Callable, n: int = 1) -> pl.BlockSpec:
+    """n blocks of `[b h n 3 c]`."""
+    shape = (1, form.heads, n, 3, form.block)
+    return pl.BlockSpec(shape, lambda b, g, *i: (b, g, at(*i), 0, 0))
+
+
+def cuts_spec(form: Layout, at: Callable, n: int = 1) -> Cuts | None:
+    if form.aligned:
+        return None
+    return Cuts(
+        pl.BlockSpec((1, n, 3, form.block), lambda b, g, *i: (b, at(*i), 0, 0)),
+        pl.BlockSpec((1, 1, form.blocks), lambda b, g, *i: (b, 0, 0), memory_space=pltpu.SMEM),
+    )
+
+
+def state_specs(form: Layout, tree: Any, *, once: bool = True) -> Any:
+    """Of `[b h x y]` and, of what documents begin with, `[h x y]`; they stay for all of a row.
+
+    Args:
+        form: sizes.
+        tree: arrays.
+        once: whether one copy on chip is enough: it is read, and the next comes a row later.
+    """
+    mode = dict(pipeline_mode=pl.Buffered(1)) if once else {}
+
+    def spec(x):
+        if x.ndim == 3:
+            return pl.BlockSpec((form.heads, *x.shape[1:]), lambda b, g, *i: (g, 0, 0), **mode)
+        shape = (1, form.heads, *x.shape[2:])
+        return pl.BlockSpec(shape, lambda b, g, *i: (b, g, 0, 0), **mode)
+
+    return jax.tree.map(spec, tree)
+
+
+def kept_specs(form: Layout, tree: Any, at: Callable) -> Any:
+    """Of states that are kept, `[b spans h x y]`."""
+
+    def spec(x):
+        shape = (1, 1, form.heads, *x.shape[3:])
+        return pl.BlockSpec(shape, lambda b, g, *i: (b, at(*i), g, 0, 0))
+
+    return jax.tree.map(spec, tree)
+
+
+def structs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+# --- In a body -----------------------------------------------------------------------------------
+
+
+def get(refs: Any, *at: Any) -> Any:
+    """What a tree of references holds at a place."""
+    return jax.tree.map(lambda ref: ref[at], refs)
+
+
+def put(refs: Any, values: Any, *at: Any) -> None:
+    def one(ref, value):
+        ref[at] = value
+
+    jax.tree.map(one, refs, values)
+
+
+def head_of(x: jax.Array, head: jax.Array, heads: int) -> jax.Array:
+    """Columns of one head out of `[c heads*x]`, float32."""
+    width = x.shape[1] // heads
+    found = x[:, :width]
+    for i in range(1, heads):
+        found = jnp.where(head == i, x[:, i * width : (i + 1) * width], found)
+    return found.astype(jnp.float32)
+
+
+def put_head(ref: Any, x: jax.Array, head: jax.Array, heads: int, *, add: bool = False) -> None:
+    """Writes the columns of one head, or adds to them what is 0 at the tokens of others."""
+    wide = jnp.concatenate([x] * heads, axis=1) if heads > 1 else x
+    old = ref[0].astype(x.dtype)
+    if add:
+        wide = old + wide
+    if heads > 1:
+        number = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1) // x.shape[1]
+        wide = jnp.where(number == head, wide, old)
+    ref[0] = wide.astype(ref.dtype)
+
+
+def tokens_at(form: Layout, q, k, v, gates, head, block) -> Tokens:
+    """The tokens of one head and block; q, k, v are `[c heads*x]`."""
+    q, k, v = (None if x is None else head_of(x, head, form.heads) for x in (q, k, v))
+    rows = (gates[0, head, block, pl.ds(i, 1), :] for i in range(3))
+    return Tokens(q, k, v, *rows)
+
+
+def mine_of(form: Layout, number: jax.Array) -> jax.Array | None:
+    """Which tokens of a block are there, for rows that are one document."""
+    if form.t == form.blocks * form.block:
+        return None
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, form.block), 1)
+    return (lane < form.t - number * form.block).astype(jnp.float32)
+
+
+def begun(cuts: jax.Array, part: jax.Array, opening: Any, carry: Any) -> tuple[Any, jax.Array]:
+    """What a part begins with, of what is carried up to it; and which tokens are its own.
+
+    Args:
+        cuts: `[3 c]` of `Cuts.tokens`.
+        part: number of the part.
+        opening: weights and momentum that documents begin with.
+        carry: weights at the chunk's start, now, momentum.
+    """
+    start, now, momentum = carry
+    mine = (cuts[0:1] == part.astype(jnp.float32)).astype(jnp.float32)
+    document, chunk = (jnp.max(mine * cuts[i : i + 1], axis=1, keepdims=True) for i in (1, 2))
+    now, momentum = _choose(document, opening, (now, momentum))
+    return (_choose(chunk, now, start), now, momentum), mine
+
+
+def _choose(flag, a, b):
+    """a where the `[1 1]` flag is 1, else b."""
+    return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(flag, a.shape) > 0, a, b), a, b)

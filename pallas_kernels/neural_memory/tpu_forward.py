@@ -1,0 +1,121 @@
+"""The forward kernel of neural_memory: block after block, the weights of a few heads on chip."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.core.tpu import kernel_call
+from pallas_kernels.neural_memory.tpu_blocks import (
+    Cuts,
+    Layout,
+    begun,
+    cuts_spec,
+    gates_spec,
+    get,
+    kept_specs,
+    mine_of,
+    put,
+    put_head,
+    state_specs,
+    tokens_at,
+    tokens_spec,
+)
+from pallas_kernels.neural_memory.tpu_chunk import read_and_write
+
+
+def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, cost):
+    """Reads and writes all tokens.
+
+    Args:
+        form: what is static.
+        opening: weights and momentum `[h x y]` that documents begin with; None = not needed.
+        carry: (now, momentum) `[b h x y]` if form.aligned, else (start, now, momentum).
+        q, k, v: `[b t h*x]`, of whole spans.
+        gates: alpha, eta, theta in float32, `[b h n 3 c]`.
+        cuts: None if form.aligned.
+        cost: for XLA.
+
+    Returns:
+        y `[b t h*v]`, the last (start, now, momentum), and the carry before each span,
+        `[b spans h x y]`.
+    """
+    at, by_span = (lambda i: i), (lambda i: i // form.span)
+    inputs = (q, k, v, gates, cuts, opening, carry)
+    specs = (
+        *(tokens_spec(form, x, at) for x in (q, k, v)),
+        gates_spec(form, at),
+        cuts_spec(form, at),
+        state_specs(form, opening),
+        state_specs(form, carry),
+    )
+    new = jax.ShapeDtypeStruct
+    last = jax.tree.map(lambda x: new(x.shape, x.dtype), (carry[-2], *carry[-2:]))
+    kept = jax.tree.map(lambda x: new((x.shape[0], form.spans, *x.shape[1:]), x.dtype), carry)
+    results = (new(v.shape, v.dtype), last, kept)
+    result_specs = (
+        tokens_spec(form, v, at),
+        state_specs(form, last, once=False),
+        kept_specs(form, kept, by_span),
+    )
+    given, tree = jax.tree.flatten(inputs)
+    taken, result_tree = jax.tree.flatten(results)
+    body = functools.partial(_body, form, tree, result_tree)
+    found = kernel_call(
+        body,
+        name="neural_memory_forward",
+        config=form.config,
+        grid=(form.b, form.groups, form.blocks),
+        in_specs=jax.tree.leaves(specs),
+        out_specs=jax.tree.leaves(result_specs),
+        out_shape=taken,
+        semantics=("parallel", "parallel", "arbitrary"),
+        cost=cost,
+    )(*given)
+    return jax.tree.unflatten(result_tree, found)
+
+
+def _body(form: Layout, tree, result_tree, *refs):
+    q, k, v, gates, cuts, opening, carry = jax.tree.unflatten(tree, refs[: tree.num_leaves])
+    y, last, kept = jax.tree.unflatten(result_tree, refs[tree.num_leaves :])
+    i = pl.program_id(2)
+    held = last[1:] if form.aligned else last
+
+    @pl.when(i == 0)
+    def _():
+        put(held, get(carry, ...), ...)
+
+    @pl.when(i % form.span == 0)
+    def _():
+        put(kept, get(held, slice(None)), slice(None), 0)
+
+    if form.aligned:
+
+        @pl.when(i == form.last)
+        def _():
+            put(last[0], get(last[1], ...), ...)
+
+    def head(g, _):
+        tokens = tokens_at(form, q[0], k[0], v[0], gates, g, 0)
+        if form.aligned:
+            now, momentum = get(held, 0, g)
+            mine = mine_of(form, i)
+            *after, found = read_and_write(form.how, form.narrow, now, now, momentum, tokens, mine)
+            put(held, tuple(after), 0, g)
+            put_head(y, found, g, form.heads)
+            return 0
+
+        put_head(y, jnp.zeros(tokens.v.shape, jnp.float32), g, form.heads)
+
+        def part(s, _):
+            before, mine = begun(cuts.tokens[0, 0], s, get(opening, g), get(held, 0, g))
+            *after, found = read_and_write(form.how, form.narrow, *before, tokens, mine)
+            put(held, (before[0], *after), 0, g)
+            put_head(y, found, g, form.heads, add=True)
+            return 0
+
+        jax.lax.fori_loop(0, cuts.parts[0, 0, i], part, 0)
+        return 0
+
+    jax.lax.fori_loop(0, form.heads, head, 0)
