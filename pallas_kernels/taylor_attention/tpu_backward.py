@@ -3,7 +3,8 @@
 A block's q, k, v, dy and y come into the vector memory once, and are walked twice: forward from the
 state that was saved before the block (dq needs states), then backward with the state's gradient
 (dk and dv need it). States and their gradients are held in float32 and, for products, a second time
-in the products' type: reading that copy holds fewer registers. With v1 = [v, 1], do = dy / (z + eps), do1 = [do, -sum(do y)] and r = q.k,
+in the products' type: reading that copy holds fewer registers. With v1 = [v, 1],
+do = dy / (z + eps), do1 = [do, -sum(do y)] and r = q.k,
 
     forward:   dw = v1^T do1,  ds = dw (1 + scale r) scale,  dq = k ds + scale pull(S^T do1)
                dk = q ds^T,    dv = do w^T,                  S <- S + v1 phi(k)^T
