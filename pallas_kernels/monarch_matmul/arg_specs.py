@@ -18,9 +18,9 @@ def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndar
     return np.asarray(shape[-1] ** -0.5 * values).astype(jnp.bfloat16).astype(np.float64)
 
 
-def _spec(name: str, b: int, k: int, q: int, p: int, second=(), **more) -> ArgSpec:
+def _spec(name: str, b: int, k: int, q: int, p: int, second=(), tags=None, **more) -> ArgSpec:
     sizes = dict(b=b, n=k * p, k=k, q=q, p=p) | dict(zip("lsr", second, strict=False)) | more
-    tags = frozenset({"bench" if "t" in more else "test"})
+    tags = frozenset(tags or {"bench" if "t" in more else "test"})
     return ArgSpec(name=name, sizes=sizes, draw=draw, given=("w2",) if second else (), tags=tags)
 
 
@@ -32,6 +32,11 @@ SPECS = (
     _spec("blocks", 4, 4, 12, 6),
     _spec("m2_bert_up", 8, 4, 1536, 192, t=128),
     _spec("square_1024", 8, 32, 32, 32, (32, 32, 32), t=128),
+    # The matrices of M2-BERT-80M's MLP, block-diagonal (as published) and of order 2.
+    _spec("m2_bert_80m_up", 2, 4, 1536, 192, tags={"tpu"}, t=8192),
+    _spec("m2_bert_80m_down", 2, 4, 192, 768, tags={"tpu"}, t=8192),
+    _spec("m2_bert_80m_monarch_up", 2, 4, 192, 192, (4, 1536, 192), {"tpu", "primary"}, t=8192),
+    _spec("m2_bert_80m_monarch_down", 2, 4, 192, 768, (4, 192, 192), {"tpu"}, t=8192),
 )
 
 
