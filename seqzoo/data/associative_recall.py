@@ -71,6 +71,11 @@ class AssociativeRecall:
         if self.train_targets not in ("all", "last"):
             raise ConfigError(f"data.train_targets={self.train_targets}; it must be all or last")
 
+    @property
+    def most_asked(self) -> int | None:
+        """Targets per row, at most; None = everywhere."""
+        return None if self.train_targets == "all" else 1
+
     def source(self, split: Split) -> Source:
         everything = split == "train" and self.train_targets == "all"
         make = functools.partial(self._rows, everything=everything)

@@ -70,6 +70,11 @@ class InductionHeads:
     def group_names(self) -> tuple[str, ...]:
         return tuple(f"len_{n}" for n in dict.fromkeys((self.seq_len, *self.test_lengths)))
 
+    @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return 1
+
     def source(self, split: Split) -> Source:
         samples = samples_of(self, split)
         if split != "test":

@@ -69,6 +69,11 @@ class MQAR:
         check_samples(self)
 
     @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return self.num_kv_pairs
+
+    @property
     def group_names(self) -> tuple[str, ...]:
         return (f"pairs_{self.num_kv_pairs}",)
 

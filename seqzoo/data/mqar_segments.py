@@ -85,6 +85,11 @@ class MQARSegments:
         return max(seq_len for seq_len, _, _ in (*self.train, *self.test))
 
     @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return max(pairs for _, pairs, _ in (*self.train, *(self.valid or ()), *self.test))
+
+    @property
     def group_names(self) -> tuple[str, ...]:
         segments = (*self.train, *(self.valid or ()), *self.test)
         return tuple(dict.fromkeys(_name(segment) for segment in segments))

@@ -95,6 +95,11 @@ class Needles(Haystack):
         """Accuracy of a guess."""
         return 1 / (10 if self.values == "numbers" else 16)
 
+    @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return self.n_digits if self.values == "numbers" else _UUID
+
     def least_length(self) -> int:
         return self._around() + self.n_keys * self._needle_length()
 

@@ -63,6 +63,11 @@ class Passkey(Haystack):
         """Accuracy of a guess."""
         return 1 / 10
 
+    @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return self.n_digits
+
     def least_length(self) -> int:
         return len(_needle(np.zeros((1, self.n_digits), np.int32))[0]) + self._question()
 
@@ -134,6 +139,11 @@ class PasskeyTokens(Haystack):
     def chance(self) -> float:
         """Accuracy of a guess."""
         return 1 / self.n_values
+
+    @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return self.n_digits
 
     def least_length(self) -> int:
         return 2 * self.n_digits + 1

@@ -71,6 +71,11 @@ class SelectiveCopying:
                 f"least 2 * num_tokens = {2 * self.num_tokens}"
             )
 
+    @property
+    def most_asked(self) -> int:
+        """Targets per row, at most."""
+        return self.num_tokens
+
     def source(self, split: Split) -> Source:
         return Generated(self._rows, self.seed, split, samples_of(self, split))
 

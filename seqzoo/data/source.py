@@ -63,6 +63,9 @@ class Dataset(Protocol):
       seq_len: the longest row of training.
       group_names: of all splits together.
       bytes_per_token: 1.0 where a token is a byte, so that bits per byte make sense; else None.
+
+    One whose rows have few targets may say how many at most, `most_asked: int | None`: logits are
+    then computed at those places alone.
     """
 
     vocab_size: int

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from seqzoo.models.trunk import EMBEDDING_INIT, ModelOutput, Trunk, logits_of
@@ -21,6 +22,8 @@ class LanguageModel(Trunk):
     Raises:
         ValueError: a setting is out of range.
     """
+
+    logits_at = True  # `run` takes `at`
 
     def __init__(
         self, vocab_size: int, *, tie_embeddings: bool = True, rngs: nnx.Rngs, **trunk: Any
@@ -50,6 +53,7 @@ class LanguageModel(Trunk):
         state=None,
         return_state: bool = False,
         key: jax.Array | None = None,
+        at: jax.Array | None = None,
     ) -> ModelOutput:
         """Reads whole sequences, or the next chunk of a stream.
 
@@ -59,10 +63,12 @@ class LanguageModel(Trunk):
             state: where the stream stopped; None = a fresh one.
             return_state: whether to give the state after the last token.
             key: a PRNG key turns dropout on.
+            at: int32 `[b n]`, places whose logits are wanted, `[b n o]`; None = all.
         """
         h, state, reports = self.hidden(
             tokens, segment_ids=segment_ids, state=state, return_state=return_state, key=key
         )
+        h = h if at is None else jnp.take_along_axis(h, at[..., None], axis=1)
         return ModelOutput(self._logits(h), state, reports)
 
     def step(self, token: jax.Array, state) -> tuple[jax.Array, Any]:

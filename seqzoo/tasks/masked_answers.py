@@ -26,11 +26,14 @@ class MaskedAnswers:
         chosen by it.
       target: a value of the metric at which a run may stop early.
       groups: names of the groups of rows; filled in from the data.
+      most_asked: targets per row, at most: logits are computed there alone; filled in from the
+        data, null = everywhere.
     """
 
     metric: str = "accuracy"
     target: float | None = None
     groups: tuple[str, ...] = ()
+    most_asked: int | None = None
 
     in_chunks = True  # rows may be read in chunks: trainer.eval_chunk_length
 
@@ -43,7 +46,8 @@ class MaskedAnswers:
         return "min" if self.metric == "loss" else "max"
 
     def for_data(self, dataset: Dataset) -> Self:
-        return dataclasses.replace(self, groups=tuple(dataset.group_names))
+        most = getattr(dataset, "most_asked", None)
+        return dataclasses.replace(self, groups=tuple(dataset.group_names), most_asked=most)
 
     def sums(
         self,
@@ -54,7 +58,9 @@ class MaskedAnswers:
         chunk_length: int | None = None,
     ) -> Sums:
         """Runs the model on a batch, whole or in chunks, and adds up what it got right."""
-        rows, reports = score_rows(model, batch, key=key, chunk_length=chunk_length)
+        rows, reports = score_rows(
+            model, batch, key=key, chunk_length=chunk_length, most_asked=self.most_asked
+        )
         fraction = rows.right / jnp.maximum(rows.asked, 1.0)
         counts = (rows.asked > 0).astype(fraction.dtype)
         exact = counts * (rows.right == rows.asked)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seqzoo.data.source import IGNORE
 from seqzoo.tasks.task import score
 
 
@@ -23,6 +24,7 @@ def score_rows(
     *,
     key: jax.Array | None = None,
     chunk_length: int | None = None,
+    most_asked: int | None = None,
 ) -> tuple[RowScores, Any]:
     """Scores the targets of each row.
 
@@ -32,6 +34,8 @@ def score_rows(
         key: a PRNG key turns dropout on; of no effect in chunks.
         chunk_length: tokens that the model reads at a time. What is held is then its state and the
             activations of one chunk, however long the row. None = whole rows.
+        most_asked: targets per row, at most: a whole row's logits are computed there alone, where
+            the model can (`logits_at`). None = everywhere.
 
     Returns:
         The scores, and what the model reported (in chunks: the mean over them).
@@ -40,8 +44,13 @@ def score_rows(
     parts = {name: batch[name] for name in names if batch.get(name) is not None}
     b, t = parts["tokens"].shape[:2]
     if chunk_length is None or t <= chunk_length:
-        out = model.run(parts["tokens"], segment_ids=parts.get("segment_ids"), key=key)
-        return _summed(out.logits, parts["targets"]), out.reports
+        where, targets = {}, parts["targets"]
+        if most_asked is not None and most_asked < t and getattr(model, "logits_at", False):
+            # Stable: places that ask first, in order; a row with fewer goes on with ignored ones.
+            where["at"] = jnp.argsort(targets == IGNORE, axis=1, stable=True)[:, :most_asked]
+            targets = jnp.take_along_axis(targets, where["at"], axis=1)
+        out = model.run(parts["tokens"], segment_ids=parts.get("segment_ids"), key=key, **where)
+        return _summed(out.logits, targets), out.reports
 
     def read(state, part):
         out = model.run(

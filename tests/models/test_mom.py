@@ -33,6 +33,7 @@ def test_a_token_that_skips_nothing_uses_everything():
 def test_the_loss_does_not_grow_with_depth():
     """Every layer reports its own; the scale holds for all together."""
     words = ["model=mom_small", "data=mqar", "task=masked_answers", "model.n_layers=4"]
+    words += ["model.pattern=[mom]"]
     words += ["model.mixers.mom.rule=retention", "model.mixers.mom.d_conv=0"]  # quick to compile
     model = build(describe.plain(compose(words).model), rngs=nnx.Rngs(0))
     tokens = jnp.arange(24).reshape(2, 12)

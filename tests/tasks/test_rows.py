@@ -89,3 +89,29 @@ def test_chunks_are_for_tasks_that_read_in_order():
     words = ["data=masked_stdlib_text", "task=masked_tokens", "model=m2_small"]
     with pytest.raises(ConfigError, match="eval_chunk_length=64, but this task needs whole rows"):
         setup(compose([*words, "trainer.eval_chunk_length=64"]))
+
+
+def test_logits_where_something_is_asked_are_all_that_counts(model):
+    """Rows with as many targets as may be, with fewer and with none; gradients too."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 32, (3, 40)).astype(np.int32)
+    targets = np.full((3, 40), IGNORE, np.int32)
+    targets[0, [3, 17, 39]], targets[1, 20] = (1, 2, 3), 4
+    batch = {"tokens": tokens, "targets": targets}
+    everywhere, few = MaskedAnswers(), MaskedAnswers(most_asked=3)
+    expected, got = (pairs(task, model, batch)[0] for task in (everywhere, few))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got, expected)
+    graphdef, state = nnx.split(model)
+    loss = lambda task: jax.grad(
+        lambda state: task.sums(nnx.merge(graphdef, state), batch).loss, allow_int=True
+    )(state)
+    for a, b in zip(*(jax.tree.leaves(loss(task)) for task in (everywhere, few)), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_data_says_how_much_it_asks():
+    for data, most in dict(mqar=4, passkey=5, induction_heads=1).items():
+        words = [f"data={data}", "task=masked_answers", "model=mamba_small"]
+        found = setup(compose(words))
+        batch = found.data.source("train").batch(np.arange(20))
+        assert found.task.most_asked == most == (batch["targets"] != IGNORE).sum(1).max()
