@@ -43,6 +43,10 @@ class Preempted(SeqzooError):
     exit_code = 75
 
 
+class Pruned(SeqzooError):
+    """A sweep found that the run lags behind others; it ends early, which is a result."""
+
+
 def suggest(word: str, candidates: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the candidate nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)

@@ -1,7 +1,7 @@
 """Words of a sweep, read by Hydra's override parser; a caret stands under what it cannot read.
 
-    optimizer.lr=tag(log,interval(1e-4,1e-2))
-    optimizer.weight_decay=0,0.1 if optimizer=adamw
+optimizer.lr=tag(log,interval(1e-4,1e-2))
+optimizer.weight_decay=0,0.1 if optimizer=adamw
 """
 
 import dataclasses

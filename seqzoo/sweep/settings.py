@@ -131,9 +131,7 @@ def _path(kind: type) -> str:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ConfigError(
-            f"{name}={value}{suggest(value, allowed)}; allowed: {', '.join(allowed)}"
-        )
+        raise ConfigError(f"{name}={value}{suggest(value, allowed)}; allowed: {', '.join(allowed)}")
 
 
 def _at_least(section: str, settings: object, least: int, *names: str) -> None:

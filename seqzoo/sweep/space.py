@@ -27,7 +27,8 @@ from seqzoo.config import paths
 from seqzoo.config.compose import compose
 from seqzoo.errors import ConfigError, suggest
 from seqzoo.sweep import grammar
-from seqzoo.sweep.grammar import Condition, Word
+from seqzoo.sweep.grammar import Word
+from seqzoo.train.identity import run_hash
 
 # Words that decide which mixers a model has: chosen before all others.
 _STRUCTURE = ("experiment", "task", "data", "model", "mixer", "model.pattern")
@@ -124,10 +125,17 @@ class Space:
         return point
 
     def words(self, point: Point) -> list[str]:
-        """The command line of a point, as for `seqzoo train`."""
-        fixed = [_plain(word) for word in self.fixed if self._counts(word, point)]
+        """The command line of a point, as for `seqzoo train`: first what is its own."""
+        return [*self.own_words(point), *self.shared_words(point)]
+
+    def own_words(self, point: Point) -> list[str]:
+        """What a point chooses."""
         names = {parameter.name: parameter for parameter in self.parameters}
-        return [*fixed, *(names[name].text(value) for name, value in point.items())]
+        return [names[name].text(value) for name, value in point.items()]
+
+    def shared_words(self, point: Point) -> list[str]:
+        """What every trial has that it fits."""
+        return [_plain(word) for word in self.fixed if self._counts(word, point)]
 
     def grid(self) -> list[dict[str, Any]]:
         """Every point, the last parameter varying fastest.
@@ -198,24 +206,34 @@ class Space:
                         both = {one.name: value, below.name: inner}
                         yield self.choose(lambda o: both.get(o.name, _ends(o)[0]))  # noqa: B023
 
-    def check(self) -> None:
+    def check(self) -> list[str]:
         """Composes enough points to find a wrong key or value before anything runs.
+
+        Returns:
+            The identities of these points: what trials are, whatever the spelling.
 
         Raises:
             ConfigError: as `seqzoo train` would have it.
         """
         met: set[str] = set()
         done: set[tuple[str, ...]] = set()
+        hashes = set()
         for point in self.probes():
             met |= set(point)
             words = tuple(self.words(point))
             if words not in done:
                 done.add(words)
-                compose(words, config_dir=self.config_dir)
+                hashes.add(run_hash(compose(words, config_dir=self.config_dir)))
             met |= {word.text for word in self.fixed if self._counts(word, point)}
         for name in (*(one.name for one in self.parameters), *(w.text for w in self.fixed)):
             if name not in met:
                 raise ConfigError(f"'{name}' counts in no trial: no value leads to it")
+        return sorted(hashes)
+
+    @functools.cached_property
+    def shown(self) -> dict[str, str]:
+        """What is searched, as it was typed."""
+        return {one.name: one.word.text.partition("=")[2] for one in self.parameters}
 
     @functools.cached_property
     def description(self) -> dict[str, str]:

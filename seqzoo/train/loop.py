@@ -11,12 +11,12 @@ import jax
 from omegaconf import DictConfig
 
 from seqzoo.allocator import keep_freed_memory
-from seqzoo.errors import NotFiniteError, Preempted, SeqzooError
+from seqzoo.errors import NotFiniteError, Preempted, Pruned, SeqzooError
 from seqzoo.train import branch as branches
 from seqzoo.train import checkpoint, precision, processes, programs
 from seqzoo.train.evaluate import Interrupted
 from seqzoo.train.folder import RunFolder
-from seqzoo.train.hooks import make_hooks
+from seqzoo.train.hooks import Hook, make_hooks
 from seqzoo.train.hooks.progress import Progress
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result, finished_before
@@ -27,6 +27,7 @@ from seqzoo.train.signals import StopRequest
 _STATES: dict[type[BaseException], str] = {
     Preempted: "preempted",
     NotFiniteError: "not_finite",
+    Pruned: "pruned",
     KeyboardInterrupt: "interrupted",
 }
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,6 +40,7 @@ def train(
     root: str | os.PathLike = "runs",
     force: bool = False,
     strict: bool = False,
+    hooks: Sequence[Hook] = (),
 ) -> Result:
     """Trains, or goes on with a run; returns what was reached.
 
@@ -48,9 +50,11 @@ def train(
         root: the folder of all runs.
         force: begin anew; what is there moves aside.
         strict: refuse to go on if code or versions changed.
+        hooks: look on beside those that the configuration asks for.
 
     Raises:
         Preempted: it was asked to stop, and saved.
+        Pruned: a hook found that it is not worth going on.
         NotFiniteError: the loss or a gradient is not finite.
         ConfigError: something does not fit together; nothing was started.
         LockedError: another process works on this run.
@@ -81,7 +85,7 @@ def train(
             for text in (*folder.warnings, warning):
                 if text and processes.first():
                     progress.say(f"warning: {text}")
-            session, tested = _run(run, folder, branch, progress, stop)
+            session, tested = _run(run, folder, branch, progress, stop, hooks)
     return Result.of(run, folder, session, tested, time.monotonic() - began, overrides)
 
 
@@ -91,11 +95,12 @@ def _run(
     branch: branches.Branch | None,
     progress: Progress,
     stop: StopRequest,
+    more_hooks: Sequence[Hook],
 ) -> tuple[Session, dict[str, float]]:
     """From the open folder to the test, or to an error that is on record."""
     session = None
     try:
-        hooks = make_hooks(run, folder) if processes.first() else []
+        hooks = [*make_hooks(run, folder), *more_hooks] if processes.first() else []
         session = Session(run, folder, progress=progress, hooks=hooks, stop=stop)
         session.begin(branch)
         tested = _fit(session)

@@ -1,0 +1,523 @@
+"""A study: its trials, who holds which, when it is done.
+
+Every trial waits in the storage from the beginning, so that n_trials is a total whoever asks, and
+however often. A worker takes one atomically (Optuna's ask), and holds it by a lock in the study's
+folder. A trial that is RUNNING and held by nobody lost its worker: the next worker goes on with it,
+in the same run folders, from their checkpoints. Imports no jax.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from seqzoo.errors import ConfigError, LockedError, SeqzooError
+from seqzoo.sweep import definition as definitions
+from seqzoo.sweep import sampler, storage
+from seqzoo.sweep.definition import Definition
+from seqzoo.sweep.settings import Settings
+from seqzoo.sweep.space import Space
+from seqzoo.train.folder import read_json
+from seqzoo.train.lock import RunLock
+
+FOLDER = "sweeps"  # below the folder of runs
+_DEFINITION, _STOP = "definition", "stop"
+_FRESH_SECONDS = 60.0  # a lock that moved so lately has a living holder
+# A trial that died so often at the same step would die for ever.
+_MOST_STUCK = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A trial as it is shown.
+
+    Attributes:
+        number: of the trial.
+        state: waiting, running, interrupted, finished, diverged, pruned or failed.
+        point: what was chosen; empty where that is still to come.
+        value: its metric: the median over its seeds, of each the best on the valid split.
+        last: the newest (step, value) of its first seed.
+        attrs: what its worker wrote: runs, values, tests, architecture, size, seconds, failure.
+    """
+
+    number: int
+    state: str
+    point: Mapping[str, Any]
+    value: float | None
+    last: tuple[int, float] | None
+    attrs: Mapping[str, Any]
+
+    @property
+    def done(self) -> bool:
+        return self.state in ("finished", "diverged", "pruned")
+
+
+class Claimed:
+    """A trial that this process holds; leave it with `with`.
+
+    Attributes:
+        number: of the trial.
+        trial: Optuna's.
+        point: what was chosen.
+        words: its command line.
+        attrs: what earlier workers wrote.
+        reported: steps that were reported already.
+    """
+
+    def __init__(self, study: "Study", trial: Trial, frozen: FrozenTrial, lock: RunLock):
+        self.study, self.trial, self.number = study, trial, frozen.number
+        self.attrs = dict(frozen.user_attrs)
+        self.reported = set(frozen.intermediate_values)
+        self._lock = lock
+        choose = lambda: study.space.choose(lambda one: sampler.suggest(trial, one))
+        self.point = study.patience(choose)
+        self.words = study.space.words(self.point)
+
+    def __enter__(self) -> "Claimed":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def note(self, **attrs: Any) -> None:
+        """Writes attributes of the trial where they changed."""
+        for name, value in attrs.items():
+            if name not in self.attrs or self.attrs[name] != value:
+                self.study.patience(self.trial.set_user_attr, name, value)
+                self.attrs[name] = value
+
+    def report(self, step: int, value: float) -> None:
+        """Tells the storage an evaluation; one that was told before is left as it is."""
+        if step not in self.reported:
+            self.study.patience(self.trial.report, value, step)
+            self.reported.add(step)
+
+    def lags(self) -> bool:
+        """Whether the pruner would end it here."""
+        return self.study.patience(self.trial.should_prune)
+
+    def tell(self, value: float | None) -> None:
+        """Ends the trial: with its value, or None = pruned."""
+        state = TrialState.PRUNED if value is None else TrialState.COMPLETE
+        self.study.patience(
+            self.study.optuna.tell, self.number, value, state=state, skip_if_finished=True
+        )
+
+
+class Study:
+    """A study in its folder. Made by `Study.create`, `Study.open` or `Study.join`.
+
+    Attributes:
+        path: its folder.
+        definition: what it is.
+        space: what it searches.
+        optuna: the study in its storage.
+        patience: calls what needs the storage.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        definition: Definition,
+        *,
+        url: str | None = None,
+        create: bool = False,
+        say: Callable[[str], None] = print,
+    ):
+        self.path, self.definition = path, definition
+        self.space = Space(definition.words, config_dir=definition.config_dir)
+        url = _url(definition, url)
+        place = storage.shown(url) if url else str(path / "journal.log")
+        self.patience = storage.Patience(place, 60 * definition.sweep.patience_minutes, say)
+        self._busy: dict[int, float] = {}  # trials that somebody else holds, and until when
+        make = optuna.create_study if create else optuna.load_study
+        more: dict[str, Any] = {}
+        if create:
+            mode = "maximize" if definition.mode == "max" else "minimize"
+            more = {"direction": mode, "load_if_exists": True}
+        try:
+            store = self.patience(storage.open_storage, url, path)
+            self.optuna: optuna.Study = self.patience(
+                make,
+                study_name=definition.name,
+                storage=store,
+                sampler=sampler.SeededTPE(definition.sweep.seed),
+                pruner=sampler.pruner(definition.sweep, definition.eval_every),
+                **more,
+            )
+        except KeyError as error:
+            raise ConfigError(
+                f"{place} holds no study '{definition.name}': the command that made {path} "
+                "makes it again"
+            ) from error
+
+    @classmethod
+    def create(
+        cls,
+        settings: Settings,
+        *,
+        root: str | os.PathLike = "runs",
+        config_dir: str | None = None,
+        threads: int = 1,
+    ) -> "Study":
+        """Creates a study, or finds the one that the same words created.
+
+        Raises:
+            ConfigError: a word is wrong, or the study of that name searches something else.
+            StorageError: its storage cannot be reached.
+        """
+        space = Space(settings.words, config_dir=config_dir)
+        points = sampler.points(space, settings.sweep)
+        url = absolute(settings.sweep.storage or os.environ.get(storage.VARIABLE))
+        new = definitions.define(settings, space, config_dir=config_dir, url=url, threads=threads)
+        path = pathlib.Path(root).resolve() / FOLDER / new.name
+        path.mkdir(parents=True, exist_ok=True)
+        with held(path / "claims" / "study", patience=60):
+            if (path / definitions.FILE).exists():
+                old = definitions.read(path)
+                definitions.check_same(old, new)
+                if url is None and old.storage is not None:
+                    url = _url(old, None)
+                if old.storage != (None if url is None else storage.shown(url)):
+                    raise ConfigError(
+                        f"sweep.storage={storage.shown(url)}, but the study '{old.name}' lies in "
+                        f"{storage.shown(old.storage)}; leave it, or take another sweep.name"
+                    )
+                # What may change: how many trials, how the launcher starts workers.
+                new = dataclasses.replace(
+                    new,
+                    storage=old.storage,
+                    place=old.place,
+                    created=old.created,
+                    threads=old.threads,
+                )
+            study = cls(path, new, url=url, create=True)
+            study._share()
+            new.write(path)
+            study._enqueue(points)
+        return study
+
+    @classmethod
+    def open(cls, path: str | os.PathLike, *, say: Callable[[str], None] = print) -> "Study":
+        """Opens a study by its folder.
+
+        Raises:
+            ConfigError: it is none.
+            StorageError: its storage cannot be reached.
+        """
+        folder = pathlib.Path(path).resolve()
+        return cls(folder, definitions.read(folder), say=say)
+
+    @classmethod
+    def join(cls, name: str, url: str, *, root: str | os.PathLike = "runs") -> "Study":
+        """Opens a study by its storage, in a folder of this machine.
+
+        Raises:
+            ConfigError: there is no such study.
+        """
+        path = pathlib.Path(root).resolve() / FOLDER / name
+        if (path / definitions.FILE).exists():
+            return cls.open(path)
+        try:
+            store = storage.Patience(storage.shown(url), 60)(storage.open_storage, url, path)
+            found = optuna.load_study(study_name=name, storage=store).user_attrs[_DEFINITION]
+        except KeyError as error:
+            raise ConfigError(f"{storage.shown(url)} holds no study '{name}'") from error
+        path.mkdir(parents=True, exist_ok=True)
+        place = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+        new = definitions.from_plain(found, place=place, storage=storage.shown(url))
+        new.write(path)
+        study = cls(path, new, url=url)
+        study._share()
+        return study
+
+    def claim(self) -> Claimed | None:
+        """Takes a trial: one that lost its worker, else one that waits. None = none is free now.
+
+        Raises:
+            StorageError: the storage is away.
+        """
+        trials = self.trials()
+        now = time.monotonic()
+        for frozen in trials:
+            if self._orphaned(frozen) and self._busy.get(frozen.number, 0) < now:
+                claimed = self._take_over(frozen.number)
+                if claimed is not None:
+                    return claimed
+        if any(frozen.state == TrialState.WAITING for frozen in trials):
+            return self._ask()
+        return None
+
+    def leave(self, claimed: Claimed, seconds: float = 5.0) -> None:
+        """Does not look at a trial again for a while: somebody works in its run folder."""
+        self._busy[claimed.number] = time.monotonic() + seconds
+
+    def trials(self) -> list[FrozenTrial]:
+        """Optuna's trials, without those that a broken connection made twice."""
+        found: dict[int, FrozenTrial] = {}
+        for frozen in self.patience(self.optuna.get_trials, deepcopy=False):
+            point = frozen.user_attrs.get("point")
+            if point is not None and point not in found:
+                found[point] = frozen
+        return sorted(found.values(), key=lambda frozen: frozen.number)
+
+    def rows(self) -> list[Row]:
+        """The trials as they are shown."""
+        return [self._row(frozen) for frozen in self.trials()]
+
+    def finished(self) -> bool:
+        """Whether every trial has ended, or failed."""
+        return all(
+            frozen.state.is_finished() or frozen.user_attrs.get("failure")
+            for frozen in self.trials()
+        )
+
+    def failures(self) -> list[Row]:
+        return [row for row in self.rows() if row.state == "failed"]
+
+    def too_many_failures(self) -> bool:
+        return len(self.failures()) > self.definition.sweep.max_failures
+
+    def stop(self, why: str) -> None:
+        """Asks all workers, wherever they are, to save and leave; '' takes it back."""
+        self.patience(self.optuna.set_user_attr, _STOP, why)
+        file = self.path / "stop"  # for the script of SLURM
+        if why:
+            file.write_text(why + "\n", encoding="utf-8")
+        else:
+            file.unlink(missing_ok=True)
+
+    def stopped(self) -> str:
+        """Why workers are to leave; '' = they are not."""
+        return self.patience(lambda: self.optuna.user_attrs).get(_STOP, "")
+
+    def resume(self) -> None:
+        """Takes back what kept workers from its trials: a stop, and failures."""
+        self.stop("")
+        for frozen in self.trials():
+            if frozen.state == TrialState.RUNNING and frozen.user_attrs.get("failure"):
+                trial = Trial(self.optuna, frozen._trial_id)
+                self.patience(trial.set_user_attr, "stuck", [])
+                self.patience(trial.set_user_attr, "failure", "")
+
+    def _ask(self) -> Claimed | None:
+        trial = self.patience(self.optuna.ask)
+        lock = self._lock(trial.number)
+        frozen = self._frozen(trial.number)
+        firsts = {one.number for one in self.trials()}
+        if trial.number not in firsts:
+            # Another worker took the last one that waited; or the trial is there twice.
+            self.patience(
+                self.optuna.tell, trial.number, state=TrialState.FAIL, skip_if_finished=True
+            )
+            if lock is not None:
+                lock.release()
+            return None
+        if lock is None:  # somebody was quicker: it goes on there
+            return None
+        return self._begin(trial, frozen, lock)
+
+    def _take_over(self, number: int) -> Claimed | None:
+        lock = self._lock(number)
+        if lock is None:
+            self._busy[number] = time.monotonic() + 5.0
+            return None
+        frozen = self._frozen(number)
+        if not self._orphaned(frozen):  # it ended while we looked
+            lock.release()
+            return None
+        return self._begin(Trial(self.optuna, frozen._trial_id), frozen, lock)
+
+    def _begin(self, trial: Trial, frozen: FrozenTrial, lock: RunLock) -> Claimed | None:
+        try:
+            claimed = Claimed(self, trial, frozen, lock)
+            starts = claimed.attrs.get("starts", 0) + 1
+            claimed.note(place=self.definition.place, starts=starts)
+            step = max(frozen.intermediate_values, default=0)
+            before, times = claimed.attrs.get("stuck") or (step, 0)
+            times = times + 1 if before == step else 1
+            claimed.note(stuck=[step, times])
+            if times > _MOST_STUCK:
+                claimed.note(failure=f"its worker died {_MOST_STUCK} times after step {step}")
+                lock.release()
+                return None
+        except BaseException:
+            lock.release()
+            raise
+        return claimed
+
+    def _orphaned(self, frozen: FrozenTrial) -> bool:
+        """Whether it runs, could go on here, and has no holder that moved lately."""
+        if frozen.state != TrialState.RUNNING or frozen.user_attrs.get("failure"):
+            return False
+        place = frozen.user_attrs.get("place")
+        if place is None and len(self._places()) > 1:  # its worker died, or is about to say where
+            began = frozen.datetime_start
+            old = began is None or time.time() - began.timestamp() > _FRESH_SECONDS
+            return old and not self._held(frozen.number)
+        return place in (None, self.definition.place) and not self._held(frozen.number)
+
+    def _held(self, number: int) -> bool:
+        """Whether a process on another host moved the lock lately, by the look of its file.
+
+        On this host the lock itself is asked: the kernel drops it when its holder dies.
+        """
+        file = self._claim_folder(number) / ".lock"
+        holder = read_json(file) if file.exists() else {}
+        if not holder or holder.get("host") == socket.gethostname():
+            return False
+        return time.time() - file.stat().st_mtime < _FRESH_SECONDS
+
+    def _lock(self, number: int) -> RunLock | None:
+        folder = self._claim_folder(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            return self.patience(RunLock, folder)
+        except LockedError:
+            return None
+
+    def _claim_folder(self, number: int) -> pathlib.Path:
+        return self.path / "claims" / f"{number:05d}"
+
+    def _frozen(self, number: int) -> FrozenTrial:
+        return self.patience(self.optuna.get_trials, deepcopy=False)[number]
+
+    def _places(self) -> list[str]:
+        attrs = self.patience(lambda: self.optuna.user_attrs)
+        return [name for name in attrs if name.startswith("place:")]
+
+    def _share(self) -> None:
+        """Writes into the storage what it is, and that this folder takes part."""
+        attrs = self.patience(lambda: self.optuna.user_attrs)
+        there = attrs.get(_DEFINITION)
+        if there is not None:
+            definitions.check_same(definitions.from_plain(there, place=""), self.definition)
+        self.patience(self.optuna.set_user_attr, _DEFINITION, self.definition.shared())
+        here = f"{socket.gethostname()}:{self.path}"
+        self.patience(self.optuna.set_user_attr, f"place:{self.definition.place}", here)
+
+    def _enqueue(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Lets every point wait that does not yet; again after a failure, none twice."""
+
+        def add() -> None:
+            there = {
+                frozen.user_attrs.get("point") for frozen in self.optuna.get_trials(deepcopy=False)
+            }
+            for number, point in enumerate(points):
+                if number not in there:
+                    self.optuna.enqueue_trial(dict(point), user_attrs={"point": number})
+
+        self.patience(add)
+
+    def _row(self, frozen: FrozenTrial) -> Row:
+        attrs, value = frozen.user_attrs, frozen.value
+        state = {
+            TrialState.WAITING: "waiting",
+            TrialState.COMPLETE: "finished",
+            TrialState.PRUNED: "pruned",
+            TrialState.FAIL: "failed",
+        }.get(frozen.state)
+        if state == "finished" and value == self.definition.worst:
+            state = "diverged"
+        if state is None:
+            state = "running" if self._alive(frozen) else "interrupted"
+            state = "failed" if attrs.get("failure") else state
+        point = frozen.params or frozen.system_attrs.get("fixed_params", {})
+        told = frozen.intermediate_values
+        last = None if not told else (max(told), told[max(told)])
+        return Row(frozen.number, state, point, value, last, attrs)
+
+    def _alive(self, frozen: FrozenTrial) -> bool:
+        """Whether somebody works on it, as far as can be seen without taking its lock."""
+        if frozen.user_attrs.get("place") not in (None, self.definition.place):
+            return True  # in a folder that we do not see
+        file = self._claim_folder(frozen.number) / ".lock"
+        holder = read_json(file) if file.exists() else {}
+        if not holder or time.time() - file.stat().st_mtime > _FRESH_SECONDS:
+            return False
+        if holder.get("host") != socket.gethostname():
+            return True
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except (OSError, KeyError, ValueError):
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def held(folder: pathlib.Path, patience: float = 0.0):
+    """Holds a folder for this process; waits for another one so many seconds.
+
+    Raises:
+        LockedError: it is still held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
+    while True:
+        try:
+            lock = RunLock(folder)
+            break
+        except LockedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find(name: str, root: str | os.PathLike = "runs") -> pathlib.Path:
+    """The folder of a study: a path, or its name below `root`.
+
+    Raises:
+        ConfigError: there is none; names those that there are.
+    """
+    below = pathlib.Path(root) / FOLDER
+    for path in (pathlib.Path(name), below / name):
+        if (path / definitions.FILE).is_file():
+            return path.resolve()
+    there = sorted(file.parent.name for file in below.glob(f"*/{definitions.FILE}"))
+    raise ConfigError(
+        f"there is no study {name}; below {below} there are {', '.join(there) or 'none'}"
+    )
+
+
+def absolute(url: str | None) -> str | None:
+    """A file of SQLite is the same one for every worker, wherever it was started."""
+    if url is None:
+        return None
+    storage.check_url(url)
+    head, slashes, name = url.partition(":///")
+    if head.startswith("sqlite") and slashes and name and not name.startswith(("/", ":")):
+        return f"{head}:///{pathlib.Path(name).resolve()}"
+    return url
+
+
+def better(mode: str, one: float, other: float) -> bool:
+    """Whether a value is better than another; what is no number never is."""
+    if math.isnan(one) or math.isnan(other):
+        return not math.isnan(one)
+    return one > other if mode == "max" else one < other
+
+
+def _url(definition: Definition, url: str | None) -> str | None:
+    """With its password, where the environment has it."""
+    if url is not None or definition.storage is None:
+        return url
+    told = absolute(os.environ.get(storage.VARIABLE))
+    return told if told and storage.shown(told) == definition.storage else definition.storage
+
+
+class Stopped(SeqzooError):
+    """The study was asked to stop; the same command goes on."""
+
+    exit_code = 75

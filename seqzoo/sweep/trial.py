@@ -1,0 +1,146 @@
+"""One trial: its runs, one per seed, each an ordinary run folder below the study's."""
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from seqzoo.config.compose import compose
+from seqzoo.errors import ConfigError, NotFiniteError, Pruned
+from seqzoo.eval import records
+from seqzoo.eval.report import size_of
+from seqzoo.sweep.study import Claimed, Study
+from seqzoo.train import loop
+from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.hooks import Hook
+from seqzoo.train.hooks.hook import Values
+from seqzoo.train.identity import plain
+from seqzoo.train.setup import build_data
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run of a trial, before it is trained.
+
+    Attributes:
+        words: its command line.
+        config: composed from them.
+        path: its folder.
+    """
+
+    words: list[str]
+    config: Mapping[str, Any]
+    path: pathlib.Path
+
+
+class Watch(Hook):
+    """Tells the study every evaluation on the valid split, and ends a run that lags."""
+
+    name = "sweep"
+
+    def __init__(self, claimed: Claimed, metric: str, *, prunes: bool, first: int):
+        self._claimed, self._metric = claimed, metric
+        self._prunes, self._first = prunes, first
+
+    def evaluated(self, step: int, split: str, values: Values) -> None:
+        if split != "valid":
+            return
+        value = values[self._metric]
+        self._claimed.report(step, value)
+        if self._prunes and step >= self._first and self._claimed.lags():
+            raise Pruned(
+                f"ended at step {step}: its {self._metric} {value:.4g} lags behind other trials"
+            )
+
+
+def run(study: Study, claimed: Claimed) -> str:
+    """Trains what is left of a trial and tells the study its value.
+
+    Returns:
+        What became of it, in a few words.
+
+    Raises:
+        Preempted: it was asked to stop, and saved; the trial stays as it is.
+        LockedError: somebody works in its run folder.
+        SeqzooError: it cannot go on.
+    """
+    told, metric = study.definition, study.definition.metric
+    runs = plan(study, claimed.words)
+    pattern = runs[0].config["model"].get("pattern") or ()
+    claimed.note(
+        runs=[str(one.path.relative_to(study.path)) for one in runs],
+        architecture="+".join(dict.fromkeys(pattern)) or "model",
+    )
+    values: list[float] = []
+    tests: list[float | None] = []
+    seconds = 0.0
+    for number, one in enumerate(runs):
+        # A median over seeds is there at the end only; meanwhile the first seed speaks for all.
+        watch = Watch(
+            claimed,
+            metric,
+            prunes=told.sweep.pruner != "none",
+            first=told.sweep.pruner_min_step or 0,
+        )
+        try:
+            value, test, took = _train(one, study, [watch] if number == 0 else [])
+        except Pruned as error:
+            claimed.tell(None)
+            return str(error)
+        values.append(told.worst if math.isnan(value) else value)
+        tests.append(test)
+        seconds += took
+    size, why = size_of(records.read(runs[0].path))
+    claimed.note(
+        values=[str(value) for value in values],  # JSON has no word for what is not finite
+        tests=tests,
+        diverged=values.count(told.worst),
+        seconds=round(seconds + claimed.attrs.get("seconds", 0.0), 1),
+        size=size._asdict() if size else why,
+    )
+    value = statistics.median(values)
+    claimed.tell(value)
+    return f"{metric} {value:.4g}" if math.isfinite(value) else "diverged"
+
+
+def plan(study: Study, words: Sequence[str]) -> list[Planned]:
+    """The runs of a trial: one per seed.
+
+    Raises:
+        ConfigError: replicas are asked for, and the seed is searched as well.
+    """
+    first = compose(words, config_dir=study.definition.config_dir)
+    seeds = study.definition.sweep.seeds
+    if seeds == 1:
+        return [_planned(study, list(words), first)]
+    kept = [word for word in words if word.lstrip("+").partition("=")[0] != "trainer.seed"]
+    seed = first["trainer"]["seed"]
+    lines = [[f"trainer.seed={seed + i}", *kept] for i in range(seeds)]
+    configs = [compose(line, config_dir=study.definition.config_dir) for line in lines]
+    return [_planned(study, *pair) for pair in zip(lines, configs, strict=True)]
+
+
+def _planned(study: Study, words: list[str], config: Any) -> Planned:
+    fingerprint = build_data(config).fingerprint()
+    folder = RunFolder.locate(config, words, root=study.path, data_fingerprint=fingerprint)
+    return Planned(words, plain(config), folder.path)
+
+
+def _train(one: Planned, study: Study, hooks: Sequence[Hook]) -> tuple[float, float | None, float]:
+    """Value, test and seconds of a run; a run that diverged before is not run again."""
+    metric, worst = study.definition.metric, study.definition.worst
+    if read_status(one.path).get("state") == "not_finite":
+        return worst, None, 0.0
+    try:
+        result = loop.train(one.config, overrides=one.words, root=study.path, hooks=hooks)
+    except NotFiniteError:
+        return worst, None, 0.0
+    if result.metric != metric:
+        raise ConfigError(
+            f"{one.path.name} is scored by {result.metric}, the study by {metric}: search tasks "
+            "of one metric"
+        )
+    value = worst if result.value is None else result.value
+    return value, result.test.get(metric), result.seconds
