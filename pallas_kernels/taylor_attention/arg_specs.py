@@ -66,6 +66,23 @@ SPECS = (
             ("based_360m", 1, 2048, 16, 64),
         )
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py).
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, h=16, k=16, v=v),
+            draw=draw,
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, v, more in (
+            ("based_1b", 2048, 112, {"primary"}),
+            ("based_1b_8k", 8192, 112, ()),
+            ("based_1b_8k_f32", 8192, 112, ()),
+            ("based_360m_2k", 2048, 64, ()),
+            ("based_360m_8k", 8192, 64, ()),
+            ("based_360m_8k_f32", 8192, 64, ()),
+        )
+    ),
 )
 
 

@@ -7,6 +7,7 @@ Kept between forward and backward: q, k, v, y, 1 / (z + eps), and the state befo
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pallas_kernels.taylor_attention.tpu_places import pack
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6
+_ROWS = 16  # of a bfloat16 register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class PallasTpuConfig(tpu.TpuConfig):
     ) -> "PallasTpuConfig":
         """Blocks as long as the vector memory allows; of short sequences, several heads."""
         room = _SHARE * tpu.generation(device_kind).scoped_vmem
-        k, v = (tpu.round_up(sizes[x], 16) for x in "kv")
+        k, v = (tpu.round_up(sizes[x], _ROWS) for x in "kv")
         fits = lambda n: _bytes(k, v, n, sizes.get("itemsize", 4)) <= room
         lengths = [cls.chunk * 2**n for n in range(5)]
         longest = max((n for n in lengths if fits(n)), default=cls.chunk)
@@ -69,7 +71,7 @@ class PallasTpuConfig(tpu.TpuConfig):
 def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
     """Of the vector memory that a head takes backward: arrays twice, scratch once, states."""
     arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES) + 4 * (k + v + tpu.SUBLANES)
-    states = 10 * 4 * tpu.round_up(rows_of(k), tpu.LANES) * tpu.round_up(v + 16, tpu.LANES)
+    states = 10 * 4 * tpu.round_up(rows_of(k), tpu.LANES) * tpu.round_up(state_rows(v), tpu.LANES)
     return block * arrays + states
 
 
@@ -98,74 +100,84 @@ def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
         document = jnp.zeros((b, t), jnp.int32)
         places = pack(document, jnp.ones((b, t), bool), config.chunk, padded)
     how = How(scale, normalize, eps, config)
-    y, kv, z = _attention(
-        _tokens_last(q, 16, padded),
-        _tokens_last(k, 16, padded),
-        _tokens_last(v, 16, padded),
-        kv,
-        z,
-        places,
-        width,
-        v_width,
-        how,
-    )
-    return jnp.moveaxis(y[:, :, :v_width, :t], -1, 1), kv, z, last_id
+    return *_attention(q, k, v, kv, z, places, how), last_id
 
 
-def _tokens_last(x, multiple: int, t: int):
-    """`[b h k t]` from `[b t h k]`, k and t padded."""
-    x = tpu.pad_to(jnp.moveaxis(x, 1, -1), 3, t)
-    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], multiple))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, kv, z, places, how: How):
+    """y `[b t h v]` and the state after, kv `[b h f v]` and z `[b h f]`."""
+    widths = _Widths.of(q, v)
+    arrays = (_tokens_last(x, how) for x in (q, k, v))
+    y, last, _, _ = forward(*arrays, widths.to_rows(kv, z), places, how, save=False)
+    return _tokens_first(y, v), *widths.from_rows(last)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _attention(q, k, v, kv, z, places, width: int, v_width: int, how: How):
-    """y `[b h v t]` and the state after in the order of features.py, kv `[b h f v]`, z `[b h f]`.
-
-    width and v_width are those of keys and values before they were padded.
-    """
-    state = _to_rows(kv, z, width, q.shape[2], v.shape[2], product_dtype(q, k, v))
-    y, last, _, _ = forward(q, k, v, state, places, how, save=False)
-    return y, *_from_rows(last, width, v_width, q.shape[2], v.shape[2])
-
-
-def _attention_forward(q, k, v, kv, z, places, width: int, v_width: int, how: How):
-    state = _to_rows(kv, z, width, q.shape[2], v.shape[2], product_dtype(q, k, v))
-    y, last, saved, inverse = forward(q, k, v, state, places, how, save=True)
+def _attention_forward(q, k, v, kv, z, places, how: How):
+    widths = _Widths.of(q, v)
+    state = widths.to_rows(kv, z)
+    arrays = (_tokens_last(x, how) for x in (q, k, v))
+    y, last, saved, inverse = forward(*arrays, state, places, how, save=True)
     if saved is None and state is not None:
         saved = state[:, :, None]
-    kept_y = y if how.normalize else None
-    after = _from_rows(last, width, v_width, q.shape[2], v.shape[2])
-    return (y, *after), (q, k, v, saved, places, kept_y, inverse, None if kv is None else ())
+    kept = (y, inverse) if how.normalize else (None, None)
+    given = None if kv is None else ()
+    return (_tokens_first(y, v), *widths.from_rows(last)), (q, k, v, saved, places, *kept, given)
 
 
-def _attention_backward(width: int, v_width: int, how: How, residuals, cotangents):
+def _attention_backward(how: How, residuals, cotangents):
     q, k, v, saved, places, y, inverse, given = residuals
     dy, dkv, dz = cotangents
-    dlast = _to_rows(dkv, dz, width, q.shape[2], v.shape[2], product_dtype(q, k, v))
-    dq, dk, dv, dinitial = backward(q, k, v, saved, places, y, inverse, dy, dlast, how)
-    dstate = (None, None)
-    if given is not None:
-        dstate = _from_rows(dinitial, width, v_width, q.shape[2], v.shape[2])
-    return dq, dk, dv, *dstate, None
+    widths = _Widths.of(q, v)
+    arrays = (_tokens_last(x, how) for x in (q, k, v))
+    dy, dlast = _tokens_last(dy, how), widths.to_rows(dkv, dz)
+    dq, dk, dv, dinitial = backward(*arrays, saved, places, y, inverse, dy, dlast, how)
+    dstate = (None, None) if given is None else widths.from_rows(dinitial)
+    gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
+    return *gradients, *dstate, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def _to_rows(kv, z, width: int, k: int, v: int, dtype):
-    """The kernels' state `[b h v1 f]`, or None; k and v are the padded widths."""
-    if kv is None:
-        return None
-    places, _ = orders(width, k)
-    columns = jnp.concatenate([tpu.pad_to(kv, 3, v), z[..., None]], axis=3)
-    columns = tpu.pad_to(columns, 3, state_rows(v, dtype))
-    columns = tpu.pad_to(columns, 2, columns.shape[2] + 1)  # zeros for rows without a feature
-    return jnp.swapaxes(columns[:, :, places], 2, 3)
+def _tokens_last(x, how: How):
+    """`[b h k t]` from `[b t h k]`: k up to a multiple of 16, t to one of the block."""
+    x = jnp.moveaxis(x, 1, -1)
+    x = tpu.pad_to(x, 3, tpu.round_up(x.shape[3], how.config.block))
+    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], _ROWS))
 
 
-def _from_rows(state, width: int, v_width: int, k: int, v: int):
-    """kv `[b h f v]` and z `[b h f]` from the kernels' state."""
-    _, back = orders(width, k)
-    columns = jnp.swapaxes(state, 2, 3)[:, :, back]
-    return columns[..., :v_width], columns[..., v]
+def _tokens_first(x, like):
+    """`[b t h k]` in the shape of another one, from `[b h k t]`."""
+    return jnp.moveaxis(x[:, :, : like.shape[3], : like.shape[1]], -1, 1)
+
+
+class _Widths(NamedTuple):
+    """Of keys and values, and as they are padded; and what a state of the kernels looks like."""
+
+    k: int
+    v: int
+    padded_k: int
+    padded_v: int
+    rows: int
+
+    @classmethod
+    def of(cls, q, v):
+        k, width = q.shape[3], v.shape[3]
+        padded = tpu.round_up(width, _ROWS)
+        return cls(k, width, tpu.round_up(k, _ROWS), padded, state_rows(padded))
+
+    def to_rows(self, kv, z):
+        """The kernels' state `[b h v1 f]` from kv `[b h f v]` and z `[b h f]`; None for None."""
+        if kv is None:
+            return None
+        places, _ = orders(self.k, self.padded_k)
+        columns = jnp.concatenate([tpu.pad_to(kv, 3, self.padded_v), z[..., None]], axis=3)
+        columns = tpu.pad_to(columns, 3, self.rows)
+        columns = tpu.pad_to(columns, 2, columns.shape[2] + 1)  # zeros for rows without a feature
+        return jnp.swapaxes(columns[:, :, places], 2, 3)
+
+    def from_rows(self, state):
+        """kv and z from the kernels' state."""
+        _, back = orders(self.k, self.padded_k)
+        columns = jnp.swapaxes(state, 2, 3)[:, :, back]
+        return columns[..., : self.v], columns[..., self.padded_v]

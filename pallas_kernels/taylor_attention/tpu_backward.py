@@ -55,7 +55,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
     heads, block = config.heads, config.block
     steps, dtype = t // block, product_dtype(q, k, v)
-    rows, f = state_rows(v_width, dtype), rows_of(width)
+    rows, f = state_rows(v_width), rows_of(width)
 
     last = steps - 1  # the time axis runs from it to 0
     along = lambda n: pl.BlockSpec((1, heads, n, block), lambda i, j, s: (i, j, 0, last - s))

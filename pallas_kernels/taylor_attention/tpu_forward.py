@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.core.tpu import kernel_call, round_up
+from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.tpu_features import phi, rows_of
 from pallas_kernels.taylor_attention.tpu_places import Seen, only, seen
@@ -43,9 +43,9 @@ def product_dtype(*arrays: jax.Array) -> Any:
     return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
 
 
-def state_rows(v: int, dtype: Any) -> int:
-    """Rows of a state: v (padded already), the sum of weights, and padding."""
-    return v + round_up(1, 32 // jnp.dtype(dtype).itemsize)
+def state_rows(v: int) -> int:
+    """Rows of a state: v (padded already), the sum of weights, and zeros up to a register."""
+    return v + 16
 
 
 def with_ones(v: jax.Array, there: jax.Array | None, rows: int) -> jax.Array:
@@ -80,7 +80,7 @@ def forward(q, k, v, state, places, how: How, *, save: bool):
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
     heads, block = config.heads, config.block
     steps, dtype = t // block, product_dtype(q, k, v)
-    rows, f = state_rows(v_width, dtype), rows_of(width)
+    rows, f = state_rows(v_width), rows_of(width)
 
     along = lambda size: pl.BlockSpec((1, heads, size, block), lambda i, j, s: (i, j, 0, s))
     states = pl.BlockSpec((1, heads, rows, f), lambda i, j, s: (i, j, 0, 0))
