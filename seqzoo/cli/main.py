@@ -12,6 +12,7 @@ from seqzoo.errors import SeqzooError, suggest
 # Command: (module, one line). The modules stay unloaded until called: help is instant.
 COMMANDS = {
     "train": ("seqzoo.cli.train", "train a model, or go on with a run"),
+    "sweep": ("seqzoo.cli.sweep", "search settings by many runs, with workers that may die"),
     "eval": ("seqzoo.cli.eval", "evaluate a run on its test split, or on other data"),
     "generate": ("seqzoo.cli.generate", "continue a prompt with a trained language model"),
     "report": ("seqzoo.cli.report", "plots and tables of runs, as PNG, HTML and CSV"),
@@ -30,6 +31,7 @@ EPILOG = """examples:
   seqzoo train model.pattern='[mamba,mamba,attention]' model.n_layers=6
   seqzoo train experiment=text_mamba
   seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3
+  seqzoo sweep mixer=mamba,based 'optimizer.lr=tag(log,interval(1e-4,1e-2))' sweep.n_trials=24
   seqzoo show model=mamba_130m
   seqzoo eval runs/mqar/latest
   seqzoo generate runs/text_mamba/latest --prompt "def "

@@ -139,7 +139,7 @@ class _Listener(ErrorListener):
     def __init__(self) -> None:
         self.column: int | None = None
 
-    def syntaxError(self, recognizer, offendingSymbol, line, column, msg, e) -> None:  # noqa: N802, N803
+    def syntaxError(self, recognizer, offendingSymbol, line, column, msg, e) -> None:
         if self.column is None:
             self.column = column
 

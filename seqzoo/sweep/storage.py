@@ -45,7 +45,7 @@ class Patience:
     """
 
     def __init__(self, place: str, seconds: float, say: Callable[[str], None] = print):
-        self._place, self._seconds, self._say = place, seconds, say
+        self._place, self._seconds, self.say = place, seconds, say
 
     def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Calls `function`, which must do no harm when it was half done before.
@@ -66,13 +66,13 @@ class Patience:
                         "it back, then run the same command, or 'seqzoo sweep resume STUDY'"
                     ) from error
                 if not told and wait > 1:
-                    self._say(f"the storage {self._place} is away ({why}); trying again")
+                    self.say(f"the storage {self._place} is away ({why}); trying again")
                     told = True
                 time.sleep(wait)
                 wait = min(2 * wait, _LONGEST_WAIT)
             else:
                 if told:
-                    self._say("the storage is back")
+                    self.say("the storage is back")
                 return found
 
 
