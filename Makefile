@@ -15,11 +15,15 @@ STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 comma := ,
 EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
 
+# libtpu compiles for TPUs on any machine. It stays out of the environment, where jax would load it.
+LIBTPU := build/libtpu-python$(PYTHON_VERSION)
+CHECK_TPU := PYTHONPATH=$(LIBTPU) $(BIN)/python -m pallas_kernels.check_tpu
+
 ARGS ?=
 # Processes that share the tests; a test file stays in one.
 WORKERS ?= 2
 
-.PHONY: help install train test test-slow bench long-streams torture-resume frontier passkey titans-ablation docs check lint types clean
+.PHONY: help install train test test-slow bench long-streams torture-resume frontier passkey titans-ablation docs check lint types libtpu check-tpu check-tpu-full check-tpu-table clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -70,6 +74,23 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+
+libtpu: $(LIBTPU)/.installed  ## installs the TPU compiler into build/ (half a gigabyte)
+
+$(LIBTPU)/.installed: $(STAMP) $(CONSTRAINTS)
+	rm -rf $(LIBTPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) libtpu --constraint $(CONSTRAINTS) || \
+	    { echo "libtpu COULD NOT BE INSTALLED, so nothing can be compiled for TPUs here"; exit 3; }
+	@touch $@
+
+check-tpu: $(LIBTPU)/.installed  ## compiles the kernels for v5e and TPU7x without a TPU, against docs/kernels.csv
+	$(CHECK_TPU) --check $(ARGS)
+
+check-tpu-full: $(LIBTPU)/.installed  ## every tagged shape and generation, and train steps on a mesh (PYTHON=python3.12 too)
+	$(CHECK_TPU) --full --check $(ARGS)
+
+check-tpu-table: $(LIBTPU)/.installed  ## measures everything anew into docs/kernels.csv and docs/kernels.md
+	$(CHECK_TPU) --full --write $(ARGS)
 
 clean:  ## removes environments and caches, never runs/
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -23,6 +23,7 @@ class Kernel(NamedTuple):
         read: bytes from memory.
         written: bytes to memory.
         times: how often it runs (in a loop).
+        vmem_limit: the limit on vector memory that it asks for; None = the generation's default.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Kernel(NamedTuple):
     read: float
     written: float
     times: int = 1
+    vmem_limit: int | None = None
 
     @property
     def bytes(self) -> float:
@@ -67,7 +69,9 @@ def of_call(equation: Any, prefetched: Sequence[np.ndarray | None]) -> Kernel:
             read += moved
         else:
             written += moved
-    return Kernel(name, grid, read, written)
+    asked = equation.params["compiler_params"]
+    limit = getattr(asked, "vmem_limit_bytes", None)
+    return Kernel(name, grid, read, written, vmem_limit=limit)
 
 
 def _moved(mapping: Any, grid: tuple[int, ...], prefetched: Sequence[np.ndarray | None]) -> float:

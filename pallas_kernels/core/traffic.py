@@ -75,6 +75,19 @@ def of_jaxpr(closed: Any, *arguments: Any, platform: str = "tpu") -> Traffic:
     return _Scope(platform).count(closed, values)
 
 
+def made_by_kernels(closed: Any) -> list[tuple[Any, bool]]:
+    """For each result of a jaxpr what it is, by identity, and whether a kernel had a hand in it."""
+    scope = _Scope("tpu")
+    results = scope.flatten(
+        closed.jaxpr, closed.consts, [Value(v.aval) for v in closed.jaxpr.invars]
+    )
+    made: set[int] = set()
+    for node in scope.nodes:
+        if node.kernels or any(id(v) in made for v in node.inputs):
+            made |= {id(v) for v in node.outputs}
+    return [(v, id(v) in made) for v in results]
+
+
 class _Scope:
     """The flat list of equations of a program, or of the body of a loop."""
 
@@ -83,13 +96,13 @@ class _Scope:
         self.nodes: list[Node] = []
 
     def count(self, closed: Any, arguments: Sequence[Value]) -> Traffic:
-        results = self._flatten(closed.jaxpr, closed.consts, arguments)
+        results = self.flatten(closed.jaxpr, closed.consts, arguments)
         nodes = used(self.nodes, results)
         kernels = tuple(k for node in nodes for k in node.kernels)
         around = sum(node.around for node in nodes) + passes_bytes(nodes, results)
         return Traffic(kernels, around)
 
-    def _flatten(self, jaxpr: Any, consts: Sequence, arguments: Sequence[Value]) -> list[Value]:
+    def flatten(self, jaxpr: Any, consts: Sequence, arguments: Sequence[Value]) -> list[Value]:
         values = dict(zip(jaxpr.invars, arguments, strict=True))
         for v, x in zip(jaxpr.constvars, consts, strict=True):
             values[v] = Value(v.aval, _numbers(x))
@@ -119,7 +132,7 @@ class _Scope:
             if key in params and not name.startswith("reduce"):
                 inner = params[key]
                 consts = getattr(inner, "consts", ())
-                return self._flatten(getattr(inner, "jaxpr", inner), consts, inputs)
+                return self.flatten(getattr(inner, "jaxpr", inner), consts, inputs)
         if name == "platform_index":
             return [_literal(equation.outvars[0].aval)]
         if _is_free(equation):

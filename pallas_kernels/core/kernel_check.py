@@ -1,0 +1,247 @@
+"""What is asked of an operator's TPU kernels without a TPU: that they compile, and at what cost.
+
+For each tagged call of an operator (arg_specs.py) and generation, two rows as a model trains with
+it, without documents or a state before or after: "forward", which saves what the backward pass
+needs, and "backward". And one row "documents" with packed documents, a state before and after, and
+their gradients: that it compiles.
+
+The bytes of a pass are those of its kernels by their BlockSpecs and those of XLA's own passes in
+the compiled program. The minimum: forward, every argument read and y written once; backward, the
+arguments, the cotangent of y and what was saved read, and the gradients written once.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core import aot, bench, dispatch, unwritten
+from pallas_kernels.core.kernel_table import Row
+from pallas_kernels.core.testing import ArgSpec, letters_of, required
+from pallas_kernels.core.tpu import generation
+from pallas_kernels.core.traffic import Traffic, made_by_kernels, of_jaxpr
+
+KERNEL = "pallas_tpu"
+TAG, PRIMARY = "tpu", "primary"
+
+
+def has_kernel(op: Callable) -> bool:
+    """Whether a TPU kernel of this operator is written."""
+    return op.forms[KERNEL].run is not unwritten.run  # type: ignore[attr-defined]
+
+
+def specs_of(op: Callable, *, primary: bool = False) -> list[ArgSpec]:
+    """The calls of real models that the operator is compiled at."""
+    folder = op.__module__.rsplit(".", 1)[0]
+    specs = importlib.import_module(f"{folder}.arg_specs").SPECS
+    return [s for s in specs if TAG in s.tags and (not primary or PRIMARY in s.tags)]
+
+
+def dtype_of(spec: ArgSpec) -> str:
+    """The dtype of arguments along time: float32 where the name ends in _f32, else bfloat16."""
+    return "float32" if spec.name.endswith("_f32") else "bfloat16"
+
+
+def arguments(op: Callable, spec: ArgSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a call, by name; parameters are in float32."""
+    letters, found = letters_of(op), {}
+    for name in (*required(op), *spec.given):
+        shape = tuple(spec.sizes[x] for x in letters[name])
+        dtype = dtype_of(spec) if "t" in letters[name] else "float32"
+        found[name] = jax.ShapeDtypeStruct(shape, dtype)
+    return found
+
+
+def check(
+    op: Callable,
+    spec: ArgSpec,
+    device: Any,
+    *,
+    stack: str,
+    xla: bool = True,
+    documents: bool = True,
+    dumps: pathlib.Path | None = None,
+) -> Iterator[Row]:
+    """Compiles a call for a device and counts it.
+
+    Args:
+        op: the operator.
+        spec: the call.
+        device: a compile-only one.
+        stack: versions, for the rows.
+        xla: whether to compile the portable form beside it, for its memory.
+        documents: whether to compile it with documents and a state as well.
+        dumps: the folder that aot.prepare was given.
+    """
+    kind = device.device_kind
+    blank = Row(
+        stack=stack,
+        operator=op.__name__,
+        call=spec.name,
+        dtype=dtype_of(spec),
+        device=generation(kind).name,
+        part="",
+    )
+    arrays = tuple(arguments(op, spec).values())
+    forward = functools.partial(_y, op, spec, KERNEL)
+    y = jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
+    given = (y, *arrays)
+    both = bench.forward_and_gradients(forward, has_state=False)
+    try:
+        with dispatch.compiling_for(kind):
+            closed, back = trace_passes(forward, arrays)
+        passes = count_passes(closed, back, arrays, y)
+    except Exception as error:  # a refusal, or a kernel that cannot be traced, is the finding
+        yield blank._replace(part="forward", status=_short(error))
+        return
+    row = _counts(blank._replace(part="forward"), passes["forward"], kind)
+    ahead, row = _compiled(row, device, forward, arrays, dumps)
+    yield row
+    row = _counts(blank._replace(part="backward"), passes["backward"], kind)
+    _, row = _compiled(row, device, both, given, dumps, without=ahead)
+    if xla and row.status == "compiled":
+        other = functools.partial(_y, op, spec, "xla")
+        found = aot.compile_for(device, bench.forward_and_gradients(other, has_state=False), *given)
+        row = row._replace(xla_temp=found.temp, xla_peak=found.peak)
+    yield row
+    if documents and "segment_ids" in inspect.signature(op).parameters:
+        program, shapes = _with_documents(op, spec, arrays)
+        yield _compiled(blank._replace(part="documents"), device, program, shapes, dumps)[1]
+
+
+def _call(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any, **more: Any) -> Any:
+    names = (*required(op), *spec.given)
+    given = dict(zip(names, arrays, strict=True))
+    return op(**given, **spec.options, **more, implementation=implementation)
+
+
+def _y(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any) -> Any:
+    found = _call(op, spec, implementation, *arrays)
+    return found[0] if op.axes.state else found  # type: ignore[attr-defined]
+
+
+class Pass(NamedTuple):
+    """What a pass moves by its kernels, the least it could move, and what is saved for it."""
+
+    traffic: Traffic
+    least: float
+    saved: float
+
+
+def trace_passes(forward: Callable, arrays: tuple) -> tuple[Any, Any]:
+    """The jaxprs of the forward pass, with what it saves behind y, and of the backward pass."""
+    closed = jax.make_jaxpr(lambda *a: jax.vjp(forward, *a))(*arrays)
+    y, pull = jax.eval_shape(lambda *a: jax.vjp(forward, *a), *arrays)
+    return closed, jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
+
+
+def count_passes(closed: Any, back: Any, arrays: tuple, y: Any) -> dict[str, Pass]:
+    """Counts both passes as `trace_passes` gave them."""
+    moved = sum(map(_bytes, arrays))
+    saved = _saved(closed)
+    return {
+        "forward": Pass(of_jaxpr(closed), moved + _bytes(y), saved),
+        "backward": Pass(of_jaxpr(back), 2 * moved + _bytes(y) + saved, saved),
+    }
+
+
+def _saved(closed: Any) -> float:
+    """Bytes of what the kernels of a forward pass make and hand to the backward pass.
+
+    Arguments that are handed on, turned or padded or not, are no savings of theirs.
+    """
+    kept = {id(v): v.bytes for v, made in made_by_kernels(closed)[1:] if made}
+    return sum(kept.values())
+
+
+def _with_documents(op: Callable, spec: ArgSpec, arrays: tuple) -> tuple[Callable, tuple]:
+    """Forward and every gradient of a call with packed documents and a state before."""
+    results = jax.eval_shape(functools.partial(_call, op, spec, "xla"), *arrays)
+    state = results[1] if op.axes.state else None  # type: ignore[attr-defined]
+    ids = jax.ShapeDtypeStruct((spec.sizes["b"], spec.sizes["t"]), jnp.int32)
+
+    def program(dresults, ids, state, *arrays):
+        leaves, tree = jax.tree.flatten(state)
+        floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+        floats = [x for x, f in zip(leaves, floating, strict=True) if f]
+
+        def run(floats, *arrays):
+            rest = iter(floats)
+            given = [next(rest) if f else x for x, f in zip(leaves, floating, strict=True)]
+            more = dict(segment_ids=ids)
+            if state is not None:
+                more["initial_state"] = jax.tree.unflatten(tree, given)
+            found = _call(op, spec, KERNEL, *arrays, **more)
+            return [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        found, pull = jax.vjp(run, floats, *arrays)
+        return found, pull(dresults)
+
+    cotangents = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return program, (cotangents, ids, state, *arrays)
+
+
+def _counts(row: Row, one: Pass, kind: str) -> Row:
+    default = generation(kind).scoped_vmem
+    asked = [k.vmem_limit for k in one.traffic.kernels if k.vmem_limit is not None]
+    return row._replace(
+        bytes=int(one.traffic.by_kernels),
+        minimum=int(one.least),
+        saved=int(one.saved),
+        limit=max([default, *asked]),
+        raised=int(max([default, *asked]) > default),
+    )
+
+
+def _compiled(
+    row: Row,
+    device: Any,
+    program: Callable,
+    given: tuple,
+    dumps: pathlib.Path | None,
+    without: aot.Compiled | None = None,
+) -> tuple[aot.Compiled | None, Row]:
+    """Compiles a program into a row; XLA's passes of the program `without` are another row's."""
+    try:
+        found = aot.compile_for(device, program, *given, dumps=dumps)
+    except Exception as error:  # whatever the compiler says is the finding
+        return None, row._replace(status=_short(error))
+    kernels = found.kernels
+    if not kernels:
+        return None, row._replace(status="no Pallas call in the program")
+    if row.part == "backward":  # the forward pass has a row of its own
+        kernels = tuple(k for k in kernels if "backward" in k.name) or kernels
+    told = all(k.bundles is not None for k in kernels)
+    total = lambda field: sum(getattr(k, field) for k in kernels) if told else None
+    around = max(0, int(found.around - (without.around if without else 0)))
+    return found, row._replace(
+        status="compiled",
+        bytes=None if row.bytes is None else row.bytes + around,
+        around=around,
+        kernels=" ".join(k.name for k in kernels),
+        vmem=max(k.vmem for k in kernels),
+        limit=row.limit or generation(device.device_kind).scoped_vmem,
+        temp=found.temp,
+        peak=found.peak,
+        bundles=total("bundles"),
+        fills=total("fills"),
+        spills=total("spills"),
+        inner=total("inner"),
+        seconds=round(found.seconds, 1),
+    )
+
+
+def _short(error: Exception) -> str:
+    """The first lines of what a compiler said, on one line."""
+    what = "refused" if isinstance(error, NotImplementedError) else type(error).__name__
+    return f"{what}: {' '.join(str(error).split())}"[:300]
+
+
+def _bytes(aval: Any) -> float:
+    return float(math.prod(aval.shape)) * aval.dtype.itemsize

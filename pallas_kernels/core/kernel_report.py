@@ -1,0 +1,121 @@
+"""The table of kernels as people read it: docs/kernels.md, and lines while it is measured."""
+
+import pathlib
+from collections.abc import Iterable
+
+from pallas_kernels.core.kernel_table import Row
+
+BEGIN, END = "<!-- begin: written by check_tpu -->", "<!-- end -->"
+MOST_BYTES, MOST_VMEM = 1.3, 0.75
+# Which operators the peak of memory is asked of, at 8,192 tokens.
+LONG_CALLS = ("selective_scan", "neural_memory", "taylor_attention")
+
+
+def ratio(row: Row) -> float | None:
+    """Bytes moved by the least that the pass moves."""
+    return row.bytes / row.minimum if row.bytes and row.minimum else None
+
+
+def share(row: Row) -> float | None:
+    """Vector memory by the limit."""
+    return row.vmem / row.limit if row.vmem is not None and row.limit else None
+
+
+def beside_the_goals(rows: Iterable[Row]) -> list[str]:
+    """What compiles and yet misses a figure of the issue; it breaks nothing."""
+    told = []
+    for row in rows:
+        moved, vmem = ratio(row), share(row)
+        if moved is not None and moved > MOST_BYTES:
+            told.append(f"{row.name}: {moved:.2f}x the least bytes (at most {MOST_BYTES})")
+        if vmem is not None and vmem > MOST_VMEM:
+            told.append(f"{row.name}: {vmem:.0%} of the vector memory (at most {MOST_VMEM:.0%})")
+        if row.inner:
+            told.append(f"{row.name}: {row.inner} spills in inner loops")
+    return told
+
+
+def line(row: Row) -> str:
+    """One row for a terminal."""
+    if row.status != "compiled":
+        return f"{row.name:<58}{row.status}"
+    parts = [f"{row.name:<58}", f"VMEM {_mib(row.vmem)} ({_percent(share(row))})"]
+    if row.minimum:
+        parts.append(f"bytes x{_times(ratio(row))}")
+    parts += [f"spills {_number(row.spills)}+{_number(row.fills)}", f"temp {_mib(row.temp)}"]
+    if row.xla_peak and row.peak:
+        parts.append(f"peak {_mib(row.peak)}, xla {_mib(row.xla_peak)}")
+    return "  ".join([*parts, f"{row.seconds} s"])
+
+
+def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Puts the tables between the marks of a Markdown file; prose around them stays.
+
+    Raises:
+        ValueError: the file has no such marks.
+    """
+    text = path.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{path} lacks the lines '{BEGIN}' and '{END}' to write between")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n\n{markdown(rows)}\n{END}{after}")
+
+
+_HEAD = (
+    "| call | pass | device | VMEM | of limit | bytes by least | HBM bytes | saved | "
+    "temp HBM | peak | xla peak | bundles | spills | in loops |"
+)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """One table per stack."""
+    rows = sorted(rows, key=lambda row: row.key)
+    parts = []
+    for stack in sorted({row.stack for row in rows}):
+        parts += [f"### {stack}", "", _HEAD, "|---|---|---|" + "---:|" * 11]
+        before: tuple[str, str] | None = None
+        for row in (row for row in rows if row.stack == stack):
+            call = (row.operator, row.call)
+            parts.append(_cells(row, f"{row.operator} {row.call}" if call != before else ""))
+            before = call
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _cells(row: Row, call: str) -> str:
+    head = f"| {call} | {row.part} | {row.device} |"
+    if row.status != "compiled":
+        return f"{head} {row.status.replace('|', '/')} |" + " |" * 10
+    cells = (
+        _mib(row.vmem) + (" (raised)" if row.raised else ""),
+        _percent(share(row)),
+        _times(ratio(row)),
+        _mib(row.bytes),
+        _mib(row.saved),
+        _mib(row.temp),
+        _mib(row.peak),
+        _mib(row.xla_peak),
+        _number(row.bundles),
+        _number(None if row.spills is None or row.fills is None else row.spills + row.fills),
+        _number(row.inner),
+    )
+    return f"{head} {' | '.join(cells)} |"
+
+
+def _mib(count: int | None) -> str:
+    if count is None:
+        return ""
+    return f"{count / 2**20:.2f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{x:.0%}"
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}"
+
+
+def _number(x: int | None) -> str:
+    return "" if x is None else f"{x:,}"

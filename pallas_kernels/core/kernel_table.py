@@ -1,0 +1,155 @@
+"""The committed table of what kernels cost, and what counts as a regression of it."""
+
+import csv
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+PATH = "docs/kernels.csv"  # in a checkout
+
+
+class Row(NamedTuple):
+    """One pass of one call on one device. Bytes throughout; None = not known.
+
+    Attributes:
+        stack: versions of jax and libtpu.
+        operator: its name.
+        call: of arg_specs.py.
+        dtype: of the arguments along time.
+        device: generation.
+        part: "forward", "backward" (memory of both together), "documents".
+        status: "compiled", or what stood against it.
+        kernels: names of the Pallas calls.
+        vmem: vector memory of the largest kernel.
+        limit: what it may take.
+        raised: 1 where the kernel asks for more than the generation's default.
+        bytes: through HBM, XLA's own passes among them.
+        around: of which by XLA's passes.
+        minimum: that the pass moves at least.
+        saved: of what the forward pass keeps for the backward one.
+        temp: HBM for temporaries of the compiled program.
+        peak: HBM at most.
+        xla_temp: of the portable form.
+        xla_peak: of the portable form.
+        bundles: instruction words of the kernels.
+        fills: loads of spilled registers.
+        spills: stores of them.
+        inner: both, within innermost loops.
+        seconds: to compile (not compared, not stored).
+    """
+
+    stack: str
+    operator: str
+    call: str
+    dtype: str
+    device: str
+    part: str
+    status: str = ""
+    kernels: str = ""
+    vmem: int | None = None
+    limit: int | None = None
+    raised: int | None = None
+    bytes: int | None = None
+    around: int | None = None
+    minimum: int | None = None
+    saved: int | None = None
+    temp: int | None = None
+    peak: int | None = None
+    xla_temp: int | None = None
+    xla_peak: int | None = None
+    bundles: int | None = None
+    fills: int | None = None
+    spills: int | None = None
+    inner: int | None = None
+    seconds: float | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.stack, self.operator, self.call, self.device, self.part)
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.call} {self.part} on {self.device}"
+
+
+_TEXTS = ("stack", "operator", "call", "dtype", "device", "part", "status", "kernels")
+_STORED = tuple(field for field in Row._fields if field != "seconds")
+# How far above the table a figure may lie: by a factor, and by so much.
+_ALLOWED = {
+    "vmem": (1.03, 65_536),
+    "bytes": (1.02, 0),
+    "temp": (1.05, 1_048_576),
+    "fills": (1.05, 8),
+    "spills": (1.05, 8),
+    "inner": (1.0, 0),
+    "bundles": (1.25, 64),
+}
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a table; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [_row(one) for one in csv.DictReader(file)]
+
+
+def _row(told: Mapping[str, str]) -> Row:
+    values: dict[str, Any] = {}
+    for field, text in told.items():
+        values[field] = text if field in _TEXTS else (int(text) if text else None)
+    return Row(**values)
+
+
+def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Writes a table, sorted."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_STORED)
+        for row in sorted(rows, key=lambda row: row.key):
+            values = row._asdict()
+            writer.writerow(["" if values[f] is None else values[f] for f in _STORED])
+
+
+def merged(old: Iterable[Row], new: Iterable[Row], whole: bool) -> list[Row]:
+    """New rows in place of the old ones.
+
+    Args:
+        old: of the table.
+        new: as measured.
+        whole: whether everything of these stacks and operators was measured: then what is in the
+            table beside it is of calls that are no more.
+    """
+    new = list(new)
+    keys = {row.key for row in new}
+    done = {(row.stack, row.operator) for row in new} if whole else set()
+    kept = [r for r in old if r.key not in keys and (r.stack, r.operator) not in done]
+    return [*kept, *new]
+
+
+def regressions(table: Iterable[Row], found: Iterable[Row]) -> list[str]:
+    """What got worse than the table says, one line each; a call without a row is one too.
+
+    Rows are compared within a stack. One that the table knows nothing of is compared with none:
+    then only what does not compile is told.
+    """
+    known = {row.key: row for row in table}
+    stacks = {row.stack for row in known.values()}
+    wrong = []
+    for row in found:
+        before = known.get(row.key)
+        if before is None:
+            if row.status != "compiled":
+                wrong.append(f"{row.name}: {row.status}")
+            elif row.stack in stacks:
+                wrong.append(f"{row.name}: the table has no row of it")
+            continue
+        if row.status != "compiled":
+            if before.status == "compiled":
+                wrong.append(f"{row.name}: compiled before, now {row.status}")
+            continue
+        for field, (factor, more) in _ALLOWED.items():
+            now, was = getattr(row, field), getattr(before, field)
+            if now is not None and was is not None and now > factor * was + more:
+                wrong.append(f"{row.name}: {field} {was:,} -> {now:,}")
+    return wrong

@@ -1,0 +1,123 @@
+"""The committed table: what breaks it, what is written, and the command's own errors."""
+
+import pytest
+
+from pallas_kernels import OPERATORS, check_tpu
+from pallas_kernels.core import kernel_report, kernel_table
+from pallas_kernels.core.kernel_table import Row, merged, regressions
+
+ROW = Row(
+    stack="jax 1, libtpu 2",
+    operator="toy",
+    call="real",
+    dtype="bfloat16",
+    device="v5e",
+    part="backward",
+    status="compiled",
+    kernels="toy_backward",
+    vmem=4 * 2**20,
+    limit=16 * 2**20,
+    raised=0,
+    bytes=120 * 2**20,
+    around=20 * 2**20,
+    minimum=100 * 2**20,
+    saved=0,
+    temp=8 * 2**20,
+    peak=30 * 2**20,
+    bundles=1000,
+    fills=40,
+    spills=20,
+    inner=0,
+    seconds=1.5,
+)
+
+
+@pytest.mark.parametrize(
+    "field, better, worse",
+    [
+        ("vmem", 3 * 2**20, 5 * 2**20),
+        ("bytes", 121 * 2**20, 124 * 2**20),
+        ("temp", 9 * 2**20, 10 * 2**20),
+        ("spills", 25, 30),
+        ("fills", 50, 51),
+        ("inner", 0, 1),
+        ("bundles", 1200, 1500),
+    ],
+)
+def test_what_got_worse_is_told(field, better, worse):
+    assert regressions([ROW], [ROW._replace(**{field: better})]) == []
+    (text,) = regressions([ROW], [ROW._replace(**{field: worse})])
+    assert f"{field} {getattr(ROW, field):,} -> {worse:,}" in text
+    assert "toy real backward on v5e" in text
+
+
+def test_one_that_no_longer_compiles_and_one_without_a_row():
+    broken = ROW._replace(status="XlaRuntimeError: vmem")
+    (text,) = regressions([ROW], [broken])
+    assert "compiled before, now XlaRuntimeError: vmem" in text
+    assert regressions([broken], [broken]) == []
+    (text,) = regressions([ROW], [ROW._replace(call="new")])
+    assert "the table has no row of it" in text
+
+
+def test_another_stack_is_not_compared():
+    other = ROW._replace(stack="jax 9, libtpu 9", vmem=2**30)
+    assert regressions([ROW], [other]) == []
+    (text,) = regressions([ROW], [other._replace(status="refused: no")])
+    assert "refused: no" in text
+
+
+def test_the_file_gives_back_what_was_written(tmp_path):
+    path = tmp_path / "kernels.csv"
+    bare = ROW._replace(part="documents", bytes=None, minimum=None, status="refused: a, b")
+    kernel_table.write(path, [bare, ROW])
+    assert kernel_table.read(path) == [ROW._replace(seconds=None), bare._replace(seconds=None)]
+    assert kernel_table.read(tmp_path / "none.csv") == []
+
+
+def test_new_rows_take_the_place_of_old_ones():
+    gone, other = ROW._replace(call="gone"), ROW._replace(operator="other")
+    new = ROW._replace(vmem=1)
+    assert merged([ROW, gone, other], [new], whole=False) == [gone, other, new]
+    assert merged([ROW, gone, other], [new], whole=True) == [other, new]
+
+
+def test_the_page_keeps_its_prose(tmp_path):
+    path = tmp_path / "kernels.md"
+    path.write_text(f"before\n{kernel_report.BEGIN}\nold\n{kernel_report.END}\nafter\n")
+    kernel_report.write(path, [ROW, ROW._replace(device="v6e", status="refused: a|b")])
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    row = "| toy real | backward | v5e | 4.00 MiB | 25% | 1.20 | 120 MiB |"
+    assert row in text and "refused: a/b" in text
+    lengths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(lengths) == 1
+    with pytest.raises(ValueError, match="lacks the lines"):
+        (tmp_path / "bare.md").write_text("prose")
+        kernel_report.write(tmp_path / "bare.md", [ROW])
+
+
+def test_goals_that_are_missed_are_told():
+    assert kernel_report.beside_the_goals([ROW]) == []
+    far = ROW._replace(bytes=140 * 2**20, vmem=13 * 2**20, inner=3)
+    assert [text.split(": ")[1] for text in kernel_report.beside_the_goals([far])] == [
+        "1.40x the least bytes (at most 1.3)",
+        "81% of the vector memory (at most 75%)",
+        "3 spills in inner loops",
+    ]
+
+
+def test_the_command_knows_the_operators_without_jax():
+    assert check_tpu.operators() == sorted(OPERATORS)
+
+
+def test_bad_arguments(capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        check_tpu.main(["--devices", "v5e,v9"])
+    assert "v9 is none of v5e, v5p, v6e, tpu7x" in capsys.readouterr().err
+    monkeypatch.setattr(check_tpu.importlib.util, "find_spec", lambda name: None)
+    assert check_tpu.main([]) == 3
+    assert "NO KERNEL WAS COMPILED" in capsys.readouterr().err
+    monkeypatch.setattr(check_tpu.importlib.util, "find_spec", lambda name: name)
+    assert check_tpu.main(["selectiv_scan"]) == 2
+    assert "there is no operator selectiv_scan" in capsys.readouterr().out
