@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core import tpu
 from pallas_kernels.core.tpu_parts import dot, each, part_of, rows_below
 
-_CHANNELS = 512  # of a block's outputs that are worked on at once
+_CHANNELS = 256  # of a block's outputs that are worked on at once
 
 
 def together(k: int, q: int, p: int) -> int:

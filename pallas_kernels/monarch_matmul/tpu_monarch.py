@@ -18,7 +18,7 @@ from pallas_kernels.core import tpu
 from pallas_kernels.core.tpu_parts import dot, each, part_of, rows_below
 
 _TOKENS = tpu.LANES  # that are worked on at once
-_CHANNELS = 512  # of a block's outputs that are worked on at once
+_CHANNELS = 256  # of a block's outputs that are worked on at once
 
 
 def gathered(k: int, q: int, p: int) -> int:
@@ -75,11 +75,12 @@ def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
 
 
-def _first(x, w_ref, z_ref):
-    """Z `[k*q 128]` from x `[128 k*p]`, rounded as x is."""
-    k, q, p = w_ref.shape
+def _first(x_of, w_ref, z_ref):
+    """Z `[k*q 128]` from x_of(i) `[128 p]`, rounded as x is."""
+    k, q, _ = w_ref.shape
     for i in range(k):
-        z = dot(w_ref[i], x[:, i * p : (i + 1) * p], (1, 1))
+        x = x_of(i)
+        z = dot(w_ref[i], x, (1, 1))
         z_ref[i * q : (i + 1) * q] = z.astype(x.dtype).astype(jnp.float32)
 
 
@@ -105,13 +106,13 @@ def _part(n: int, s: int) -> int:
 
 
 def _fwd_kernel(x_ref, w1_ref, w2_ref, y_ref, z_ref, between_ref, *, n_blocks: int):
-    groups, dtype = w2_ref.shape[0], x_ref.dtype
+    groups, p, dtype = w2_ref.shape[0], w1_ref.shape[2], x_ref.dtype
     n, s, r = n_blocks // groups, between_ref.shape[0] // n_blocks, z_ref.shape[0] // n_blocks
     part = _part(n, s)
 
     def tokens(at):
         rows = pl.ds(at, _TOKENS)
-        _first(x_ref[rows, :], w1_ref, z_ref)
+        _first(lambda i: x_ref[rows, i * p : (i + 1) * p], w1_ref, z_ref)
         for i in range(groups):
             z = _turned(z_ref, i, n, n_blocks, (0, r), dtype)
 
@@ -188,8 +189,8 @@ def _bwd_kernel(
         rows = pl.ds(at, _TOKENS)
         # What lies behind the last token is not zero.
         seen = lambda a: rows_below(a, n_rows - step * tokens - at) if ragged else a
-        x = seen(x_ref[rows, :])
-        _first(x, w1_ref, z_ref)
+        x_of = lambda i: seen(x_ref[rows, i * p : (i + 1) * p])
+        _first(x_of, w1_ref, z_ref)
         out = part_of(s * n_blocks, _CHANNELS)
 
         def begin(of):
@@ -211,10 +212,12 @@ def _bwd_kernel(
             dz = dz_ref[...].astype(dtype).astype(jnp.float32)
             _turn_back(z_ref, i, n, n_blocks, (0, r), dz)  # in the place of z
         for i in range(k):
-            dz, x_i = z_ref[i * q : (i + 1) * q].astype(dtype), x[:, i * p : (i + 1) * p]
+            dz = z_ref[i * q : (i + 1) * q].astype(dtype)
             dx = dot(dz, w1_ref[i], (0, 0))
             dx_ref[rows, i * p : (i + 1) * p] = dx.astype(dtype)
-            dw1_ref[i] += dot(dz, x_i)
+        for i in range(k):
+            dz = z_ref[i * q : (i + 1) * q].astype(dtype)
+            dw1_ref[i] += dot(dz, x_of(i))
 
     each(tokens, _TOKENS, part_of_tokens)
 
