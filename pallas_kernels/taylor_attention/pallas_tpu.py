@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
@@ -113,6 +114,7 @@ def _attention(q, k, v, kv, z, places, how: How):
 
 
 def _attention_forward(q, k, v, kv, z, places, how: How):
+    q, k, v, kv, z, places = jax.tree.map(lambda x: x.value, (q, k, v, kv, z, places))
     widths = _Widths.of(q, v)
     state = widths.to_rows(kv, z)
     arrays = (_tokens_last(x, how) for x in (q, k, v))
@@ -126,17 +128,25 @@ def _attention_forward(q, k, v, kv, z, places, how: How):
 
 def _attention_backward(how: How, residuals, cotangents):
     q, k, v, saved, places, y, inverse, given = residuals
-    dy, dkv, dz = cotangents
     widths = _Widths.of(q, v)
     arrays = (_tokens_last(x, how) for x in (q, k, v))
-    dy, dlast = _tokens_last(dy, how), widths.to_rows(dkv, dz)
-    dq, dk, dv, dinitial = backward(*arrays, saved, places, y, inverse, dy, dlast, how)
+    dlast = None  # where nobody asked for the state, there is no gradient to make and read
+    if not all(isinstance(x, SymbolicZero) for x in cotangents[1:]):
+        dlast = widths.to_rows(*map(_array, cotangents[1:]))
+    dy = _tokens_last(_array(cotangents[0]), how)
+    dq, dk, dv, dinitial = backward(
+        *arrays, saved, places, y, inverse, dy, dlast, how, has_state=given is not None
+    )
     dstate = (None, None) if given is None else widths.from_rows(dinitial)
     gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
     return *gradients, *dstate, None
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+_attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
+
+
+def _array(x):
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
 
 
 def _tokens_last(x, how: How):

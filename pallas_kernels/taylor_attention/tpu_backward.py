@@ -35,7 +35,7 @@ from pallas_kernels.taylor_attention.tpu_forward import (
 from pallas_kernels.taylor_attention.tpu_places import Seen, only, seen
 
 
-def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
+def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_state):
     """The kernel's call.
 
     Args:
@@ -46,11 +46,12 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
         places: `[b 1 t]` or None.
         y, inverse: of the forward kernel; None if not normalized.
         dy: `[b h v t]`.
-        dlast: gradient of the state after, `[b h v1 f]` float32.
+        dlast: gradient of the state after, `[b h v1 f]` float32, or None for zeros.
         how: settings.
+        has_state: whether the gradient of the state before is asked for.
 
     Returns:
-        Gradients of q, k, v and of the state before.
+        Gradients of q, k, v and of the state before (or None).
     """
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
     heads, block = config.heads, config.block
@@ -79,8 +80,9 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
         dq=(jax.ShapeDtypeStruct(q.shape, q.dtype), along(width)),
         dk=(jax.ShapeDtypeStruct(k.shape, k.dtype), along(width)),
         dv=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
-        dinitial=(jax.ShapeDtypeStruct((b, h, rows, f), jnp.float32), states),
     )
+    if has_state:
+        outputs["dinitial"] = (jax.ShapeDtypeStruct((b, h, rows, f), jnp.float32), states)
     scratch = dict(
         state=pltpu.VMEM((heads, f, rows), jnp.float32),
         low=pltpu.VMEM((heads, f, rows), dtype),
@@ -94,7 +96,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
         del scratch["total"]
     names = (*inputs, *outputs, *scratch)
     work = cost(b, t, h, width, v_width, itemsize=v.dtype.itemsize, backward=True)
-    return kernel_call(
+    results = kernel_call(
         functools.partial(_body, names=names, how=how, steps=steps, dtype=dtype),
         name="taylor_attention_backward",
         config=config,
@@ -106,6 +108,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How):
         scratch_shapes=list(scratch.values()),
         cost=pl.CostEstimate(int(work.flops), 0, int(work.bytes)),
     )(*(x for x, _ in inputs.values()))
+    return tuple(results) if has_state else (*results, None)
 
 
 def _body(*refs, names, how: How, steps: int, dtype):
@@ -115,8 +118,8 @@ def _body(*refs, names, how: How, steps: int, dtype):
 
     @pl.when(step == 0)
     def _():
-        at["dstate"][...] = at["dlast"][0]
-        at["dlow"][...] = at["dlast"][0].astype(dtype)
+        dlast = at["dlast"][0] if "dlast" in at else jnp.zeros_like(at["dstate"])
+        at["dstate"][...], at["dlow"][...] = dlast, dlast.astype(dtype)
 
     for head in range(heads):
         state = at["state"]
@@ -137,9 +140,11 @@ def _body(*refs, names, how: How, steps: int, dtype):
     walk(_up)
     walk(_down)
 
-    @pl.when(step == steps - 1)
-    def _():
-        at["dinitial"][0] = at["dstate"][...]
+    if "dinitial" in at:
+
+        @pl.when(step == steps - 1)
+        def _():
+            at["dinitial"][0] = at["dstate"][...]
 
 
 def _up(at, head: int, here, masks: Seen, how: How, dtype):
