@@ -1,17 +1,14 @@
 """Plots and tables of runs: PNG, CSV, and one HTML page that opens without a network."""
 
-import base64
-import csv
 import functools
 import html
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from seqzoo.config.trust import load_untrusted
-from seqzoo.eval import describe, plots
+from seqzoo.eval import describe, page, plots
 from seqzoo.eval.compare import LEARNED, Comparison, Row, Size, check_same_data, compare
 from seqzoo.eval.records import Record, read, read_all, series
 
@@ -36,14 +33,14 @@ def write_report(
     _write_series([record], folder / "metrics.csv")
     size, why = size_of(record, trust)
     body = [
-        _table([facts(record, size)], across=False),
+        page.table([facts(record, size)], across=False),
         *([f"<p class=note>{html.escape(why)}</p>"] if why else []),
-        *(_note(text) for text in _warnings(record)),
+        *(page.note(text) for text in _warnings(record)),
         *_evaluations([record]),
-        *map(_image, images),
-        _details("configuration", _flat_rows(record.config)),
+        *map(page.image, images),
+        page.details("configuration", page.flat_rows(record.config)),
     ]
-    return _write_page(folder / "index.html", f"{record.path.parent.name}/{record.label}", body)
+    return page.write_page(folder / "index.html", f"{record.path.parent.name}/{record.label}", body)
 
 
 def write_comparison(
@@ -72,20 +69,20 @@ def write_comparison(
     images = plots.draw(records, folder)
     _write_series(records, folder / "metrics.csv")
     rows = table(found)
-    _write_rows(rows, folder / "comparison.csv")
+    page.write_rows(rows, folder / "comparison.csv")
     body = [
-        _table(rows),
-        _note(
+        page.table(rows),
+        page.note(
             f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing"
         )
         if len(found.rows) > 1
         else "",
-        *(_note(text) for text in (*found.remarks, *dict.fromkeys(notes))),
+        *(page.note(text) for text in (*found.remarks, *dict.fromkeys(notes))),
         *_evaluations(records),
-        *map(_image, images),
+        *map(page.image, images),
     ]
     title = f"{len(records)} runs compared"
-    return _write_page(folder / "index.html", title, body), found
+    return page.write_page(folder / "index.html", title, body), found
 
 
 def size_of(record: Record, trust: Iterable[str] = ()) -> tuple[Size | None, str | None]:
@@ -200,7 +197,7 @@ def _evaluations(records: Sequence[Record]) -> list[str]:
                 for key, value in metrics.items()
             ]
             title = f"{record.label}: {name} ({one.get('split', '')}, step {one.get('step')})"
-            parts += [f"<h2>{html.escape(title)}</h2>", _table(rows)]
+            parts += [f"<h2>{html.escape(title)}</h2>", page.table(rows)]
     return parts
 
 
@@ -220,90 +217,4 @@ def _write_series(records: Sequence[Record], file: pathlib.Path) -> None:
         for name, (steps, values) in {**series(record.timing), **series(record.metrics)}.items()
         for step, value in zip(steps, values, strict=True)
     )
-    _write_rows(rows, file, ("run", "name", "step", "value"))
-
-
-def _write_rows(
-    rows: Iterable[Mapping[str, Any]], file: pathlib.Path, columns: Sequence[str] | None = None
-) -> None:
-    rows = list(rows)
-    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    with open(file, "w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_page(file: pathlib.Path, title: str, body: Iterable[str]) -> pathlib.Path:
-    made = datetime.now().astimezone().isoformat(timespec="minutes")
-    page = _PAGE.format(title=html.escape(title), body="\n".join(filter(None, body)), made=made)
-    file.write_text(page, encoding="utf-8")
-    return file
-
-
-def _table(rows: Sequence[Mapping[str, Any]], *, across: bool = True) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if across:
-        lines = ["".join(f"<th>{html.escape(c)}</th>" for c in columns)]
-        lines += ["".join(_cell(row.get(c)) for c in columns) for row in rows]
-    else:
-        lines = [
-            f"<th class=left>{html.escape(c)}</th>" + "".join(_cell(row.get(c)) for row in rows)
-            for c in columns
-        ]
-    inside = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<div class=wide><table>{inside}</table></div>"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "<td></td>"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"<td>{html.escape(str(value))}</td>"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
-    return f"<td class=number>{text}</td>"
-
-
-def _flat_rows(tree: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
-    rows = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            rows += _flat_rows(value, f"{prefix}{key}.")
-        else:
-            rows.append({"key": f"{prefix}{key}", "value": "null" if value is None else str(value)})
-    return rows
-
-
-def _details(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{_table(rows)}</details>"
-
-
-def _note(text: str) -> str:
-    return f"<p class=note>{html.escape(text)}</p>"
-
-
-def _image(file: pathlib.Path) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{html.escape(file.stem)}" src="data:image/png;base64,{data}">'
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1b1b1b; background: #fff; }}
-h1 {{ font-size: 1.35rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1.05rem; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; margin: .6rem 0; }}
-th, td {{ padding: .2rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: left;
-  white-space: nowrap; }}
-td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-th.left {{ font-weight: 500; color: #555; }}
-.note {{ border-left: 3px solid #d55e00; padding-left: .7rem; margin: .4rem 0; }}
-img {{ max-width: 100%; display: block; margin: 1rem 0; }} footer {{ color: #777; }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-<footer>seqzoo report, {made}</footer>
-</body></html>
-"""
+    page.write_rows(rows, file, ("run", "name", "step", "value"))
