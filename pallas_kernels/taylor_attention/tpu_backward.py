@@ -90,10 +90,8 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_sta
         dstate=pltpu.VMEM((heads, rows, f), jnp.float32),
         dk_pairs=pltpu.VMEM((heads, width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((heads, v_width, block), jnp.float32),
-        total=pltpu.VMEM((heads, 1, block), jnp.float32),
+        do1=pltpu.VMEM((heads, rows, block), dtype),
     )
-    if not how.normalize:
-        del scratch["total"]
     names = (*inputs, *outputs, *scratch)
     work = cost(b, t, h, width, v_width, itemsize=v.dtype.itemsize, backward=True)
     results = kernel_call(
@@ -157,17 +155,17 @@ def _up(at, head: int, here, masks: Seen, how: How, dtype):
         do = do * at["inverse"][0, head, :, here]
         y = only(masks.valid, at["y"][0, head, :, here].astype(jnp.float32))
         total = -jnp.sum(do * y, axis=0, keepdims=True)
-        at["total"][head, :, here] = total
-    do1 = _with_total(do, total, v1.shape[0]).astype(dtype)
+    do1 = at["do1"].at[head, :, here]
+    do1[...] = _with_total(do, total, v1.shape[0]).astype(dtype)
 
     r = dot(k, q, TN)
-    ds = dot(v1, do1, TN) * (scale + (scale * scale) * r)
+    ds = dot(v1, do1[...], TN) * (scale + (scale * scale) * r)
     ds = jnp.where(masks.pairs, ds, 0).astype(dtype)
     w = weights(r, masks.pairs, scale).astype(dtype)
     at["dk_pairs"][head, :, here] = dot(q, ds, NT)
     at["dv_pairs"][head, :, here] = dot(do1[: do.shape[0]], w, NT)
 
-    dphi = dot(at["low"][head], only(masks.head, do1), NN)
+    dphi = dot(at["low"][head], only(masks.head, do1[...]), NN)
     dq = dot(k, ds, NN) + scale * pull(scale * q.astype(jnp.float32), dphi)
     at["dq"][0, head, :, here] = dq.astype(at["dq"].dtype)
     new = dot(phi(k.astype(jnp.float32)).astype(dtype), only(masks.tail, v1), NT)
@@ -179,12 +177,6 @@ def _down(at, head: int, here, masks: Seen, how: How, dtype):
     """One chunk of the backward walk: what the state's gradient gives to dk and dv."""
     dstate, (v_width, _) = at["dstate"], at["dv_pairs"].shape[1:]
     q, k, v1 = _inputs(at, head, here, masks, dtype)
-    do = only(masks.valid, at["dy"][0, head, :, here].astype(jnp.float32))
-    if how.normalize:
-        do = do * at["inverse"][0, head, :, here]
-    total = at["total"][head, :, here] if how.normalize else None
-    do1 = only(masks.head, _with_total(do, total, v1.shape[0]).astype(dtype))
-
     k = k.astype(jnp.float32)
     dphi = dot(at["dlow"][head], only(masks.tail, v1), TN)
     dk = at["dk_pairs"][head, :, here] + pull(k, dphi)
@@ -192,6 +184,7 @@ def _down(at, head: int, here, masks: Seen, how: How, dtype):
     dv = only(masks.valid, at["dv_pairs"][head, :, here] + read[:v_width])
     at["dk"][0, head, :, here] = dk.astype(at["dk"].dtype)
     at["dv"][0, head, :, here] = dv.astype(at["dv"].dtype)
+    do1 = only(masks.head, at["do1"][head, :, here])
     new = dot(do1, phi(how.scale * q.astype(jnp.float32)).astype(dtype), NT)
     new = only(masks.kept, dstate[head]) + new
     dstate[head], at["dlow"][head] = new, new.astype(dtype)
