@@ -1,0 +1,105 @@
+"""What every Mosaic GPU kernel shares: the call itself, devices and their limits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.config import Config
+
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # type: ignore[attr-defined]
+except ImportError:  # jax 0.10 has it, under a private name
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+WARPGROUP = 128  # threads that work as one
+SHARED_MEMORY = 232_448  # bytes that a block may have on Hopper
+REGISTERS = 255  # per thread, at most
+# Those with wgmma, by jax's device kind. Blackwell has another matrix unit.
+HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GpuConfig(Config):
+    """What the configuration of every GPU kernel has: nothing yet of its own."""
+
+
+def kernel_call(
+    body: Callable,
+    *,
+    name: str,
+    config: GpuConfig,
+    out_type: Any,
+    grid: tuple[int, ...],
+    grid_names: tuple[str, ...],
+    scratch_types: Sequence[Any] | dict[str, Any] = (),
+    num_threads: int | None = None,
+    thread_name: str | None = None,
+    **compiler_params: Any,
+) -> Callable:
+    """`plgpu.kernel` with Warpgroup semantics, or by interpretation as the config says.
+
+    In the body: `jax.lax.axis_index(grid name)`. Read references by `ref[...]`, never by
+    plgpu.load; write results from shared memory by hand, for the interpreter knows no other way.
+
+    Args:
+        body: the kernel, a fresh partial or closure for each call; its references are the
+            arguments, the results, the scratch.
+        name: in profiles and dumps, "<op>_forward", "<op>_backward", ...
+        config: of the form.
+        out_type: jax.ShapeDtypeStructs of the results.
+        grid: blocks of threads.
+        grid_names: names of its axes.
+        scratch_types: plgpu.SMEM(...), plgpu.Barrier(...), ...
+        num_threads: warpgroups of a block; None = 1.
+        thread_name: name of their axis.
+        **compiler_params: more of plgpu.CompilerParams.
+    """
+    body = _named(body, name)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch_types,
+        grid=grid,
+        grid_names=grid_names,
+        num_threads=num_threads,
+        thread_name=thread_name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **compiler_params
+        ),
+        interpret=_interpreter(config.interpret),
+    )
+
+
+def _named(body: Callable, name: str) -> Callable:
+    """Profiles and dumps take the name from the function."""
+
+    def call(*refs, **named):
+        return body(*refs, **named)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def _interpreter(interpret: bool | str) -> Any:
+    if not interpret:
+        return None
+    return InterpretGPUParams(detect_races=interpret == "races")
+
+
+def refuses_device(device_kind: str) -> str | None:
+    """The reason against a device: these kernels are for Hopper."""
+    if device_kind.startswith(HOPPER):
+        return None
+    return f"it is written for Hopper (H100, H200) and the device is a {device_kind}"
+
+
+def refuses_dtypes(shapes: Any) -> str | None:
+    """The reason against arrays that no GPU kernel of ours takes: float64 and float16."""
+    for one in jax.tree.leaves(shapes):
+        if one.dtype in (jnp.float64, jnp.float16):
+            return f"an argument is {one.dtype}; GPU kernels take float32 and bfloat16"
+    return None
