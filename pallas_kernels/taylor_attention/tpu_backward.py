@@ -90,6 +90,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_sta
         dstate=pltpu.VMEM((heads, rows, f), jnp.float32),
         dk_pairs=pltpu.VMEM((heads, width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((heads, v_width, block), jnp.float32),
+        v1=pltpu.VMEM((heads, rows, block), dtype),
         do1=pltpu.VMEM((heads, rows, block), dtype),
     )
     names = (*inputs, *outputs, *scratch)
@@ -148,18 +149,19 @@ def _body(*refs, names, how: How, steps: int, dtype):
 def _up(at, head: int, here, masks: Seen, how: How, dtype):
     """One chunk of the forward walk: dq, and what pairs give to dk and dv."""
     scale, state = how.scale, at["state"]
-    q, k, v1 = _inputs(at, head, here, masks, dtype)
+    q, k = _inputs(at, head, here, masks, dtype)
+    v1, do1 = (at[name].at[head, :, here] for name in ("v1", "do1"))
+    v1[...] = with_ones(at["v"][0, head, :, here].astype(dtype), masks.valid, v1.shape[0])
     do = only(masks.valid, at["dy"][0, head, :, here].astype(jnp.float32))
     total = None
     if how.normalize:
         do = do * at["inverse"][0, head, :, here]
         y = only(masks.valid, at["y"][0, head, :, here].astype(jnp.float32))
         total = -jnp.sum(do * y, axis=0, keepdims=True)
-    do1 = at["do1"].at[head, :, here]
     do1[...] = _with_total(do, total, v1.shape[0]).astype(dtype)
 
     r = dot(k, q, TN)
-    ds = dot(v1, do1[...], TN) * (scale + (scale * scale) * r)
+    ds = dot(v1[...], do1[...], TN) * (scale + (scale * scale) * r)
     ds = jnp.where(masks.pairs, ds, 0).astype(dtype)
     w = weights(r, masks.pairs, scale).astype(dtype)
     at["dk_pairs"][head, :, here] = dot(q, ds, NT)
@@ -168,7 +170,7 @@ def _up(at, head: int, here, masks: Seen, how: How, dtype):
     dphi = dot(at["low"][head], only(masks.head, do1[...]), NN)
     dq = dot(k, ds, NN) + scale * pull(scale * q.astype(jnp.float32), dphi)
     at["dq"][0, head, :, here] = dq.astype(at["dq"].dtype)
-    new = dot(phi(k.astype(jnp.float32)).astype(dtype), only(masks.tail, v1), NT)
+    new = dot(phi(k.astype(jnp.float32)).astype(dtype), only(masks.tail, v1[...]), NT)
     new = only(masks.kept, state[head]) + new
     state[head], at["low"][head] = new, new.astype(dtype)
 
@@ -176,15 +178,16 @@ def _up(at, head: int, here, masks: Seen, how: How, dtype):
 def _down(at, head: int, here, masks: Seen, how: How, dtype):
     """One chunk of the backward walk: what the state's gradient gives to dk and dv."""
     dstate, (v_width, _) = at["dstate"], at["dv_pairs"].shape[1:]
-    q, k, v1 = _inputs(at, head, here, masks, dtype)
+    q, k = _inputs(at, head, here, masks, dtype)
+    v1 = only(masks.tail, at["v1"][head, :, here])
+    do1 = only(masks.head, at["do1"][head, :, here])
     k = k.astype(jnp.float32)
-    dphi = dot(at["dlow"][head], only(masks.tail, v1), TN)
+    dphi = dot(at["dlow"][head], v1, TN)
     dk = at["dk_pairs"][head, :, here] + pull(k, dphi)
     read = only(masks.tail, dot(at["dlow"][head], phi(k).astype(dtype), NN))
     dv = only(masks.valid, at["dv_pairs"][head, :, here] + read[:v_width])
     at["dk"][0, head, :, here] = dk.astype(at["dk"].dtype)
     at["dv"][0, head, :, here] = dv.astype(at["dv"].dtype)
-    do1 = only(masks.head, at["do1"][head, :, here])
     new = dot(do1, phi(how.scale * q.astype(jnp.float32)).astype(dtype), NT)
     new = only(masks.kept, dstate[head]) + new
     dstate[head], at["dlow"][head] = new, new.astype(dtype)
@@ -193,8 +196,7 @@ def _down(at, head: int, here, masks: Seen, how: How, dtype):
 def _inputs(at, head: int, here, masks: Seen, dtype):
     q = only(masks.valid, at["q"][0, head, :, here].astype(dtype))
     k = only(masks.valid, at["k"][0, head, :, here].astype(dtype))
-    v1 = with_ones(at["v"][0, head, :, here].astype(dtype), masks.valid, at["dstate"].shape[1])
-    return q, k, v1
+    return q, k
 
 
 def _with_total(do: jax.Array, total: jax.Array | None, rows: int) -> jax.Array:
