@@ -73,6 +73,22 @@ def mesh_in_force():
     return None if mesh.empty else mesh
 
 
+def axes_over(name: str, mesh) -> tuple[str, ...]:
+    """The mesh axes of more than one device that a logical name is spread over."""
+    wanted = dict(rules_in_force()).get(name, ())
+    return tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
+
+
+@contextlib.contextmanager
+def whole_rows() -> Iterator[None]:
+    """Rows are not cut over devices in what is traced inside."""
+    token = _RULES.set(tuple(rule for rule in rules_in_force() if rule[0] != "length"))
+    try:
+        yield
+    finally:
+        _RULES.reset(token)
+
+
 def spec_of(
     axes: Iterable[str | None],
     shape: Iterable[int],

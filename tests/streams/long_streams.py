@@ -14,7 +14,12 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-MIXERS = ("mamba", "gated_deltanet", "lssl", "titans_lmm")
+MODELS = {
+    "mamba": ("model=mamba_small",),
+    "gated_deltanet": ("model=gated_deltanet_small",),
+    "lssl": ("model=mamba_small", "model.pattern=[lssl]"),  # lssl_small classifies
+    "titans_lmm": ("model=titans_lmm_small",),
+}
 MOST_BYTES = 2 * 2**30
 WHOLE = 8192  # tokens of a row that is also read whole
 
@@ -51,7 +56,7 @@ def seqzoo(*words: str) -> tuple[str, int, float]:
 
 def train(mixer: str, runs: pathlib.Path) -> pathlib.Path:
     """A run of a small model; returns its folder."""
-    seqzoo("train", *TRAIN, f"model={mixer}_small", f"name={mixer}", "--runs", str(runs))
+    seqzoo("train", *TRAIN, *MODELS[mixer], f"name={mixer}", "--runs", str(runs))
     (folder,) = (
         p.parent for p in (runs / mixer).glob("*/status.json") if not p.parent.is_symlink()
     )
@@ -71,7 +76,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2**20)
     parser.add_argument("--chunk", type=int, default=4096)
-    parser.add_argument("--mixers", nargs="+", default=MIXERS)
+    parser.add_argument("--mixers", nargs="+", default=list(MODELS))
     args = parser.parse_args()
     failed = False
     print(f"{'mixer':<18}{'whole - chunks':>16}{'tokens':>12}{'peak MiB':>10}{'tokens/s':>10}")
