@@ -28,26 +28,30 @@ class PallasTpuConfig(tpu.TpuConfig):
 
     Attributes:
         chunk: tokens per step, and between two states that are kept: 16, 32, 64 or 128.
-        lanes: channels whose states are in registers at a time, a multiple of 128.
+        lanes: channels whose states are in registers at a time, forward; a multiple of 128.
         channels: per step, forward; a multiple of `lanes`.
-        channels_backward: the same, backward.
+        lanes_backward: as `lanes`, backward, where a channel needs more registers.
+        channels_backward: as `channels`, backward; a multiple of `lanes_backward`.
     """
 
     chunk: int = 128
     lanes: int = 128
     channels: int = 128
+    lanes_backward: int = 128
     channels_backward: int = 128
 
     def __post_init__(self):
         if self.chunk < TOKENS or tpu.LANES % self.chunk:
             raise ValueError(f"selective_scan: chunk is {self.chunk}; it must be 16, 32, 64 or 128")
-        ragged = self.channels % self.lanes or self.channels_backward % self.lanes
-        if self.lanes % tpu.LANES or ragged:
-            raise ValueError(
-                f"selective_scan: lanes is {self.lanes}, channels {self.channels}, "
-                f"channels_backward {self.channels_backward}; lanes must be a multiple of 128 and "
-                "divide the others"
-            )
+        for channels, lanes in (
+            (self.channels, self.lanes),
+            (self.channels_backward, self.lanes_backward),
+        ):
+            if lanes % tpu.LANES or channels % lanes:
+                raise ValueError(
+                    f"selective_scan: {lanes} lanes of {channels} channels; lanes must be a "
+                    "multiple of 128 and divide the channels"
+                )
 
     @classmethod
     def heuristic(
@@ -56,37 +60,33 @@ class PallasTpuConfig(tpu.TpuConfig):
         """As many channels per step as the vector memory allows."""
         room = _SHARE * tpu.generation(device_kind).scoped_vmem
         e, n = tpu.round_up(sizes["e"], tpu.LANES), tpu.round_up(sizes["n"], tpu.SUBLANES)
-        itemsize = sizes.get("itemsize", 4)
-        lanes = 2 * tpu.LANES if e % (2 * tpu.LANES) == 0 and n <= 16 else tpu.LANES
-        fits = lambda chunk, some, backward: (
-            _bytes(chunk, n, lanes, some, itemsize, backward) <= room
+        fits = lambda chunk, channels, backward: (
+            _bytes(chunk, n, channels, sizes.get("itemsize", 4), backward) <= room
         )
-        chunk = 128
-        while chunk > TOKENS and not fits(chunk, lanes, True):
+        chunk = tpu.LANES
+        while chunk > TOKENS and not fits(chunk, tpu.LANES, True):
             chunk //= 2
-        some = [x for x in range(lanes, min(e, _MOST_CHANNELS) + 1, lanes) if e % x == 0]
-        channels, channels_backward = (
-            max((x for x in some if fits(chunk, x, backward)), default=lanes)
-            for backward in (False, True)
-        )
+        lanes = 2 * tpu.LANES if e % (2 * tpu.LANES) == 0 and n <= 16 else tpu.LANES
+
+        def channels(lanes: int, backward: bool) -> int:
+            some = [x for x in range(lanes, min(e, _MOST_CHANNELS) + 1, lanes) if e % x == 0]
+            return max((x for x in some if fits(chunk, x, backward)), default=lanes)
+
         return cls(
             chunk=chunk,
             lanes=lanes,
-            channels=channels,
-            channels_backward=channels_backward,
+            channels=channels(lanes, False),
+            channels_backward=channels(tpu.LANES, True),
             device_kind=device_kind,
         )
 
 
-def _bytes(chunk: int, n: int, lanes: int, channels: int, itemsize: int, backward: bool) -> int:
+def _bytes(chunk: int, n: int, channels: int, itemsize: int, backward: bool) -> int:
     """Of the vector memory: blocks twice, scratch once."""
+    tokens = chunk * channels * itemsize * (7 if backward else 4)
+    states = 4 * n * channels * 4
     columns = 4 * chunk * n * tpu.LANES
-    blocks = chunk * channels * itemsize * (7 if backward else 4)
-    states = 4 * n * channels * (9 if backward else 9)
-    scratch = columns * 2
-    if backward:
-        scratch = columns * 4 + 4 * chunk * lanes * (n + 2)
-    return 2 * blocks + states + scratch
+    return 2 * (tokens + states) + (5 if backward else 2) * columns
 
 
 def refuses(shapes, device_kind) -> str | None:
@@ -101,7 +101,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     n = A.shape[1]
     sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
     config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
-    how = How(delta_softplus, _chunk(t, config.chunk), config.lanes, config)
+    how = How(delta_softplus, _chunk(t, config.chunk), config)
     tokens, channels, states = (
         tpu.round_up(t, how.chunk),
         tpu.round_up(tpu.round_up(e, config.channels), config.channels_backward),

@@ -16,6 +16,8 @@ from pallas_kernels.selective_scan import tpu_parts as parts
 from pallas_kernels.selective_scan.cost import cost
 from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Refs
 
+TOKEN_BY_TOKEN = ("u", "delta", "z")
+
 
 def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     """The kernel's call.
@@ -29,13 +31,11 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
         Gradients u, delta and z `[b t e]`, h `[b n e]`; those to be summed over rows, A `[b n e]`,
         D and bias `[b 8 e]`; over blocks of channels, B and C `[b blocks n t]`.
     """
-    u = arrays["u"]
-    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.config.channels_backward
+    u, how = arrays["u"], how._replace(backward=True)
+    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.channels
     steps, blocks = t // how.chunk, e // channels
-    specs = parts.block_specs(how, n, channels, steps, reverse=True)
-    tokens = {
-        x: (specs["tokens"], u.shape, arrays[x].dtype) for x in ("u", "delta", "z") if x in arrays
-    }
+    specs = parts.block_specs(how, n, steps)
+    tokens = {x: (specs["tokens"], u.shape, arrays[x].dtype) for x in TOKEN_BY_TOKEN if x in arrays}
     small = (specs["along_parts"], (b, blocks, n, arrays["B"].shape[2]), F32)
     by_row_8 = (specs["by_row_8"], (b, SUBLANES, e), F32)
     by_row = (specs["by_row"], (b, n, e), F32)
@@ -116,16 +116,18 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) ->
     u = parts.only(there, ins["u"][rows, here].astype(F32))
     g = parts.only(there, ins["dy"][rows, here].astype(F32))
     du, rates = d * u, ins["A"][:, here] * LOG2_E
-    reads = []
+    Bs, Cs = own["B"][rows], own["C"][rows]
+    reads, states = [], []
     for j in range(TOKENS):
-        own["before"][first + j] = h
-        B, C = (parts.wide(own[x][first + j], how.lanes) for x in ("B", "C"))
+        states.append(h)
+        B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
         decay = parts.decays(d[j : j + 1], rates, ins, begin + first + j)
         h = decay * h + du[j : j + 1] * B
         reads.append(parts.fold(h * C))
+    own["before"][rows] = jnp.stack(states)
     if "z" in ins:
         z = parts.only(there, ins["z"][rows, here].astype(F32))
-        y, s = parts.sums(reads), jax.nn.sigmoid(z)
+        y, s = parts.rows_of_sums(reads), jax.nn.sigmoid(z)
         y = y + ins["D"][:, here] * u if "D" in ins else y
         outs["z"][rows, here] = (g * y * s * (1 + z * (1 - s))).astype(outs["z"].dtype)
         g = g * z * s
@@ -139,24 +141,31 @@ def _back(ins: Refs, outs: Refs, own: Refs, carry, first, here, begin, how: How)
     lam, h, dA = carry
     rows = pl.ds(first, TOKENS)
     there = parts.there_of(ins, own["there"], rows, how.lanes)
-    d, g = own["d"][rows, :], own["g"][rows, :]
-    u = parts.only(there, ins["u"][rows, here].astype(F32))
-    du, rates = d * u, ins["A"][:, here] * LOG2_E
-    by_input, by_size = [], []
-    for j in reversed(range(TOKENS)):
-        d_t, g_t, du_t = d[j : j + 1], g[j : j + 1], du[j : j + 1]
-        B, C = (parts.wide(own[x][first + j], how.lanes) for x in ("B", "C"))
-        before = own["before"][first + j]
-        lam = lam + g_t * C
-        own["dC"][first + j] += parts.fold_lanes(h * g_t)
-        own["dB"][first + j] += parts.fold_lanes(lam * du_t)
-        by_input.append(parts.fold(lam * B))
-        lam = lam * parts.decays(d_t, rates, ins, begin + first + j)
-        by_decay = lam * before
-        dA = dA + by_decay * d_t
-        by_size.append(parts.fold(by_decay * rates))
-        h = before
-    by_input, by_size = parts.sums(by_input[::-1]), parts.sums(by_size[::-1]) / LOG2_E
+    u_of = lambda: parts.only(there, ins["u"][rows, here].astype(F32))
+    d, g, rates = own["d"][rows, :], own["g"][rows, :], ins["A"][:, here] * LOG2_E
+    du = d * u_of()
+    Bs, Cs, states = own["B"][rows], own["C"][rows], own["before"][rows]
+    inputs, sizes = [], []
+    for eight in reversed(range(0, TOKENS, SUBLANES)):
+        for_input, for_size = [], []
+        for j in reversed(range(eight, eight + SUBLANES)):
+            d_t, g_t, du_t = d[j : j + 1], g[j : j + 1], du[j : j + 1]
+            B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
+            lam = lam + g_t * C
+            own["dC"][first + j] += parts.fold_lanes(h * g_t)
+            own["dB"][first + j] += parts.fold_lanes(lam * du_t)
+            for_input.append(parts.fold(lam * B))
+            lam = lam * parts.decays(d_t, rates, ins, begin + first + j)
+            h = states[j]
+            by_decay = lam * h  # lam_t times exp(d_t A) h_{t-1}
+            dA = dA + by_decay * d_t
+            for_size.append(parts.fold(by_decay * rates))
+        inputs.append(parts.sums(for_input[::-1]))
+        sizes.append(parts.sums(for_size[::-1]))
+    by_input = jnp.concatenate(inputs[::-1], axis=0)
+    by_size = jnp.concatenate(sizes[::-1], axis=0) / LOG2_E
+    # Read again: kept in registers through the walk, they would crowd it.
+    d, g, u = own["d"][rows, :], own["g"][rows, :], u_of()
     du = d * by_input
     ddelta = u * by_input + by_size
     if "D" in ins:

@@ -26,9 +26,9 @@ def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, 
         y `[b t e]`, the last state h `[b n e]`, and starts `[b t/chunk n e]`.
     """
     u = arrays["u"]
-    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.config.channels
+    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.channels
     steps = t // how.chunk
-    specs = parts.block_specs(how, n, channels, steps)
+    specs = parts.block_specs(how, n, steps)
     outputs = dict(
         y=(specs["tokens"], jax.ShapeDtypeStruct(u.shape, u.dtype)),
         h=(specs["by_row"], jax.ShapeDtypeStruct((b, n, e), F32)),
@@ -96,13 +96,14 @@ def _tokens(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) -
     d = parts.only(there, parts.step_sizes(ins, rows, here, how.softplus))
     u = parts.only(there, ins["u"][rows, here].astype(F32))
     du, rates = d * u, ins["A"][:, here] * LOG2_E
+    Bs, Cs = own["B"][rows], own["C"][rows]
     reads = []
     for j in range(TOKENS):
-        B, C = (parts.wide(own[x][first + j], how.lanes) for x in ("B", "C"))
+        B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
         decay = parts.decays(d[j : j + 1], rates, ins, begin + first + j)
         h = decay * h + du[j : j + 1] * B
         reads.append(parts.fold(h * C))
-    y = parts.sums(reads)
+    y = parts.rows_of_sums(reads)
     if "D" in ins:
         y = y + ins["D"][:, here] * u
     if "z" in ins:

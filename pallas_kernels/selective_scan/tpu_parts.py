@@ -34,27 +34,36 @@ class How(NamedTuple):
     Attributes:
         softplus: whether delta goes through softplus.
         chunk: tokens per step of the grid.
-        lanes: channels whose states are in registers at a time.
         config: PallasTpuConfig.
+        backward: which of its settings count.
     """
 
     softplus: bool
     chunk: int
-    lanes: int
     config: Any
+    backward: bool = False
+
+    @property
+    def lanes(self) -> int:
+        """Channels whose states are in registers at a time."""
+        return self.config.lanes_backward if self.backward else self.config.lanes
+
+    @property
+    def channels(self) -> int:
+        """Channels per step of the grid."""
+        return self.config.channels_backward if self.backward else self.config.channels
 
 
-def block_specs(how: How, n: int, channels: int, steps: int, *, reverse: bool = False) -> Refs:
+def block_specs(how: How, n: int, steps: int) -> Refs:
     """Blocks by kind of array; the grid is (b, blocks of channels, chunks of time).
 
     Args:
-        how: settings.
+        how: settings; backward, time runs from the last chunk to the first.
         n: states per channel.
-        channels: per block.
         steps: chunks.
-        reverse: whether time runs from the last chunk to the first.
     """
-    at = (lambda i: steps - 1 - i) if reverse else (lambda i: i)
+    channels = how.channels
+    at = (lambda i: steps - 1 - i) if how.backward else (lambda i: i)
     per_row = LANES // how.chunk  # chunks that share a block of numbers along lanes
     by_lane = lambda b, e, i: (b, 0, at(i) // per_row)
     flags = functools.partial(pl.BlockSpec, (None, 1, LANES), by_lane)
@@ -80,8 +89,8 @@ def columns(rows_ref: Any, to_ref: Any, begin: jax.Array) -> None:
     def eight(k, carry):
         first = pl.multiple_of(k * SUBLANES, SUBLANES)
         rows = _from_lane(rows_ref[...].astype(F32), begin + first)
-        for j in range(SUBLANES):
-            to_ref[first + j] = jnp.broadcast_to(rows[:, j : j + 1], rows.shape)
+        some = [jnp.broadcast_to(rows[:, j : j + 1], rows.shape) for j in range(SUBLANES)]
+        to_ref[pl.ds(first, SUBLANES)] = jnp.stack(some)
         return carry
 
     jax.lax.fori_loop(0, to_ref.shape[0] // SUBLANES, eight, 0)
@@ -92,9 +101,10 @@ def column_sums(parts_ref: Any, to_ref: Any, begin: jax.Array) -> None:
     lane = jax.lax.broadcasted_iota(jnp.int32, to_ref.shape, 1) - begin
 
     def eight(k, rows):
+        first = pl.multiple_of(k * SUBLANES, SUBLANES)
+        some = jnp.sum(parts_ref[pl.ds(first, SUBLANES)], axis=2, keepdims=True)
         for j in range(SUBLANES):
-            t = k * SUBLANES + j
-            rows = jnp.where(lane == t, jnp.sum(parts_ref[t], axis=1, keepdims=True), rows)
+            rows = jnp.where(lane == first + j, some[j], rows)
         return rows
 
     to_ref[...] = jax.lax.fori_loop(0, parts_ref.shape[0] // SUBLANES, eight, to_ref[...])
@@ -126,22 +136,25 @@ def fold_lanes(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)])
 
 
-def sums(of_tokens: Sequence[jax.Array]) -> jax.Array:
-    """Row j = the sum of the rows of the jth of some `[8 e]`, a multiple of eight of them."""
-    eights = [of_tokens[i : i + SUBLANES] for i in range(0, len(of_tokens), SUBLANES)]
-    return jnp.concatenate([_sums_of_eight(x) for x in eights], axis=0)
+def sums(eight: Sequence[jax.Array]) -> jax.Array:
+    """Row j = the sum of the rows of the jth; eight arrays `[8 e]`.
 
-
-def _sums_of_eight(x: Sequence[jax.Array]) -> jax.Array:
-    """Half of two is added to the other half of each, three times: 7 rotations instead of 24."""
-    row = jax.lax.broadcasted_iota(jnp.int32, x[0].shape, 0)
+    Half of two is added to the other half of each, three times: 7 rotations instead of 24.
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, eight[0].shape, 0)
     for bit in (1, 2, 4):
         low = (row & bit) == 0
-        x = [
+        eight = [
             jnp.where(low, a, b) + pltpu.roll(jnp.where(low, b, a), SUBLANES - bit, 0)
-            for a, b in zip(x[0::2], x[1::2], strict=True)
+            for a, b in zip(eight[0::2], eight[1::2], strict=True)
         ]
-    return x[0]
+    return eight[0]
+
+
+def rows_of_sums(of_tokens: Sequence[jax.Array]) -> jax.Array:
+    """`sums` of each eight tokens, under each other."""
+    eights = range(0, len(of_tokens), SUBLANES)
+    return jnp.concatenate([sums(of_tokens[i : i + SUBLANES]) for i in eights], axis=0)
 
 
 def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
