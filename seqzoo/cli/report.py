@@ -12,9 +12,12 @@ from seqzoo.cli.common import (
     run_path,
 )
 
+STUDY_FILE = "study.json"  # what makes a folder a study; see seqzoo.sweep.definition
+
 EPILOG = """examples:
   seqzoo report runs/mqar/latest                     curves of one run, in its report/ folder
   seqzoo report runs/mqar/*                          a table that ranks runs, and their curves
+  seqzoo report runs/sweeps/rates                    a sweep: best per architecture, curves, ...
   seqzoo report RUN RUN --out /tmp/compared --format json
 
 index.html opens without a network; the PNG and CSV files beside it are what it shows. Runs that
@@ -32,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if len(args.runs) == 1 and (pathlib.Path(args.runs[0]) / STUDY_FILE).is_file():
+        return _sweep(args)
     names = args.runs if len(args.runs) == 1 else [n for n in args.runs if not _aside(n)]
     runs = list(dict.fromkeys(map(run_path, names)))
     from seqzoo.eval.report import table, write_comparison, write_report  # starts jax
@@ -58,6 +63,28 @@ def run(args: argparse.Namespace) -> int:
     print_table([{key: row.get(key) for key in (*shown, *costs)} for row in rows])
     print(f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing")
     for remark in found.remarks:
+        print(remark)
+    print(page)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    """The report of a study; starts no jax."""
+    from seqzoo.eval.sweep_report import write_sweep_report
+    from seqzoo.eval.sweep_results import best_rows, remarks
+    from seqzoo.sweep.results import results
+    from seqzoo.sweep.study import Study
+
+    study = Study.open(args.runs[0])
+    found = results(study)
+    folder = pathlib.Path(args.out) if args.out else study.path / "report"
+    page = write_sweep_report(found, folder)
+    rows, told = best_rows(found), remarks(found)
+    if args.format == "json":
+        print_json({"page": str(page), "rows": rows, "remarks": told})
+        return 0
+    print_table(rows)
+    for remark in told:
         print(remark)
     print(page)
     return 0

@@ -16,7 +16,7 @@ _MOST_POINTS = 2000
 _REPORTED = "train/report/"
 _LAYER = re.compile(r"/layer_(\d+)$")
 # Told apart without colour vision (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -98,7 +98,7 @@ def _plot(panel: Panel, lines: dict[str, dict[str, Series]], file: pathlib.Path)
         for position, (name, one) in enumerate(found.items()):
             steps, values = _thin(one)
             text = name if len(lines) == 1 else label if len(found) == 1 else f"{label}  {name}"
-            colour = _COLOURS[(position if len(lines) == 1 else number) % len(_COLOURS)]
+            colour = COLOURS[(position if len(lines) == 1 else number) % len(COLOURS)]
             layer = _LAYER.search(name)
             if layer:  # from the first to the last, dark to light
                 colour = colormaps["viridis"](0.9 * int(layer[1]) / depth)

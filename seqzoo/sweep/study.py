@@ -13,6 +13,7 @@ import os
 import pathlib
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -282,6 +283,18 @@ class Study:
 
     def failures(self) -> list[Row]:
         return [row for row in self.rows() if row.state == "failed"]
+
+    def importances(self) -> dict[str, float]:
+        """How much each parameter decides whether a trial is among the best (PED-ANOVA)."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few trials, and that it may change in Optuna
+            try:
+                found = optuna.importance.get_param_importances(
+                    self.optuna, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+                )
+            except (ValueError, RuntimeError):  # nothing has ended yet
+                return {}
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def too_many_failures(self) -> bool:
         return len(self.failures()) > self.definition.sweep.max_failures

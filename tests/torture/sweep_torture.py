@@ -261,6 +261,7 @@ def main() -> int:
         server = None if args.journal else stack.enter_context(postgres.Postgres())
         name = args.keep or stack.enter_context(tempfile.TemporaryDirectory())
         folder = pathlib.Path(name).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         os.environ["SEQZOO_CACHE"] = str(folder / "cache")
         for sampler in args.sampler or ("random", "tpe"):
             wrong += torture(
