@@ -71,9 +71,11 @@ class PallasTpuConfig(tpu.TpuConfig):
 
 def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
     """Of the vector memory that a head takes backward: arrays twice, scratch once, states."""
-    arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES) + 4 * (k + v + tpu.SUBLANES)
-    states = 10 * 4 * tpu.round_up(rows_of(k), tpu.LANES) * tpu.round_up(state_rows(v), tpu.LANES)
-    return block * arrays + states
+    rows = state_rows(v)
+    arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES)
+    scratch = 4 * (2 * k + v) + 2 * rows * itemsize
+    states = 10 * 4 * tpu.round_up(rows_of(k), tpu.LANES) * tpu.round_up(rows, tpu.LANES)
+    return block * (arrays + scratch) + states
 
 
 def refuses(shapes, device_kind) -> str | None:

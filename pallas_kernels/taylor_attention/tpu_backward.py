@@ -1,14 +1,8 @@
 """taylor_attention's backward kernel for TPUs: blocks of tokens from the last to the first.
 
-A block's q, k, v, dy and y come into the vector memory once, and are walked twice: forward from the
-state that was saved before the block (dq needs states), then backward with the state's gradient
-(dk and dv need it). States and their gradients are held in float32 and, for products, a second time
-in the products' type: reading that copy holds fewer registers. With v1 = [v, 1],
-do = dy / (z + eps), do1 = [do, -sum(do y)] and r = q.k,
-
-    forward:   dw = v1^T do1,  ds = dw (1 + scale r) scale,  dq = k ds + scale pull(S^T do1)
-               dk = q ds^T,    dv = do w^T,                  S <- S + v1 phi(k)^T
-    backward:  dk += pull(dS^T v1),  dv += dS phi(k),        dS <- dS + do1 phi(scale q)^T
+A block's q, k, v, dy and y come into the vector memory once, and are walked three times
+(tpu_walks.py): for the pairs within chunks; forward from the state that was saved before the block,
+which dq needs; and backward with the gradient of the state, which dk and dv need.
 """
 
 import functools
@@ -20,19 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.taylor_attention.cost import cost
-from pallas_kernels.taylor_attention.tpu_features import phi, pull, rows_of
-from pallas_kernels.taylor_attention.tpu_forward import (
-    NN,
-    NT,
-    TN,
-    How,
-    dot,
-    product_dtype,
-    state_rows,
-    weights,
-    with_ones,
-)
-from pallas_kernels.taylor_attention.tpu_places import Seen, only, seen
+from pallas_kernels.taylor_attention.tpu_features import rows_of
+from pallas_kernels.taylor_attention.tpu_forward import How, product_dtype, state_rows
+from pallas_kernels.taylor_attention.tpu_places import seen
+from pallas_kernels.taylor_attention.tpu_walks import down, pairs, up
 
 
 def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_state):
@@ -88,6 +73,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_sta
         low=pltpu.VMEM((heads, f, rows), dtype),
         dlow=pltpu.VMEM((heads, rows, f), dtype),
         dstate=pltpu.VMEM((heads, rows, f), jnp.float32),
+        dq_pairs=pltpu.VMEM((heads, width, block), jnp.float32),
         dk_pairs=pltpu.VMEM((heads, width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((heads, v_width, block), jnp.float32),
         v1=pltpu.VMEM((heads, rows, block), dtype),
@@ -127,7 +113,7 @@ def _body(*refs, names, how: How, steps: int, dtype):
 
     def walk(one_head):
         def one_chunk(i, carry):
-            i = i if one_head is _up else n_chunks - 1 - i
+            i = n_chunks - 1 - i if one_head is down else i
             here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
             masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
             for head in range(heads):
@@ -136,73 +122,12 @@ def _body(*refs, names, how: How, steps: int, dtype):
 
         jax.lax.fori_loop(0, n_chunks, one_chunk, 0)
 
-    walk(_up)
-    walk(_down)
+    walk(pairs)
+    walk(up)
+    walk(down)
 
     if "dinitial" in at:
 
         @pl.when(step == steps - 1)
         def _():
             at["dinitial"][0] = at["dstate"][...]
-
-
-def _up(at, head: int, here, masks: Seen, how: How, dtype):
-    """One chunk of the forward walk: dq, and what pairs give to dk and dv."""
-    scale, state = how.scale, at["state"]
-    q, k = _inputs(at, head, here, masks, dtype)
-    v1, do1 = (at[name].at[head, :, here] for name in ("v1", "do1"))
-    v1[...] = with_ones(at["v"][0, head, :, here].astype(dtype), masks.valid, v1.shape[0])
-    do = only(masks.valid, at["dy"][0, head, :, here].astype(jnp.float32))
-    total = None
-    if how.normalize:
-        do = do * at["inverse"][0, head, :, here]
-        y = only(masks.valid, at["y"][0, head, :, here].astype(jnp.float32))
-        total = -jnp.sum(do * y, axis=0, keepdims=True)
-    do1[...] = _with_total(do, total, v1.shape[0]).astype(dtype)
-
-    r = dot(k, q, TN)
-    ds = dot(v1[...], do1[...], TN) * (scale + (scale * scale) * r)
-    ds = jnp.where(masks.pairs, ds, 0).astype(dtype)
-    w = weights(r, masks.pairs, scale).astype(dtype)
-    at["dk_pairs"][head, :, here] = dot(q, ds, NT)
-    at["dv_pairs"][head, :, here] = dot(do1[: do.shape[0]], w, NT)
-
-    dphi = dot(at["low"][head], only(masks.head, do1[...]), NN)
-    dq = dot(k, ds, NN) + scale * pull(scale * q.astype(jnp.float32), dphi)
-    at["dq"][0, head, :, here] = dq.astype(at["dq"].dtype)
-    new = dot(phi(k.astype(jnp.float32)).astype(dtype), only(masks.tail, v1[...]), NT)
-    new = only(masks.kept, state[head]) + new
-    state[head], at["low"][head] = new, new.astype(dtype)
-
-
-def _down(at, head: int, here, masks: Seen, how: How, dtype):
-    """One chunk of the backward walk: what the state's gradient gives to dk and dv."""
-    dstate, (v_width, _) = at["dstate"], at["dv_pairs"].shape[1:]
-    q, k = _inputs(at, head, here, masks, dtype)
-    v1 = only(masks.tail, at["v1"][head, :, here])
-    do1 = only(masks.head, at["do1"][head, :, here])
-    k = k.astype(jnp.float32)
-    dphi = dot(at["dlow"][head], v1, TN)
-    dk = at["dk_pairs"][head, :, here] + pull(k, dphi)
-    read = only(masks.tail, dot(at["dlow"][head], phi(k).astype(dtype), NN))
-    dv = only(masks.valid, at["dv_pairs"][head, :, here] + read[:v_width])
-    at["dk"][0, head, :, here] = dk.astype(at["dk"].dtype)
-    at["dv"][0, head, :, here] = dv.astype(at["dv"].dtype)
-    new = dot(do1, phi(how.scale * q.astype(jnp.float32)).astype(dtype), NT)
-    new = only(masks.kept, dstate[head]) + new
-    dstate[head], at["dlow"][head] = new, new.astype(dtype)
-
-
-def _inputs(at, head: int, here, masks: Seen, dtype):
-    q = only(masks.valid, at["q"][0, head, :, here].astype(dtype))
-    k = only(masks.valid, at["k"][0, head, :, here].astype(dtype))
-    return q, k
-
-
-def _with_total(do: jax.Array, total: jax.Array | None, rows: int) -> jax.Array:
-    """`[v c]` with one more row behind it (or zeros), up to so many rows."""
-    extra = (rows - do.shape[0], do.shape[1])
-    if total is None:
-        return jnp.concatenate([do, jnp.zeros(extra, do.dtype)], axis=0)
-    first = jax.lax.broadcasted_iota(jnp.int32, extra, 0) == 0
-    return jnp.concatenate([do, jnp.where(first, total, 0)], axis=0)
