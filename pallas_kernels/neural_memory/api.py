@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.axes import axes
-from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.numerics import check_documents, check_shapes, state_dtype
 from pallas_kernels.neural_memory import pallas_gpu, pallas_tpu, reference, xla
+from pallas_kernels.neural_memory.cost import cost
 from pallas_kernels.neural_memory.memory import ACTIVATIONS, Rule, Weights
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -242,38 +242,6 @@ def _check_state(sizes: dict[str, int], name: str, opening: Weights, part: Weigh
                 f"neural_memory: {field} of initial_state.{name} has shape {found}; it must be "
                 f"{shape}, as the call's {field} has it"
             )
-
-
-def cost(
-    b: int,
-    t: int,
-    h: int,
-    k: int,
-    v: int,
-    n: int,
-    chunk: int,
-    m: int | None = None,
-    l: int = 0,
-    *,
-    itemsize: int = 4,
-    backward: bool = False,
-) -> Cost:
-    """What a call costs at least, in the closed form: operations, and bytes if arrays move once.
-
-    Per token and weight: the keys' way through 2, what comes back 2 (not through the first layer),
-    the queries' way through weights and momentum 4, the updates of both 4; per pair of tokens
-    and layer 2 (inputs + outputs), halved as half of the pairs are in sight, and the mixing matrix
-    chunk / 3 per pair. Backward is the forward once more and twice it.
-    """
-    layers = [(k, v)] if m is None else [(k, m), *[(m, m)] * l, (n, v)]
-    weights = sum(i * o for i, o in layers)
-    back = weights - layers[0][0] * layers[0][1]
-    pairs = sum(i + o for i, o in layers) + chunk / 3
-    per_token = 10 * weights + 2 * back + chunk * pairs
-    hidden = 0 if m is None else (1 + l) * m
-    moved = itemsize * b * t * h * (2 * k + 2 * v + 3) + 4 * 4 * b * h * weights
-    once = Cost(b * t * h * per_token, moved, b * t * h * 2 * hidden)
-    return once if not backward else Cost(3 * once.flops, 2 * moved, 2 * once.transcendentals)
 
 
 neural_memory.axes = AXES  # type: ignore[attr-defined]

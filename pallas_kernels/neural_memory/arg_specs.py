@@ -97,6 +97,26 @@ SPECS = (
             ("titans_340m", 1, 2048, 16, 64, 256, 64),
         )
     ),
+    # What the TPU kernels are compiled at; sizes of configs/model/titans_*.yaml.
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, h=h, k=64, v=64, n=64) | (dict(m=256, n=256) if mlp else {}),
+            draw=draw,
+            given=_MLP if mlp else (),
+            options=dict(chunk=64, limit="clip"),
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, h, mlp, more in (
+            ("titans_760m_8k", 8192, 24, True, {"primary"}),
+            ("titans_760m", 2048, 24, True, ()),
+            ("titans_340m_8k", 8192, 16, True, ()),
+            ("titans_340m_2k", 2048, 16, True, ()),
+            ("titans_340m_8k_f32", 8192, 16, True, ()),
+            ("titans_340m_2k_f32", 2048, 16, True, ()),
+            ("titans_340m_linear", 2048, 16, False, ()),
+        )
+    ),
 )
 
 

@@ -1,7 +1,7 @@
 """neural_memory as a Mosaic TPU kernel, for memories of one and two layers.
 
-The grid is (row, a few heads, block of tokens); the weights and the momentum of those heads stay on
-chip from block to block. README.md has what moves and what is kept.
+The grid is (row, a few heads, block of tokens); weights and momentum of those heads stay on chip
+from block to block. README.md ("On a TPU") has what moves, what is kept and what is refused.
 """
 
 import dataclasses
@@ -10,16 +10,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from pallas_kernels.core import dispatch, parts, tpu
-from pallas_kernels.neural_memory import tpu_backward, tpu_forward
+from pallas_kernels.core.tpu_parts import limit_for, most_room
+from pallas_kernels.neural_memory import tpu_backward, tpu_forward, tpu_sizes
 from pallas_kernels.neural_memory.memory import Weights
 from pallas_kernels.neural_memory.tpu_blocks import Cuts, Layout
-
-_ROWS = 16  # of a bfloat16 register: blocks are multiples
-_LEAST_CHUNK = 8
-_MOST_HEADS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,21 +37,25 @@ class PallasTpuConfig(tpu.TpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasTpuConfig":
-        """As many blocks as fit, 16 at most."""
-        return cls(span=max(1, 8), device_kind=device_kind)
+        """Sizes: those of `tpu_sizes.sizes_of`."""
+        return cls(span=tpu_sizes.span_for(sizes, device_kind), device_kind=device_kind)
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Memories of three layers and more, short chunks, and what does not fit on the chip."""
-    tokens, (opening, _), *_ = shapes
-    if opening.w_hidden is not None:
-        return (
-            f"w_hidden is given: the kernel serves memories of one and two layers, and this has "
-            f"{2 + opening.w_hidden.shape[1]}"
-        )
-    reason = tpu.refuses_dtypes(shapes)
-    if reason:
+    """Refuses memories of three layers and more, and what does not fit on the chip."""
+    (q, _, v, *_), (opening, _), *_ = shapes
+    if reason := tpu.refuses_dtypes(shapes):
         return reason
+    if opening.w_hidden is not None:
+        layers = 2 + opening.w_hidden.shape[1]
+        return f"the memory has {layers} layers (w_hidden); the kernel serves one and two"
+    sizes = _sizes(q, v, opening, tpu_sizes.ROWS, aligned=False)
+    need, room = tpu_sizes.room_for(sizes, 1), most_room(device_kind)
+    if need > room:
+        return (
+            f"weights, momenta and gradients of {sizes['heads']} heads take {need >> 20} MiB of "
+            f"vector memory, and {room >> 20} MiB are to be had"
+        )
     return None
 
 
@@ -72,34 +72,27 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
         config: PallasTpuConfig or None.
     """
     *carry, count, last_id = state
-    q, k, v, *shares = tokens
-    b, t, h, width = v.shape
-    block = tpu.round_up(how.chunk, _ROWS)
-    heads, all_heads = _heads(h, q.shape[3], width)
+    q, _, v, *_ = tokens
+    b, t, h, _ = v.shape
+    block = tpu.round_up(how.chunk, tpu_sizes.ROWS)
     aligned = fresh and segment_ids is None and block == how.chunk
-    sizes = dict(
-        b=b,
-        t=t,
-        h=heads,
-        k=q.shape[3],
-        v=width,
-        n=opening[0].w_out.shape[-1],
-        c=block,
-        layers=1 + (opening[0].w_in is not None),
-        aligned=aligned,
-        itemsize=v.dtype.itemsize,
-    )
-    config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
+    sizes = _sizes(q, v, opening[0], how.chunk, aligned=aligned)
+    kind = dispatch.device_kind(config)
+    config = PallasTpuConfig.of(config, sizes, kind)
     blocks = -(-t // block)
     span = -(-blocks // -(-blocks // config.span))
+    if config.vmem_limit_bytes is None:
+        limit = limit_for(tpu_sizes.room_for(sizes, span), kind)
+        config = dataclasses.replace(config, vmem_limit_bytes=limit)
+    heads, in_all = tpu_sizes.heads_per_step(h, q.shape[3], v.shape[3])
     form = Layout(
         how=how,
         config=config,
-        narrow=v.dtype == jnp.bfloat16,
+        narrow=all(x.dtype == jnp.bfloat16 for x in tokens[:3]),
         aligned=aligned,
         b=b,
         t=t,
-        h=all_heads,
+        h=in_all,
         block=block,
         blocks=tpu.round_up(blocks, span),
         span=span,
@@ -107,36 +100,40 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
     )
     cuts = None
     if aligned:
-        carry = carry[1:]
-        count = count + t
+        carry, opening, count = carry[1:], None, count + t
     else:
         place, valid, count, last_id = parts.places(segment_ids, count, last_id, t)
         cuts = _cuts(form, place, valid)
-    pad_heads = lambda tree, axis: jax.tree.map(lambda x: tpu.pad_to(x, axis, all_heads), tree)
-    carry = pad_heads(tuple(map(_laid_out, carry)), 1)
-    opening = None if aligned else pad_heads(tuple(map(_laid_out, opening)), 0)
-    q, k, v = (_merged(form, x) for x in (q, k, v))
-    y, last = _memory(form, opening, carry, q, k, v, _gates(form, shares), cuts)
-    y = y.reshape(b, -1, all_heads, width)[:, :t, :h]
-    last = jax.tree.map(lambda x: x[:, :h], last)
-    return y, (*map(_given_back, last), count, last_id)
+        opening = tuple(_laid_out(x, in_all) for x in opening)
+    y, last = _memory(form, opening, tuple(_laid_out(x, in_all) for x in carry), tokens, cuts)
+    return y, (*(_given_back(x, h) for x in last), count, last_id)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _memory(form: Layout, opening, carry, q, k, v, gates, cuts):
-    return _forward(form, opening, carry, q, k, v, gates, cuts)[0]
+def _memory(form: Layout, opening, carry, tokens, cuts):
+    """y `[b t h v]` and the last (start, now, momentum)."""
+    y, last, _ = tpu_forward.forward(
+        form, opening, carry, *_operands(form, tokens), cuts, keep=False
+    )
+    return _split(form, y, tokens[2]), last
 
 
-def _forward(form, opening, carry, q, k, v, gates, cuts):
-    y, last, kept = tpu_forward.forward(form, opening, carry, q, k, v, gates, cuts, None)
-    return (y, last), (opening, kept, q, k, v, gates, cuts)
+def _forward(form, opening, carry, tokens, cuts):
+    y, last, kept = tpu_forward.forward(
+        form, opening, carry, *_operands(form, tokens), cuts, keep=True
+    )
+    return (_split(form, y, tokens[2]), last), (opening, carry, kept, tokens, cuts)
 
 
 def _backward(form, residuals, cotangents):
-    dopening, dcarry, dtokens, dgates = tpu_backward.backward(form, *residuals, *cotangents, None)
-    if dopening is not None:
-        dopening = jax.tree.map(lambda x: jnp.sum(x, axis=0), dopening)
-    return dopening, dcarry, *dtokens, dgates, None
+    opening, carry, kept, tokens, cuts = residuals
+    dy, dlast = cotangents
+    dopening, dcarry, dtokens, dgates = tpu_backward.backward(
+        form, opening, carry, kept, *_operands(form, tokens), cuts, _merged(form, dy), dlast
+    )
+    dopening = jax.tree.map(lambda x: jnp.sum(x, axis=0), dopening)
+    dtokens = [_split(form, dx, x) for dx, x in zip(dtokens, tokens[:3], strict=True)]
+    return dopening, dcarry, (*dtokens, *_shares(dgates, tokens[3:])), None
 
 
 _memory.defvjp(_forward, _backward)
@@ -145,26 +142,48 @@ _memory.defvjp(_forward, _backward)
 # --- Layouts ------------------------------------------------------------------------------------
 
 
-def _heads(h: int, k: int, v: int) -> tuple[int, int]:
-    """Heads per step, so that their columns fill registers or are all there are; and heads in all,
-    some of them empty where the first does not divide h."""
-    heads = 1
-    while (heads * k) % tpu.LANES or (heads * v) % tpu.LANES:
-        heads *= 2
-    return (h, h) if heads >= h else (heads, tpu.round_up(h, heads))
+def _sizes(q, v, weights: Weights, chunk: int, *, aligned: bool) -> dict[str, int]:
+    return tpu_sizes.sizes_of(
+        h=v.shape[2],
+        k=q.shape[3],
+        v=v.shape[3],
+        n=weights.w_out.shape[-1],
+        chunk=chunk,
+        itemsize=v.dtype.itemsize,
+        layers=1 if weights.w_in is None else 2,
+        aligned=aligned,
+    )
 
 
-def _laid_out(weights: Weights) -> Weights:
-    """Matrices as the kernels take them: w_in turned, gamma as a row."""
+def _laid_out(weights: Weights, h: int) -> Weights:
+    """Weights `[... h x y]` as the kernels take them: w_in turned, gamma as a row."""
     w_in = None if weights.w_in is None else jnp.swapaxes(weights.w_in, -1, -2)
     gamma = None if weights.gamma is None else weights.gamma[..., None, :]
-    return Weights(weights.w_out, w_in, None, gamma)
+    found = Weights(weights.w_out, w_in, None, gamma)
+    return jax.tree.map(lambda x: tpu.pad_to(x, x.ndim - 3, h), found)
 
 
-def _given_back(weights: Weights) -> Weights:
+def _given_back(weights: Weights, h: int) -> Weights:
+    weights = jax.tree.map(lambda x: x[:, :h], weights)
     w_in = None if weights.w_in is None else jnp.swapaxes(weights.w_in, -1, -2)
     gamma = None if weights.gamma is None else weights.gamma[..., 0, :]
     return Weights(weights.w_out, w_in, None, gamma)
+
+
+def _operands(form: Layout, tokens) -> tuple[jax.Array, ...]:
+    """q, k, v `[b t h*x]` and alpha, eta, theta as `[b h n 3 c]`."""
+    gates = jnp.stack([x.astype(jnp.float32) for x in tokens[3:]], axis=1)
+    gates = tpu.pad_to(tpu.pad_to(gates, 3, form.h), 2, form.blocks * form.block)
+    gates = gates.reshape(form.b, 3, form.blocks, form.block, form.h)
+    return *(_merged(form, x) for x in tokens[:3]), jnp.transpose(gates, (0, 4, 2, 1, 3))
+
+
+def _shares(gates: jax.Array, like) -> list[jax.Array]:
+    """The gradients by alpha, eta and theta, as these are."""
+    _, t, h = like[0].shape
+    b, _, n, _, c = gates.shape
+    rows = jnp.transpose(gates, (0, 3, 2, 4, 1)).reshape(b, 3, n * c, -1)[:, :, :t, :h]
+    return [rows[:, i].astype(x.dtype) for i, x in enumerate(like)]
 
 
 def _merged(form: Layout, x: jax.Array) -> jax.Array:
@@ -173,26 +192,17 @@ def _merged(form: Layout, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _gates(form: Layout, shares) -> jax.Array:
-    """alpha, eta, theta `[b t h]` as `[b h n 3 c]`."""
-    x = jnp.stack([x.astype(jnp.float32) for x in shares], axis=1)
-    x = tpu.pad_to(tpu.pad_to(x, 3, form.h), 2, form.blocks * form.block)
-    x = x.reshape(form.b, 3, form.blocks, form.block, form.h)
-    return jnp.transpose(x, (0, 4, 2, 1, 3))
+def _split(form: Layout, x: jax.Array, like: jax.Array) -> jax.Array:
+    """`[b t h*x]` as `like`, `[b t h x]`."""
+    b, t, h, width = like.shape
+    return x.reshape(b, -1, form.h, width)[:, :t, :h]
 
 
 def _cuts(form: Layout, place: jax.Array, valid: jax.Array | None) -> Cuts:
     part = parts.cut(place, valid, form.block, form.how.chunk).part
-    begins = (place == 0, place % form.how.chunk == 0)
-    begins = [tpu.pad_to(x.astype(jnp.float32), 1, part.shape[1]) for x in begins]
-    tokens = jnp.stack([part.astype(jnp.float32), *begins], axis=1)
-    tokens = jnp.stack(
-        [
-            tpu.pad_to(x, 1, form.blocks * form.block, value)
-            for x, value in zip(jnp.unstack(tokens, axis=1), (-1, 0, 0), strict=True)
-        ],
-        axis=1,
-    ).reshape(form.b, 3, form.blocks, form.block)
+    marks = ((part, -1), (place == 0, 0), (place % form.how.chunk == 0, 0))
+    whole = form.blocks * form.block
+    rows = [tpu.pad_to(x.astype(jnp.float32), 1, whole, value) for x, value in marks]
+    tokens = jnp.stack(rows, axis=1).reshape(form.b, 3, form.blocks, form.block)
     tokens = jnp.swapaxes(tokens, 1, 2)
-    count = jnp.max(tokens[:, :, 0], axis=-1).astype(jnp.int32) + 1
-    return Cuts(tokens, count[:, None, :])
+    return Cuts(tokens, jnp.max(tokens[:, None, :, 0], axis=-1).astype(jnp.int32) + 1)

@@ -18,6 +18,7 @@ from pallas_kernels.neural_memory.tpu_blocks import (
     Layout,
     begun,
     cuts_spec,
+    estimate,
     gates_spec,
     get,
     head_of,
@@ -33,16 +34,15 @@ from pallas_kernels.neural_memory.tpu_blocks import (
 from pallas_kernels.neural_memory.tpu_chunk import read_and_write, write
 
 
-def backward(form: Layout, opening, kept, q, k, v, gates, cuts: Cuts | None, dy, dlast, cost):
+def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | None, dy, dlast):
     """Gradients of `forward`.
 
     Args:
         form: what is static.
-        opening, q, k, v, gates, cuts: as there.
-        kept: the carry before each span.
+        opening, carry, q, k, v, gates, cuts: as there.
+        kept: the carry before each span but the first, or None.
         dy: of y.
         dlast: of the last (start, now, momentum), `[b h x y]`.
-        cost: for XLA.
 
     Returns:
         Gradients by what documents begin with (`[b h x y]`, of each row; None if it is), by the
@@ -50,22 +50,24 @@ def backward(form: Layout, opening, kept, q, k, v, gates, cuts: Cuts | None, dy,
     """
     span = lambda i, j: form.spans - 1 - i
     block = lambda i, j: (form.spans - 1 - i) * form.span + form.span - 1 - j
-    inputs = (q, k, v, gates, cuts, opening, kept, dy, dlast)
+    before = lambda i, j: jnp.maximum(form.spans - 2 - i, 0)
+    inputs = (q, k, v, gates, cuts, opening, carry, kept, dy, dlast)
     specs = (
         tokens_spec(form, q, block),
         *(tokens_spec(form, x, span, form.span) for x in (k, v)),
         gates_spec(form, span, form.span),
         cuts_spec(form, span, form.span),
         state_specs(form, opening),
-        kept_specs(form, kept, span),
+        state_specs(form, carry),
+        kept_specs(form, kept, before),
         tokens_spec(form, dy, block),
         state_specs(form, dlast),
     )
-    carry = structs(dlast[1:] if form.aligned else dlast)
-    results = (None if opening is None else carry[1:], carry, structs((q, k, v)), structs(gates))
+    dcarry = structs(carry)
+    results = (None if opening is None else dcarry[1:], dcarry, structs((q, k, v)), structs(gates))
     result_specs = (
         state_specs(form, results[0], once=False),
-        state_specs(form, carry, once=False),
+        state_specs(form, dcarry, once=False),
         tuple(tokens_spec(form, x, block) for x in (q, k, v)),
         gates_spec(form, span, form.span),
     )
@@ -87,7 +89,7 @@ def backward(form: Layout, opening, kept, q, k, v, gates, cuts: Cuts | None, dy,
         out_shape=taken,
         scratch_shapes=places,
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        cost=cost,
+        cost=estimate(form, inputs, results, backward=True),
     )(*given)
     return jax.tree.unflatten(result_tree, found)
 
@@ -97,7 +99,7 @@ def _body(form: Layout, trees, *refs):
     for tree in trees:
         split.append(jax.tree.unflatten(tree, refs[: tree.num_leaves]))
         refs = refs[tree.num_leaves :]
-    (q, k, v, gates, cuts, opening, kept, dy, dlast), results, (starts, *work) = split
+    (q, k, v, gates, cuts, opening, carry, kept, dy, dlast), results, (starts, *work) = split
     dopening, dcarry, dtokens, dgates = results
     i, j = pl.program_id(2), pl.program_id(3)
     first = (form.spans - 1 - i) * form.span
@@ -138,7 +140,11 @@ def _body(form: Layout, trees, *refs):
 
     @pl.when(j == 0)
     def _():
-        put(starts, get(kept, 0, 0), 0)
+        if kept is not None:
+            put(starts, get(kept, 0, 0), 0)
+            pl.when(i == form.spans - 1)(lambda: put(starts, get(carry, 0), 0))
+        else:
+            put(starts, get(carry, 0), 0)
         jax.lax.fori_loop(0, (form.span - 1) * form.heads, again, 0)
 
     def put_tokens(g, found, *, add):

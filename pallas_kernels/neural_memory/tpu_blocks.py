@@ -1,5 +1,6 @@
 """How the kernels of neural_memory cut their arrays, and what both do with the pieces."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import TpuConfig
+from pallas_kernels.neural_memory.cost import cost
 from pallas_kernels.neural_memory.memory import Rule
 from pallas_kernels.neural_memory.tpu_chunk import Tokens
 
@@ -119,6 +121,28 @@ def kept_specs(form: Layout, tree: Any, at: Callable) -> Any:
 
 def structs(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def estimate(form: Layout, inputs: Any, results: Any, *, backward: bool) -> pl.CostEstimate:
+    """What XLA's scheduler may assume: operations, and bytes if arrays move once."""
+    q, _, v, *_ = inputs
+    weights = results[1][0]
+    n = weights.w_out.shape[-1]
+    least = cost(
+        form.b,
+        form.t,
+        form.h,
+        q.shape[2] // form.h,
+        v.shape[2] // form.h,
+        n,
+        form.how.chunk,
+        m=None if weights.w_in is None else n,
+        backward=backward,
+    )
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((inputs, results)))
+    return pl.CostEstimate(
+        flops=int(least.flops), transcendentals=int(least.transcendentals), bytes_accessed=moved
+    )
 
 
 # --- In a body -----------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class _Found(NamedTuple):
 def _gradients(how: Rule, dot, start: Weights, k, v) -> _Found:
     inputs, before = [k], None
     if start.w_in is not None:
-        before = dot("nn", k, start.w_in)
+        before = dot("nn", k, start.w_in, "a")
         inputs.append(activation(how.activation, before))
     y = dot("nt", inputs[-1], start.w_out)
     by_gamma = None
@@ -113,8 +113,8 @@ def _written(dot, mix: "_Mix", now: Weights, momentum: Weights, found: _Found):
     s_out = mix.keep_momentum * momentum.w_out - dot("tn", by_momentum * last_error, last)
     w_in = s_in = gamma = s_gamma = None
     if now.w_in is not None:
-        w_in = keep(now.w_in, momentum.w_in) - dot("tn", first, by * first_error)
-        s_in = mix.keep_momentum * momentum.w_in - dot("tn", first, by_momentum * first_error)
+        w_in = keep(now.w_in, momentum.w_in) - dot("tn", first, by * first_error, "a")
+        s_in = mix.keep_momentum * momentum.w_in - dot("tn", first, by_momentum * first_error, "a")
     if now.gamma is not None:
         gamma = keep(now.gamma, momentum.gamma) - _over_tokens(by * found.by_gamma)
         s_gamma = mix.keep_momentum * momentum.gamma - _over_tokens(by_momentum * found.by_gamma)
@@ -124,8 +124,9 @@ def _written(dot, mix: "_Mix", now: Weights, momentum: Weights, found: _Found):
 def _read(how: Rule, dot, mix: "_Mix", now: Weights, momentum: Weights, q, found: _Found):
     x = q
     if now.w_in is not None:
-        z = mix.weights * dot("nn", x, now.w_in) + mix.momentum * dot("nn", x, momentum.w_in)
-        z = z - dot("nn", mix.gradients * dot("nt", x, found.inputs[0]), found.errors[0])
+        z = mix.weights * dot("nn", x, now.w_in, "a")
+        z = z + mix.momentum * dot("nn", x, momentum.w_in, "a")
+        z = z - dot("nn", mix.gradients * dot("nt", x, found.inputs[0], "ab"), found.errors[0])
         x = activation(how.activation, z)
     y = mix.weights * dot("nt", x, now.w_out) + mix.momentum * dot("nt", x, momentum.w_out)
     y = y - dot("nn", mix.gradients * dot("nt", x, found.inputs[-1]), found.errors[-1])
@@ -276,35 +277,53 @@ products.defvjp(_products_forward, _products_backward)
 _CONTRACTED = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
 
-def product(form: str, a, b, *, narrow: bool):
-    """a b ("nn"), a b^T ("nt") or a^T b ("tn"); gradients are products of these forms, too."""
-    return _product(form, narrow, a, b)
+def product(form: str, a, b, exact: str = "", *, narrow: bool):
+    """a b ("nn"), a b^T ("nt") or a^T b ("tn"); gradients are products of these forms, too.
+
+    Args:
+        form: which.
+        a, b: float32 matrices.
+        exact: "a", "b" or "ab": those came as bfloat16.
+        narrow: whether operands go to the matrix unit as the sum of two bfloat16 numbers (one if
+            exact): 16 bits of them, in two or three passes instead of six.
+    """
+    return _product(form, exact if narrow else None, a, b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(form, narrow, a, b):
-    if narrow:
-        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(
-        a,
-        b,
-        (_CONTRACTED[form], ((), ())),
-        precision=None if narrow else jax.lax.Precision.HIGHEST,
+def _product(form, exact, a, b):
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(_CONTRACTED[form], ((), ())),
         preferred_element_type=jnp.float32,
     )
+    if exact is None:
+        return dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    (a, *rest_a), (b, *rest_b) = _halves(a, "a" in exact), _halves(b, "b" in exact)
+    return sum((dot(x, b) for x in rest_a), sum((dot(a, x) for x in rest_b), dot(a, b)))
 
 
-def _product_forward(form, narrow, a, b):
-    return _product(form, narrow, a, b), (a, b)
+def _halves(x, exact: bool):
+    """A float32 matrix as a sum of bfloat16 ones."""
+    if exact:
+        return (x.astype(jnp.bfloat16),)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
-def _product_backward(form, narrow, kept, dz):
+def _product_forward(form, exact, a, b):
+    return _product(form, exact, a, b), (a, b)
+
+
+def _product_backward(form, exact, kept, dz):
     a, b = kept
+    known = lambda which, place: None if exact is None else place if which in exact else ""
     if form == "nn":
-        return _product("nt", narrow, dz, b), _product("tn", narrow, a, dz)
+        return _product("nt", known("b", "b"), dz, b), _product("tn", known("a", "a"), a, dz)
     if form == "nt":
-        return _product("nn", narrow, dz, b), _product("tn", narrow, dz, a)
-    return _product("nt", narrow, b, dz), _product("nn", narrow, a, dz)
+        return _product("nn", known("b", "b"), dz, b), _product("tn", known("a", "b"), dz, a)
+    return _product("nt", known("b", "a"), b, dz), _product("nn", known("a", "a"), a, dz)
 
 
 _product.defvjp(_product_forward, _product_backward)

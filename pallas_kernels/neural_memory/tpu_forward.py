@@ -12,6 +12,7 @@ from pallas_kernels.neural_memory.tpu_blocks import (
     Layout,
     begun,
     cuts_spec,
+    estimate,
     gates_spec,
     get,
     kept_specs,
@@ -25,7 +26,7 @@ from pallas_kernels.neural_memory.tpu_blocks import (
 from pallas_kernels.neural_memory.tpu_chunk import read_and_write
 
 
-def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, cost):
+def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, keep: bool):
     """Reads and writes all tokens.
 
     Args:
@@ -35,13 +36,13 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, cos
         q, k, v: `[b t h*x]`, of whole spans.
         gates: alpha, eta, theta in float32, `[b h n 3 c]`.
         cuts: None if form.aligned.
-        cost: for XLA.
+        keep: whether what the backward pass needs is wanted.
 
     Returns:
-        y `[b t h*v]`, the last (start, now, momentum), and the carry before each span,
-        `[b spans h x y]`.
+        y `[b t h*v]`, the last (start, now, momentum), and the carry before each span but the
+        first, `[b spans-1 h x y]`; None if there is only one, or not to keep.
     """
-    at, by_span = (lambda i: i), (lambda i: i // form.span)
+    at, before = (lambda i: i), (lambda i: jnp.maximum(i // form.span - 1, 0))
     inputs = (q, k, v, gates, cuts, opening, carry)
     specs = (
         *(tokens_spec(form, x, at) for x in (q, k, v)),
@@ -52,12 +53,15 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, cos
     )
     new = jax.ShapeDtypeStruct
     last = jax.tree.map(lambda x: new(x.shape, x.dtype), (carry[-2], *carry[-2:]))
-    kept = jax.tree.map(lambda x: new((x.shape[0], form.spans, *x.shape[1:]), x.dtype), carry)
+    kept = None
+    if keep and form.spans > 1:
+        more = lambda x: new((x.shape[0], form.spans - 1, *x.shape[1:]), x.dtype)
+        kept = jax.tree.map(more, carry)
     results = (new(v.shape, v.dtype), last, kept)
     result_specs = (
         tokens_spec(form, v, at),
         state_specs(form, last, once=False),
-        kept_specs(form, kept, by_span),
+        kept_specs(form, kept, before),
     )
     given, tree = jax.tree.flatten(inputs)
     taken, result_tree = jax.tree.flatten(results)
@@ -71,7 +75,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, cos
         out_specs=jax.tree.leaves(result_specs),
         out_shape=taken,
         semantics=("parallel", "parallel", "arbitrary"),
-        cost=cost,
+        cost=estimate(form, inputs, results, backward=False),
     )(*given)
     return jax.tree.unflatten(result_tree, found)
 
@@ -86,9 +90,11 @@ def _body(form: Layout, tree, result_tree, *refs):
     def _():
         put(held, get(carry, ...), ...)
 
-    @pl.when(i % form.span == 0)
-    def _():
-        put(kept, get(held, slice(None)), slice(None), 0)
+    if kept is not None:
+
+        @pl.when((i > 0) & (i % form.span == 0))
+        def _():
+            put(kept, get(held, slice(None)), slice(None), 0)
 
     if form.aligned:
 

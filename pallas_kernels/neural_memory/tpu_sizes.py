@@ -1,0 +1,65 @@
+"""How the TPU kernels of neural_memory are cut, by sizes alone, and what they take on the chip."""
+
+from collections.abc import Mapping
+
+from pallas_kernels.core.tpu import LANES, SUBLANES, round_up
+from pallas_kernels.core.tpu_parts import most_room
+
+ROWS = 16  # of a bfloat16 register: blocks are multiples
+_MOST_BLOCKS = 16  # per state that is kept, with documents: three sets of weights make a state
+
+
+def heads_per_step(h: int, k: int, v: int) -> tuple[int, int]:
+    """Heads per step of the grid, so that their columns fill registers or are all there are; and
+    heads in all, some of them empty where the first does not divide h."""
+    heads = 1
+    while (heads * k) % LANES or (heads * v) % LANES:
+        heads *= 2
+    return (h, h) if heads >= h else (heads, round_up(h, heads))
+
+
+def sizes_of(
+    *, h: int, k: int, v: int, n: int, chunk: int, itemsize: int, layers: int, aligned: bool
+) -> dict[str, int]:
+    """What the choices below go by."""
+    heads, _ = heads_per_step(h, k, v)
+    block = round_up(chunk, ROWS)
+    return dict(
+        k=k, v=v, n=n, heads=heads, block=block, itemsize=itemsize, layers=layers, aligned=aligned
+    )
+
+
+def _tiles(rows: int, columns: int) -> int:
+    """Bytes of a float32 matrix in registers."""
+    return 4 * round_up(rows, SUBLANES) * round_up(columns, LANES)
+
+
+def _weights(sizes: Mapping[str, int]) -> int:
+    """Bytes of one set of weights of a step's heads."""
+    w_in = _tiles(sizes["k"], sizes["n"]) if sizes["layers"] == 2 else 0
+    return sizes["heads"] * (_tiles(sizes["v"], sizes["n"]) + w_in + _tiles(1, sizes["v"]))
+
+
+def room_for(sizes: Mapping[str, int], span: int) -> int:
+    """Bytes on chip of the blocks and scratch of the backward kernel, which takes the most."""
+    weights, heads, block = _weights(sizes), sizes["heads"], sizes["block"]
+    state = (2 if sizes["aligned"] else 3) * weights
+    # What each block begins with, what was kept (two copies), what the row begins with, gradients.
+    found = (span + 2 + 1 + 2) * state + 3 * weights
+    if not sizes["aligned"]:
+        found += (2 + 4) * weights + state  # openings, their gradients, the part that is at work
+    wide = round_up(heads * max(sizes["k"], sizes["v"]), LANES) * sizes["itemsize"]
+    tokens = 2 * (5 + 2 * span) * block * wide  # two copies; keys and values of all of the span
+    return found + tokens + 4 * heads * span * _tiles(3, block)
+
+
+def span_for(sizes: Mapping[str, int], device_kind: str | None) -> int:
+    """Blocks per state that is kept: so many that what is kept adds a fifth to what the forward
+    pass moves, or as many as fit."""
+    moved = 4 * sizes["block"] * max(sizes["k"], sizes["v"]) * sizes["itemsize"] * sizes["heads"]
+    span = -(-2 * _weights(sizes) * 5 // moved)
+    if not sizes["aligned"]:
+        span = min(span, _MOST_BLOCKS)
+    while span > 1 and room_for(sizes, span) > most_room(device_kind):
+        span -= 1
+    return span
