@@ -194,7 +194,7 @@ def _parallel(figure: Figure, found: Results) -> bool:
         for text, y in scale.ticks():
             axes.annotate(
                 text, (x, y), xytext=(-4, 0), textcoords="offset points", ha="right", va="center",
-                fontsize=8, color="#333",
+                fontsize=8, color="#333", bbox={"fc": "white", "ec": "none", "pad": 1},
             )  # fmt: skip
     labels = [name.rpartition(".")[2] if " if " not in name else name for name in names]
     axes.set_xticks(range(len(scales)), [*labels, found.metric])
@@ -260,7 +260,7 @@ class _Scale:
         self._texts = sorted({str(v) for v in known if isinstance(v, str | bool)})
         numbers = [float(v) for v in known if not isinstance(v, str | bool)]
         self._low, self._high = min(numbers, default=0.0), max(numbers, default=0.0)
-        self._log = self._low > 0 and self._high >= 20 * self._low
+        self._log = self._low > 0 and self._high >= 10 * self._low
         self._listed = sorted(set(numbers)) if len(set(numbers)) <= 6 else []
         if self._texts:
             self._texts += [f"{number:g}" for number in sorted(set(numbers))]

@@ -26,14 +26,14 @@ from seqzoo.sweep import sampler, storage
 from seqzoo.sweep.definition import Definition
 from seqzoo.sweep.settings import Settings
 from seqzoo.sweep.space import Space
-from seqzoo.train.folder import read_json
+from seqzoo.train.folder import read_json, read_status
 from seqzoo.train.lock import RunLock
 
 FOLDER = "sweeps"  # below the folder of runs
 _DEFINITION, _STOP = "definition", "stop"
 _FRESH_SECONDS = 60.0  # a lock that moved so lately has a living holder
-# A trial that died so often at the same step would die for ever.
-_MOST_STUCK = 5
+# A trial whose worker died so often at the same step would kill workers for ever.
+_MOST_DEATHS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +104,17 @@ class Claimed:
     def lags(self) -> bool:
         """Whether the pruner would end it here."""
         return self.study.patience(self.trial.should_prune)
+
+    def leave(self) -> None:
+        """Goes, having saved: no sign that the trial is at fault."""
+        self.note(deaths=[])
+
+    def fail(self, why: str) -> None:
+        """Puts the trial aside until `resume`; ends the study where too many are."""
+        self.note(failure=why[:2000], deaths=[])
+        most = self.study.definition.sweep.max_failures
+        if self.study.too_many_failures():
+            self.study.stop(f"more than {most} trials failed (sweep.max_failures)")
 
     def tell(self, value: float | None) -> None:
         """Ends the trial: with its value, or None = pruned."""
@@ -257,7 +268,7 @@ class Study:
             return self._ask()
         return None
 
-    def leave(self, claimed: Claimed, seconds: float = 5.0) -> None:
+    def skip(self, claimed: Claimed, seconds: float = 5.0) -> None:
         """Does not look at a trial again for a while: somebody works in its run folder."""
         self._busy[claimed.number] = time.monotonic() + seconds
 
@@ -318,7 +329,6 @@ class Study:
         for frozen in self.trials():
             if frozen.state == TrialState.RUNNING and frozen.user_attrs.get("failure"):
                 trial = Trial(self.optuna, frozen._trial_id)
-                self.patience(trial.set_user_attr, "stuck", [])
                 self.patience(trial.set_user_attr, "failure", "")
 
     def _ask(self) -> Claimed | None:
@@ -354,12 +364,15 @@ class Study:
             claimed = Claimed(self, trial, frozen, lock)
             starts = claimed.attrs.get("starts", 0) + 1
             claimed.note(place=self.definition.place, starts=starts)
-            step = max(frozen.intermediate_values, default=0)
-            before, times = claimed.attrs.get("stuck") or (step, 0)
-            times = times + 1 if before == step else 1
-            claimed.note(stuck=[step, times])
-            if times > _MOST_STUCK:
-                claimed.note(failure=f"its worker died {_MOST_STUCK} times after step {step}")
+            step = sum(
+                read_status(self.path / name).get("step") or 0
+                for name in claimed.attrs.get("runs", [])
+            )
+            before, deaths = claimed.attrs.get("deaths") or (None, 0)
+            deaths = deaths + 1 if before == step else 0
+            claimed.note(deaths=[step, deaths])
+            if deaths >= _MOST_DEATHS:
+                claimed.fail(f"its worker died {deaths} times at step {step}")
                 lock.release()
                 return None
         except BaseException:

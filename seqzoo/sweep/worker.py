@@ -83,27 +83,25 @@ def _one(
     try:
         told = run(study, claimed)
     except Preempted as error:
+        claimed.leave()
         raise Stopped(f"trial {claimed.number}: {error}") from error
     except StorageError:
         raise
     except LockedError as error:
         say(f"trial {claimed.number} waits: {error}")
-        study.leave(claimed)
+        study.skip(claimed)
     except SeqzooError as error:
-        _failed(study, claimed, str(error), say)
+        _failed(claimed, str(error), say)
     except Exception as error:
         traceback.print_exc()
-        _failed(study, claimed, f"{type(error).__name__}: {error}", say)
+        _failed(claimed, f"{type(error).__name__}: {error}", say)
     else:
         say(f"trial {claimed.number}: {told}")
 
 
-def _failed(study: Study, claimed: Claimed, error: str, say: Callable[[str], None]) -> None:
-    """Puts a trial aside; `resume` goes on with it."""
-    claimed.note(failure=error[:2000])
+def _failed(claimed: Claimed, error: str, say: Callable[[str], None]) -> None:
     say(f"trial {claimed.number} failed: {error}")
-    if study.too_many_failures():
-        study.stop(f"more than {study.definition.sweep.max_failures} trials failed")
+    claimed.fail(error)
 
 
 class _Ear:

@@ -43,8 +43,11 @@ SPACE = (
     "optimizer.weight_decay=0,0.1",
     "data.seed=range(0,3)",
 )
-_PAUSE = (3.0, 9.0)  # seconds between two kills
+# A kill waits until its victim says that it does one of these, and a random moment longer.
+PHASES = {"compile": 2.0, "train": 1.5, "save": 0.05, "eval": 0.05}
+_POOL = 0.2  # so many of the kills hit the pool
 _DOWN = 12.0  # seconds without a database
+_RARE = 20.0  # seconds after which a kill takes whatever phase comes
 _PATIENCE = 1800.0
 
 
@@ -70,6 +73,9 @@ class Sweep:
     def __init__(self, root: pathlib.Path, words: list[str], cache: pathlib.Path):
         self.root, self.words = root, words
         self._env = {**os.environ, "JAX_PLATFORMS": "cpu", "SEQZOO_CACHE": str(cache)}
+        self._phases = root.with_suffix(".phases")
+        self._phases.touch()
+        self._env["SEQZOO_PHASE_FILE"] = str(self._phases)
         self._pool: subprocess.Popen | None = None
 
     @property
@@ -100,8 +106,9 @@ class Sweep:
         for number in range(attack.kills):
             if number == restart_at:
                 self._restart(attack)
-            time.sleep(moments.uniform(*_PAUSE))
-            self._kill(attack, moments)
+            if not self._kill(attack, moments):
+                attack.done.append(f"{number} kills: the sweep came to its end before")
+                break
         while True:
             assert self._pool is not None and time.monotonic() < end, "it does not come to its end"
             code = self._pool.wait()
@@ -111,28 +118,44 @@ class Sweep:
             assert code in (75, -signal.SIGKILL), f"exit {code}: see {self.root}.log"
             self.start()
 
-    def _kill(self, attack: Attack, moments: random.Random) -> None:
+    def _kill(self, attack: Attack, moments: random.Random) -> bool:
         """Kills a worker, or now and then the pool, which the same command starts again."""
         assert self._pool is not None
-        if self._pool.poll() is not None:
-            attack.done.append(f"kill {len(attack.done) + 1}: the sweep is over already")
-            return
-        workers = children(self._pool.pid)
-        while not workers:
-            assert self._pool.poll() is None, f"the pool ended: see {self.root}.log"
-            time.sleep(0.1)
-            workers = children(self._pool.pid)
-        if moments.random() < 0.2:
-            attack.done.append(f"pool {self._pool.pid}")
+        phase = moments.choice(list(PHASES))
+        wait, hits_pool = moments.uniform(0, PHASES[phase]), moments.random() < _POOL
+        victim = self._wait_for(phase)
+        if victim is None:
+            return False
+        time.sleep(wait)
+        if hits_pool:
             self._pool.kill()
             self._pool.wait()
             self.start()
         else:
-            victim = moments.choice(workers)
-            attack.done.append(f"worker {victim}")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
+        attack.done.append(f"{'pool' if hits_pool else 'worker'} in {phase}")
         print(f"  killed {attack.done[-1]}", flush=True)
+        return True
+
+    def _wait_for(self, phase: str) -> int | None:
+        """A worker that begins a phase now; None = the sweep is over."""
+        assert self._pool is not None
+        said = self._phases.stat().st_size
+        began = time.monotonic()
+        while time.monotonic() - began < _PATIENCE:
+            if self._pool.poll() is not None:
+                return None
+            rare = time.monotonic() - began > _RARE  # workers that live long compile no more
+            with open(self._phases, encoding="utf-8") as file:
+                file.seek(said)
+                *lines, _ = file.read().split("\n")
+            for line in lines:
+                pid, name, *_ = line.split()
+                if (name == phase or rare) and int(pid) in children(self._pool.pid):
+                    return int(pid)
+            time.sleep(0.005)
+        raise AssertionError(f"no worker came to {phase}: see {self.root}.log")
 
     def _restart(self, attack: Attack) -> None:
         assert attack.restart is not None
