@@ -4,6 +4,7 @@ An operator has forms by name, modules with
 
     run(*arrays, config, **options) -> results       its own jax.custom_vjp inside
     refuses(shapes, device_kind) -> reason or None
+    refuses_options(shapes, device_kind, **options) -> reason or None      if it serves not all
 
 `implementation=None` takes the best form that serves the call on the platform it is lowered for; a
 name takes exactly that form, or says why not. Kernels are traced where the device is theirs; a
@@ -110,7 +111,8 @@ def call(
         forms: its forms by name.
         arrays: pytree arguments of `run`; optional ones are made concrete or None beforehand.
         implementation: None = the best, else a name.
-        config: tile sizes, `interpret`, `device_kind`; None = the form's own choice.
+        config: tile sizes, `interpret`, `device_kind`; None = the form's own choice. Where nobody
+            names a form, the configuration of one is for that one alone.
         **options: static keywords of `run`.
 
     Raises:
@@ -124,15 +126,16 @@ def call(
     kind = device_kind(config)
     if _RECORD.value is not None:
         _RECORD.value.reasons = {
-            form: _why_not(forms[form], form, shapes, kind, config) for form in forms
+            form: _why_not(forms[form], form, shapes, kind, config, options) for form in forms
         }
 
     def bound(form: str) -> Callable:
-        return functools.partial(forms[form].run, config=config, **options)
+        theirs = name is None and _is_of_another(config, form, forms)
+        return functools.partial(forms[form].run, config=None if theirs else config, **options)
 
     with jax.named_scope(op):
         if name is not None:
-            reason = _why_not(forms[_known(name)], name, shapes, kind, config)
+            reason = _why_not(forms[_known(name)], name, shapes, kind, config, options)
             if reason:
                 raise NotImplementedError(
                     f"{op}: implementation='{name}' is refused: {reason}; "
@@ -141,7 +144,7 @@ def call(
             return bound(name)(*arrays)
         branches: dict[str, Callable] = {}
         for kernel, platform in KERNELS.items():
-            reason = _why_no_kernel(forms[kernel], platform, shapes, kind)
+            reason = _why_no_kernel(forms[kernel], platform, shapes, kind, options)
             if reason:
                 _LOG.debug("%s: %s does not serve this call: %s", op, kernel, reason)
             else:
@@ -172,26 +175,43 @@ def explain(op: Callable, *arguments: Any, **keywords: Any) -> Reasons:
     return record.reasons
 
 
-def _why_not(form: Form, name: str, shapes: Any, kind: str, config: Any) -> str | None:
+def _is_of_another(config: Any, form: str, forms: Mapping[str, Form]) -> bool:
+    """Whether a configuration was written for another form than this one."""
+    module = type(config).__module__
+    of = [name for name in forms if getattr(forms[name], "__name__", None) == module]
+    return bool(of) and form not in of
+
+
+def _why_not(
+    form: Form, name: str, shapes: Any, kind: str, config: Any, options: Mapping[str, Any]
+) -> str | None:
     platform = KERNELS.get(name)
     if platform is None:
-        return form.refuses(shapes, kind)
+        return _refusal(form, shapes, kind, options)
     if getattr(config, "interpret", False):
-        return form.refuses(shapes, config.device_kind or INTERPRETED_AS[platform])
-    return _why_no_kernel(form, platform, shapes, kind)
+        return _refusal(form, shapes, config.device_kind or INTERPRETED_AS[platform], options)
+    return _why_no_kernel(form, platform, shapes, kind, options)
 
 
-def _why_no_kernel(form: Form, platform: str, shapes: Any, kind: str) -> str | None:
+def _why_no_kernel(
+    form: Form, platform: str, shapes: Any, kind: str, options: Mapping[str, Any]
+) -> str | None:
     """Why a kernel is no use here: its own reason, else that the device is another one.
 
     A kernel is traced for its own devices only: a CPU's programs would trace every one in vain.
     """
     if platform_of(kind) == platform:
-        return form.refuses(shapes, kind)
-    return form.refuses(shapes, INTERPRETED_AS[platform]) or (
+        return _refusal(form, shapes, kind, options)
+    return _refusal(form, shapes, INTERPRETED_AS[platform], options) or (
         f"it needs a {platform} device and this is a {kind}; config.interpret runs it anyway, and "
         "inside dispatch.compiling_for(KIND) it compiles for another device"
     )
+
+
+def _refusal(form: Form, shapes: Any, kind: str, options: Mapping[str, Any]) -> str | None:
+    reason = form.refuses(shapes, kind)
+    more = getattr(form, "refuses_options", None)
+    return reason or (more(shapes, kind, **options) if more else None)
 
 
 def platform_of(kind: str) -> str:

@@ -19,17 +19,28 @@ def room(device_kind: str | None) -> int:
     return int(_SHARE * generation(device_kind).scoped_vmem)
 
 
-def most_room(device_kind: str | None) -> int:
-    """Bytes of blocks and scratch that fit under a raised limit."""
-    return int(_SHARE * _MOST * generation(device_kind).vmem)
+def most_room(device_kind: str | None, share: float = _SHARE) -> int:
+    """Bytes of blocks and scratch that fit under a raised limit.
+
+    Args:
+        device_kind: jax's name of the device.
+        share: of the limit that they take.
+    """
+    return int(share * _MOST * generation(device_kind).vmem)
 
 
-def limit_for(need: int, device_kind: str | None) -> int | None:
-    """The limit that a kernel with so many bytes of blocks and scratch asks for; None = default."""
-    if need <= room(device_kind):
+def limit_for(need: int, device_kind: str | None, share: float = _SHARE) -> int | None:
+    """The limit that a kernel with so many bytes of blocks and scratch asks for; None = default.
+
+    Args:
+        need: bytes.
+        device_kind: jax's name of the device.
+        share: of the limit that they take.
+    """
+    if need <= share * generation(device_kind).scoped_vmem:
         return None
     most = int(_MOST * generation(device_kind).vmem)
-    return min(round_up(int(need / _SHARE), 4 * MIB), most)
+    return min(round_up(int(need / share), 4 * MIB), most)
 
 
 def dot(x: jax.Array, y: jax.Array, contracted: tuple[int, int] = (1, 0)) -> jax.Array:

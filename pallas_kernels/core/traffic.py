@@ -135,7 +135,7 @@ class _Scope:
                 return self.flatten(getattr(inner, "jaxpr", inner), consts, inputs)
         if name == "platform_index":
             return [_literal(equation.outvars[0].aval)]
-        if _is_free(equation):
+        if _is_free(equation) and all(v.known is None for v in inputs):  # else numbers change shape
             return inputs[: len(equation.outvars)]
         kind = "sum" if name.startswith(("reduce_", "arg")) else "fused"
         kind = "alone" if name in _ALONE else kind

@@ -47,6 +47,26 @@ SPECS = (
     spec("one_tap", dilations=(1, 7), w=1),
     spec("symmetric", dilations=(1, 3), w=5, symmetric=True),
     spec("symmetric_linear", dilations=(2, 1), w=3, symmetric=True, activation="linear"),
+    # TCNCA on enwik8: rows of four chunks, and the longest that the abstract times.
+    spec(
+        "tcnca_enwik8",
+        dilations=(1, 16, 256),
+        w=16,
+        sizes=dict(b=2, t=8192, e=512),
+        tags={"tpu", "primary"},
+    ),
+    spec(
+        "tcnca_131k", dilations=(1, 16, 256), w=16, sizes=dict(b=1, t=131_072, e=128), tags={"tpu"}
+    ),
+    # A symmetric stack of LRA's text: 17 taps.
+    spec(
+        "tcnca_text",
+        dilations=(1, 17, 289),
+        w=17,
+        sizes=dict(b=2, t=4096, e=128),
+        tags={"tpu"},
+        symmetric=True,
+    ),
     spec("issue", dilations=(1, 16, 256), w=16, sizes=dict(b=1, t=16_384, e=128), tags={"bench"}),
 )
 
