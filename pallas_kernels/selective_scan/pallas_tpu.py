@@ -6,6 +6,7 @@ blocks and bytes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -101,20 +102,14 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     n = A.shape[1]
     sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
     config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
-    how = How(delta_softplus, _chunk(t, config.chunk), config)
-    tokens, channels, states = (
-        tpu.round_up(t, how.chunk),
-        tpu.round_up(tpu.round_up(e, config.channels), config.channels_backward),
-        tpu.round_up(n, tpu.SUBLANES),
-    )
+    how = How(delta_softplus, e, _chunk(t, config.chunk), config)
+    tokens, states = tpu.round_up(t, how.chunk), tpu.round_up(n, tpu.SUBLANES)
+    channels = tpu.round_up(e, math.lcm(config.channels, config.channels_backward))
     reset = valid = None
     if segment_ids is not None:
         reset, valid, last_id = boundaries(segment_ids, last_id)
     elif tokens > t:
         valid = jnp.ones((b, t), bool)
-
-    def by_token(x):  # [b t e]
-        return None if x is None else tpu.pad_to(tpu.pad_to(x, 1, tokens), 2, channels)
 
     def by_lane(x):  # [b n t] of B and C; [b 1 t] of flags
         return tpu.pad_to(x, 2, tpu.round_up(tokens, tpu.LANES))
@@ -130,7 +125,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
         return tpu.pad_to(tpu.pad_to(jnp.swapaxes(x, -1, -2), -1, channels), -2, states)
 
     arrays = dict(
-        **dict(u=by_token(u), delta=by_token(delta), z=by_token(z), B=along(B), C=along(C)),
+        **dict(u=u, delta=delta, z=z, B=along(B), C=along(C)),
         **dict(A=state(A.astype(F32)), D=by_channel(D), bias=by_channel(delta_bias)),
         h=state(h),
     )
@@ -139,7 +134,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
         reset=None if reset is None else by_lane(reset.astype(jnp.int32)[:, None]),
     )
     y, last = _scan(_given(arrays), _given(flags), how)
-    return y[:, :t, :e], jnp.swapaxes(last, 1, 2)[:, :e, :n], last_id
+    return y, jnp.swapaxes(last, 1, 2)[:, :e, :n], last_id
 
 
 def _chunk(t: int, longest: int) -> int:

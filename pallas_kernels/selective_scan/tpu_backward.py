@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import LANES, SUBLANES, kernel_call
 from pallas_kernels.selective_scan import tpu_parts as parts
 from pallas_kernels.selective_scan.cost import cost
-from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Refs
+from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Part, Refs
 
 TOKEN_BY_TOKEN = ("u", "delta", "z")
 
@@ -32,8 +32,8 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
         D and bias `[b 8 e]`; over blocks of channels, B and C `[b blocks n t]`.
     """
     u, how = arrays["u"], how._replace(backward=True)
-    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.channels
-    steps, blocks = t // how.chunk, e // channels
+    (b, t, _), (n, e) = u.shape, arrays["A"].shape
+    steps, blocks = arrays["starts"].shape[1], e // how.channels
     specs = parts.block_specs(how, n, steps)
     tokens = {x: (specs["tokens"], u.shape, arrays[x].dtype) for x in TOKEN_BY_TOKEN if x in arrays}
     small = (specs["along_parts"], (b, blocks, n, arrays["B"].shape[2]), F32)
@@ -55,7 +55,7 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
         semantics=("parallel", "parallel", "arbitrary"),
         scratch_shapes=[
             dict(
-                lam=pltpu.VMEM((n, channels), F32),
+                lam=pltpu.VMEM((n, how.channels), F32),
                 **dict(B=columns, C=columns, dB=columns, dC=columns),
                 before=pltpu.VMEM((how.chunk, n, how.lanes), F32),
                 **dict(d=rows, g=rows, there=pltpu.VMEM((how.chunk, LANES), F32)),
@@ -68,6 +68,7 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
 def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
     step = pl.program_id(2)
     begin = (steps - 1 - step) % (LANES // how.chunk) * how.chunk
+    block = pl.program_id(1) * how.channels
 
     @pl.when(step == 0)
     def _():
@@ -84,14 +85,16 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
     groups = how.chunk // TOKENS
 
     def some_channels(k, carry):
-        here = pl.ds(pl.multiple_of(k * how.lanes, how.lanes), how.lanes)
+        part = Part(begin, block, lane=pl.multiple_of(k * how.lanes, how.lanes))
+        here = part.lanes(how)
 
         def again(i, h):
-            return _again(ins, outs, own, h, pl.multiple_of(i * TOKENS, TOKENS), here, begin, how)
+            first = pl.multiple_of(i * TOKENS, TOKENS)
+            return _again(ins, outs, own, h, part._replace(first=first), how)
 
         def back(i, carry):
             first = pl.multiple_of((groups - 1 - i) * TOKENS, TOKENS)
-            return _back(ins, outs, own, carry, first, here, begin, how)
+            return _back(ins, outs, own, carry, part._replace(first=first), how)
 
         h = jax.lax.fori_loop(0, groups, again, ins["starts"][:, here])
         lam, _, dA = jax.lax.fori_loop(0, groups, back, (own["lam"][:, here], h, jnp.zeros_like(h)))
@@ -108,11 +111,11 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         outs["h"][...] = own["lam"][...]
 
 
-def _again(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) -> jax.Array:
+def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Array:
     """Keeps states, step sizes and gradients before the gate of TOKENS tokens; writes z's."""
-    rows = pl.ds(first, TOKENS)
-    there = parts.there_of(ins, own["there"], rows, how.lanes)
-    d = parts.only(there, parts.step_sizes(ins, rows, here, how.softplus))
+    rows, here = part.rows, part.lanes(how)
+    there = parts.there_of(ins, own, part, how)
+    d = parts.only(there, parts.step_sizes(ins, part, how))
     u = parts.only(there, ins["u"][rows, here].astype(F32))
     g = parts.only(there, ins["dy"][rows, here].astype(F32))
     du, rates = d * u, ins["A"][:, here] * LOG2_E
@@ -121,7 +124,7 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) ->
     for j in range(TOKENS):
         states.append(h)
         B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
-        decay = parts.decays(d[j : j + 1], rates, ins, begin + first + j)
+        decay = parts.decays(d[j : j + 1], rates, ins, part, j)
         h = decay * h + du[j : j + 1] * B
         reads.append(parts.fold(h * C))
     own["before"][rows] = jnp.stack(states)
@@ -136,11 +139,11 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) ->
     return h
 
 
-def _back(ins: Refs, outs: Refs, own: Refs, carry, first, here, begin, how: How):
+def _back(ins: Refs, outs: Refs, own: Refs, carry, part: Part, how: How):
     """Walks back through TOKENS tokens, writing their gradients."""
     lam, h, dA = carry
-    rows = pl.ds(first, TOKENS)
-    there = parts.there_of(ins, own["there"], rows, how.lanes)
+    rows, here = part.rows, part.lanes(how)
+    there = parts.there_of(ins, own, part, how)
     u_of = lambda: parts.only(there, ins["u"][rows, here].astype(F32))
     d, g, rates = own["d"][rows, :], own["g"][rows, :], ins["A"][:, here] * LOG2_E
     du = d * u_of()
@@ -152,10 +155,10 @@ def _back(ins: Refs, outs: Refs, own: Refs, carry, first, here, begin, how: How)
             d_t, g_t, du_t = d[j : j + 1], g[j : j + 1], du[j : j + 1]
             B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
             lam = lam + g_t * C
-            own["dC"][first + j] += parts.fold_lanes(h * g_t)
-            own["dB"][first + j] += parts.fold_lanes(lam * du_t)
+            own["dC"][part.first + j] += parts.fold_lanes(h * g_t)
+            own["dB"][part.first + j] += parts.fold_lanes(lam * du_t)
             for_input.append(parts.fold(lam * B))
-            lam = lam * parts.decays(d_t, rates, ins, begin + first + j)
+            lam = lam * parts.decays(d_t, rates, ins, part, j)
             h = states[j]
             by_decay = lam * h  # lam_t times exp(d_t A) h_{t-1}
             dA = dA + by_decay * d_t
@@ -172,7 +175,7 @@ def _back(ins: Refs, outs: Refs, own: Refs, carry, first, here, begin, how: How)
         du = du + ins["D"][:, here] * g
         outs["D"][:, here] += parts.fold(g * u)
     if how.softplus:
-        ddelta = ddelta * jax.nn.sigmoid(parts.before_softplus(ins, rows, here))
+        ddelta = ddelta * jax.nn.sigmoid(parts.before_softplus(ins, part, how))
     ddelta = parts.only(there, ddelta)
     if "bias" in ins:
         outs["bias"][:, here] += parts.fold(ddelta)

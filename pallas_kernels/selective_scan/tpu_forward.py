@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import LANES, kernel_call
 from pallas_kernels.selective_scan import tpu_parts as parts
 from pallas_kernels.selective_scan.cost import cost
-from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Refs
+from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Part, Refs
 
 
 def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, jax.Array]:
@@ -18,16 +18,17 @@ def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, 
     Args:
         arrays: u, delta `[b t e]`, A `[n e]`, B, C `[b n t]`, h `[b n e]`; where they are given
             z `[b t e]`, D, bias `[1 e]`, valid (0 at padding) and reset (1 where a document
-            begins) `[b 1 t]`. t is a multiple of the chunk, for those with t last of 128.
+            begins) `[b 1 t]`. In u, delta, z, t and e may be any; else those are padded, e to
+            blocks of channels, t last to 128.
         how: settings.
         save: whether the backward pass will want the states at the starts of chunks.
 
     Returns:
-        y `[b t e]`, the last state h `[b n e]`, and starts `[b t/chunk n e]`.
+        y `[b t e]`, the last state h `[b n e]`, and if `save` starts `[b t/chunk n e]`.
     """
     u = arrays["u"]
-    (b, t, e), n, channels = u.shape, arrays["A"].shape[0], how.channels
-    steps = t // how.chunk
+    (b, t, _), (n, e) = u.shape, arrays["A"].shape
+    steps = -(-t // how.chunk)
     specs = parts.block_specs(how, n, steps)
     outputs = dict(
         y=(specs["tokens"], jax.ShapeDtypeStruct(u.shape, u.dtype)),
@@ -42,14 +43,14 @@ def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, 
         functools.partial(_body, how=how, steps=steps),
         name="selective_scan_forward",
         config=how.config,
-        grid=(b, e // channels, steps),
+        grid=(b, e // how.channels, steps),
         in_specs=[{name: specs[KINDS[name]] for name in arrays}],
         out_specs={name: spec for name, (spec, _) in outputs.items()},
         out_shape={name: shape for name, (_, shape) in outputs.items()},
         semantics=("parallel", "parallel", "arbitrary"),
         scratch_shapes=[
             dict(
-                h=pltpu.VMEM((n, channels), F32),
+                h=pltpu.VMEM((n, how.channels), F32),
                 **dict(B=columns, C=columns, there=pltpu.VMEM((how.chunk, LANES), F32)),
             )
         ],
@@ -59,7 +60,8 @@ def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, 
 
 def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
     step = pl.program_id(2)
-    begin = step % (LANES // how.chunk) * how.chunk  # of the chunk, in blocks along lanes
+    begin = step % (LANES // how.chunk) * how.chunk
+    block = pl.program_id(1) * how.channels
     state = own["h"]
 
     @pl.when(step == 0)
@@ -74,10 +76,12 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         parts.down(ins["valid"], own["there"], begin)
 
     def some_channels(k, carry):
-        here = pl.ds(pl.multiple_of(k * how.lanes, how.lanes), how.lanes)
+        part = Part(begin, block, lane=pl.multiple_of(k * how.lanes, how.lanes))
+        here = part.lanes(how)
 
         def some_tokens(i, h):
-            return _tokens(ins, outs, own, h, pl.multiple_of(i * TOKENS, TOKENS), here, begin, how)
+            first = pl.multiple_of(i * TOKENS, TOKENS)
+            return _tokens(ins, outs, own, h, part._replace(first=first), how)
 
         state[:, here] = jax.lax.fori_loop(0, how.chunk // TOKENS, some_tokens, state[:, here])
         return carry
@@ -89,18 +93,18 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         outs["h"][...] = state[...]
 
 
-def _tokens(ins: Refs, outs: Refs, own: Refs, h, first, here, begin, how: How) -> jax.Array:
+def _tokens(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Array:
     """Writes y of TOKENS tokens; gives the state after them."""
-    rows = pl.ds(first, TOKENS)
-    there = parts.there_of(ins, own["there"], rows, how.lanes)
-    d = parts.only(there, parts.step_sizes(ins, rows, here, how.softplus))
+    rows, here = part.rows, part.lanes(how)
+    there = parts.there_of(ins, own, part, how)
+    d = parts.only(there, parts.step_sizes(ins, part, how))
     u = parts.only(there, ins["u"][rows, here].astype(F32))
     du, rates = d * u, ins["A"][:, here] * LOG2_E
     Bs, Cs = own["B"][rows], own["C"][rows]
     reads = []
     for j in range(TOKENS):
         B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
-        decay = parts.decays(d[j : j + 1], rates, ins, begin + first + j)
+        decay = parts.decays(d[j : j + 1], rates, ins, part, j)
         h = decay * h + du[j : j + 1] * B
         reads.append(parts.fold(h * C))
     y = parts.rows_of_sums(reads)

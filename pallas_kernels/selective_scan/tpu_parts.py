@@ -33,12 +33,14 @@ class How(NamedTuple):
 
     Attributes:
         softplus: whether delta goes through softplus.
+        width: channels of the arrays; blocks may hang over their end.
         chunk: tokens per step of the grid.
         config: PallasTpuConfig.
         backward: which of its settings count.
     """
 
     softplus: bool
+    width: int
     chunk: int
     config: Any
     backward: bool = False
@@ -52,6 +54,29 @@ class How(NamedTuple):
     def channels(self) -> int:
         """Channels per step of the grid."""
         return self.config.channels_backward if self.backward else self.config.channels
+
+
+class Part(NamedTuple):
+    """Some tokens and channels of a step.
+
+    Attributes:
+        begin: of the chunk, in blocks with time along lanes.
+        block: first channel of the block.
+        lane: first channel, within the block.
+        first: first token, within the chunk.
+    """
+
+    begin: Any
+    block: Any
+    lane: Any = 0
+    first: Any = 0
+
+    @property
+    def rows(self) -> Any:
+        return pl.ds(self.first, TOKENS)
+
+    def lanes(self, how: How) -> Any:
+        return pl.ds(self.lane, how.lanes)
 
 
 def block_specs(how: How, n: int, steps: int) -> Refs:
@@ -162,24 +187,42 @@ def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if there is None else jnp.where(there, x, 0)
 
 
-def there_of(ins: Refs, there_ref: Any, rows: Any, lanes: int) -> jax.Array | None:
-    """Where tokens are, bool `[rows lanes]`; None = everywhere."""
-    return wide(there_ref[rows, :], lanes) > 0 if "valid" in ins else None
+def there_of(ins: Refs, own: Refs, part: Part, how: How) -> jax.Array | None:
+    """Where tokens and channels are, bool `[TOKENS e]`; None = everywhere."""
+    there = None
+    if "valid" in ins:
+        there = wide(own["there"][part.rows, :], how.lanes) > 0
+    if how.width % how.channels:
+        channel = jax.lax.broadcasted_iota(jnp.int32, (TOKENS, how.lanes), 1)
+        inside = channel < how.width - part.block - part.lane
+        there = inside if there is None else there & inside
+    return there
 
 
-def before_softplus(ins: Refs, rows: Any, here: Any) -> jax.Array:
+def before_softplus(ins: Refs, part: Part, how: How) -> jax.Array:
     """delta + delta_bias."""
-    x = ins["delta"][rows, here].astype(F32)
+    here = part.lanes(how)
+    x = ins["delta"][part.rows, here].astype(F32)
     return x + ins["bias"][:, here] if "bias" in ins else x
 
 
-def step_sizes(ins: Refs, rows: Any, here: Any, softplus: bool) -> jax.Array:
+def step_sizes(ins: Refs, part: Part, how: How) -> jax.Array:
     """Step sizes of some tokens and channels."""
-    x = before_softplus(ins, rows, here)
-    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))) if softplus else x
+    x = before_softplus(ins, part, how)
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x))) if how.softplus else x
 
 
-def decays(d: jax.Array, rates: jax.Array, ins: Refs, place: jax.Array) -> jax.Array:
-    """exp(d A) `[n e]` for a row d `[1 e]` and rates = A LOG2_E; 0 where a document begins."""
+def decays(d: jax.Array, rates: jax.Array, ins: Refs, part: Part, j: int) -> jax.Array:
+    """exp(d A) `[n e]` of token j; 0 where a document begins.
+
+    Args:
+        d: its step sizes `[1 e]`.
+        rates: A LOG2_E.
+        ins: the inputs.
+        part: which tokens.
+        j: which of them.
+    """
     decay = jnp.exp2(d * rates)
-    return jnp.where(ins["reset"][0, place] != 0, 0.0, decay) if "reset" in ins else decay
+    if "reset" not in ins:
+        return decay
+    return jnp.where(ins["reset"][0, part.begin + part.first + j] != 0, 0.0, decay)
