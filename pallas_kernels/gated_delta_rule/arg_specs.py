@@ -69,6 +69,26 @@ SPECS = (
             ("mom_340m", 1, 2048, 4, 256, 256),
         )
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py). MoM has the same heads at 340M and at
+    # 1.3B; its 2,048 tokens take 6,464 slots of memories.
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, h=h, k=256, v=v),
+            draw=draw,
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, h, v, more in (
+            ("mom_1_3b", 2048, 4, 256, {"primary"}),
+            ("mom_1_3b_slots", 6464, 4, 256, ()),
+            ("mom_1_3b_8k", 8192, 4, 256, ()),
+            ("mom_1_3b_8k_f32", 8192, 4, 256, ()),
+            ("gated_deltanet_340m", 2048, 3, 512, ()),
+            ("gated_deltanet_340m_8k", 8192, 3, 512, ()),
+            ("gated_deltanet_1_3b", 2048, 6, 512, ()),
+            ("gated_deltanet_1_3b_8k", 8192, 6, 512, ()),
+        )
+    ),
 )
 
 

@@ -26,29 +26,61 @@ from pallas_kernels.gated_delta_rule.tpu_tile import (
     dot,
     dot_across,
     dot_down,
+    interpreted,
 )
 
 DSUM, DBETA = range(2)  # rows of the gradients by the numbers per token
 
 
 class Grads(NamedTuple):
-    """References to gradients of a tile; README.md says what the letters are.
+    """References to gradients on their way; README.md says what the letters are.
 
     Attributes:
-        solved: T^T of the tile, `[128 128]`.
         states: S before each chunk of the span, `[chunks k v]`.
-        keys: by diag(beta f) K, `[128 k]` float32.
+        solved: T^T of a tile, `[128 128]`.
+        keys: by diag(beta f) K of a tile, `[128 k]` float32.
         queries: by diag(scale f) Q, the same.
-        ends: by diag(d) K, the same.
-        last: what is added to the sums at the last token of each chunk, `[8 128]`, in all rows.
+        ends: d times that by diag(d) K, the same.
+        met: of a chunk, by B V and by y: what meets its state, `[2 chunk v]`.
+        back: what takes its state's gradient back, beside W and Q, the same.
+        by_scores: by Q K^T of a tile, spread, `[128 128]`.
+        by_alike: by K K^T and its transposed, the same.
+        dsum: numbers whose sums along rows are what g's sums get, `[128 128]` float32.
+        dbeta: the same for beta.
+        last: what g's sums get beside it, `[1 128]` float32.
     """
 
-    solved: Any
     states: Any
+    solved: Any
     keys: Any
     queries: Any
     ends: Any
+    met: Any
+    back: Any
+    by_scores: Any
+    by_alike: Any
+    dsum: Any
+    dbeta: Any
     last: Any
+
+
+def _scratch(how: How, k: int, v: int, dtype: Any) -> Grads:
+    by_key, square = pltpu.VMEM((TILE, k), jnp.float32), pltpu.VMEM((TILE, TILE), dtype)
+    wide = pltpu.VMEM((TILE, TILE), jnp.float32)
+    return Grads(
+        states=pltpu.VMEM((how.span // how.chunk, k, v), dtype),
+        solved=square,
+        keys=by_key,
+        queries=by_key,
+        ends=by_key,
+        met=pltpu.VMEM((2 * how.chunk, v), dtype),
+        back=pltpu.VMEM((2 * how.chunk, v), dtype),
+        by_scores=square,
+        by_alike=square,
+        dsum=wide,
+        dbeta=wide,
+        last=pltpu.VMEM((1, TILE), jnp.float32),
+    )
 
 
 class Arrays(NamedTuple):
@@ -92,7 +124,6 @@ def backward(q, k, v, gates, s, starts, memory, dy, ds, how: How, *, cost):
     memories = memory is not None
     flat = lambda x: x.reshape(b, t, -1)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    by_key = pltpu.VMEM((TILE, width), jnp.float32)
     dq, dk, dv, dgates, ds = tpu.kernel_call(
         functools.partial(_body, how=how, memories=memories, spans=spans),
         name="gated_delta_rule_backward",
@@ -109,10 +140,7 @@ def backward(q, k, v, gates, s, starts, memory, dy, ds, how: How, *, cost):
         num_scalar_prefetch=int(memories),
         scratch_shapes=[
             pltpu.VMEM((width, values), jnp.float32),
-            pltpu.VMEM((TILE, TILE), k.dtype),
-            pltpu.VMEM((how.span // how.chunk, width, values), k.dtype),
-            *(by_key, by_key, by_key),
-            pltpu.VMEM((ROWS, TILE), jnp.float32),
+            *_scratch(how, width, values, k.dtype),
             *tpu_span.scratch(how, width, values, k.dtype, alike=True),
         ],
         cost=cost,
@@ -121,11 +149,16 @@ def backward(q, k, v, gates, s, starts, memory, dy, ds, how: How, *, cost):
 
 
 def _body(*refs, how: How, memories: bool, spans: int):
+    with interpreted(how.config.interpret):
+        _span(*refs, how=how, memories=memories, spans=spans)
+
+
+def _span(*refs, how: How, memories: bool, spans: int):
     memory, s, refs = (*refs[:2], refs[2:]) if memories else (None, None, refs)
     start, ds_after, *refs = refs
     given, results = Arrays(*refs[:5]), Results(*refs[5:9])
     ds, now, *refs = refs[9:]
-    grads, x = Grads(*refs[:6]), tpu_span.work(refs[6:], alike=True)
+    grads, x = Grads(*refs[:12]), tpu_span.work(refs[12:], alike=True)
     row, step = pl.program_id(0), spans - 1 - pl.program_id(2)
 
     def memory_of(place):
@@ -155,94 +188,134 @@ def _body(*refs, how: How, memories: bool, spans: int):
     def tile_back(n):
         i = how.tiles - 1 - n
         tile = tpu_span.tile_at(given.gates, i, how)
-        read = lambda ref: tpu_tile.read_tokens(ref, tile, how.masked)
-        _begin(tile, read(given.dy), grads, x, how)
+        _begin(tile, given, grads, x, how)
+
         for part in reversed(range(how.parts)):
             place = i * how.parts + part
-            _chunk_back(
-                tile, place, part, read, given, ds.at[0, memory_of(place), 0], grads, x, how
-            )
-        _finish(i, tile, read, given, grads, x, results, how)
+            _chunk_back(tile, place, part, given, ds.at[0, memory_of(place), 0], grads, x, how)
+        _pairs(tile, given, grads, x, how)
+        _tokens(i, tile, given, grads, x, results, how)
 
     tpu_span.over_tiles(tile_back, how)
 
 
-def _begin(tile: Tile, dy: jax.Array, grads: Grads, x: Work, how: How) -> None:
+def _begin(tile: Tile, given: Arrays, grads: Grads, x: Work, how: How) -> None:
     """What a tile needs before its states; in place of U there is what X gets of its tile's y."""
-    spread = lambda ref: tpu_tile.spread(ref[tile.packed, :], how.chunk)
-    grads.solved[...] = spread(x.pairs.solved).T.astype(dy.dtype)
-    x.values[tile.at, :] = dot_down(spread(x.scores).astype(dy.dtype), dy)
+    operand = given.k.dtype
+    spread = lambda ref: tile.spread(ref[tile.packed, :])
+    grads.solved[...] = spread(x.pairs.solved).T.astype(operand)
+    scores = spread(x.scores).astype(operand)
+    x.values[tile.at, :] = dot_down(scores, tile.read(given.dy, how.masked))
     grads.last[...] = jnp.zeros_like(grads.last)
 
 
-def _chunk_back(tile: Tile, place, part, read, given: Arrays, ds, grads: Grads, x: Work, how: How):
+def _chunk_back(tile: Tile, place, part, given: Arrays, ds, grads: Grads, x: Work, how: How):
     """Takes the gradient of the state `[k v]` back through a chunk."""
     c, operand = how.chunk, given.k.dtype
     own = slice(part * c, (part + 1) * c)
     own_at = tpu_tile.rows_of(tile.at, part * c, c)
-    columns = tpu_tile.columns_of(tile.rows)
+    columns = tile.columns
     start, end = columns[START][own], columns[END][own]
     through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
-    keys, dy = read(given.k)[own], read(given.dy)[own]
-    before, after = grads.states[place], ds[...]
+    seen = _seen(columns, own, how)
 
-    dx = x.values[own_at, :] + end * dot(keys, after.astype(operand))
-    dx = dx.astype(operand)
-    dvalues = dot(grads.solved[own, :], tpu_span.in_its_place(dx, part, how))
-    x.values[own_at, :] = dvalues
-    both = dot_across(jnp.concatenate([dvalues.astype(operand), dy]), before)
-    grads.keys[own, :] = -both[:c]
-    grads.queries[own, :] = both[c:]
-    ends = dot_across(x.written[own_at, :], after.astype(operand))
-    grads.ends[own, :] = ends
+    keys = seen(given.k[0, own_at, :])
+    for lane in tpu_span.lanes(ds.shape[1]):
+        dx = x.values[own_at, lane] + end * dot(keys, ds[:, lane].astype(operand))
+        dx = dx.astype(operand)
+        dvalues = dot(grads.solved[own, :], tpu_span.in_its_place(dx, part, how))
+        x.values[own_at, lane] = dvalues
+        dy = seen(given.dy[0, own_at, lane])
+        grads.met[:c, lane], grads.met[c:, lane] = dvalues.astype(operand), dy
+        grads.back[:c, lane] = -dx
+        grads.back[c:, lane] = (how.scale * start * dy.astype(jnp.float32)).astype(operand)
 
-    total = lambda x: jnp.sum(jnp.sum(x, axis=0, keepdims=True), axis=1, keepdims=True)
-    last = through * total(before.astype(jnp.float32) * after)
-    last = last + total(end * ends * keys.astype(jnp.float32))
-    lane = lax.broadcasted_iota(jnp.int32, (ROWS, TILE), 1)
-    grads.last[...] = jnp.where(lane == own.stop - 1, last, grads.last[...])
-    read_out = (how.scale * start * dy.astype(jnp.float32)).astype(operand)
-    met = x.met[pl.ds(pl.multiple_of(place * 2 * c, c), 2 * c), :]
-    ds[...] = through * after + dot_down(met, jnp.concatenate([-dx, read_out]))
+    def by_key(lane):
+        columns = tile.columns
+        end, seen = columns[END][own], _seen(columns, own, how)
+        rows, lane_at = tpu_span.lane_at(lane), tpu_span.lane_at(lane)
+        before = grads.states.at[place, rows, :]
+        both = dot_across(grads.met[...], before[...])
+        grads.keys[own, lane_at], grads.queries[own, lane_at] = -both[:c], both[c:]
+        ends = end * dot_across(x.written[own_at, :], ds[rows, :].astype(operand))
+        grads.ends[own, lane_at] = ends
+        last = ends * seen(given.k[0, own_at, lane_at]).astype(jnp.float32)
+        last = jnp.sum(last, axis=0, keepdims=True)
+        met = x.met[tpu_span.met_at(place, how), lane_at].T
+        for wide in tpu_span.lanes(ds.shape[1]):
+            after = ds[rows, wide]
+            kept = before[:, wide].astype(jnp.float32) * after
+            last = last + through * jnp.sum(kept, axis=0, keepdims=True)
+            ds[rows, wide] = through * after + dot(met, grads.back[:, wide])
+        at_end = lax.broadcasted_iota(jnp.int32, (1, TILE), 1) == own.stop - 1
+        grads.last[...] += jnp.where(at_end, jnp.sum(last, axis=1, keepdims=True), 0.0)
+
+    tpu_span.over_lanes(by_key, keys.shape[1])
 
 
-def _finish(i, tile: Tile, read, given: Arrays, grads: Grads, x: Work, to: Results, how: How):
-    """The gradients of a tile's arguments."""
-    c, operand = how.chunk, given.k.dtype
-    columns = tpu_tile.columns_of(tile.rows)
-    beta, start, end = columns[BETA], columns[START], columns[END]
+def _seen(columns, own, how: How):
+    """Sets what stands where there is no token to 0."""
+    if not how.masked:
+        return lambda x: x
+    valid = columns[tpu_tile.VALID][own] > 0
+    return lambda x: jnp.where(valid, x, jnp.zeros_like(x))
+
+
+def _pairs(tile: Tile, given: Arrays, grads: Grads, x: Work, how: How) -> None:
+    """What the tokens of a tile got through each other."""
+    operand = given.k.dtype
     packed = lambda ref: ref[tile.packed, :]
-    spread = lambda y: tpu_tile.spread(y, c)
+    # What was written: through T, whose gradient is dL = -T^T dT T^T.
     written = x.written[tile.at, :]
-    dvalues = x.values[tile.at, :]
+    dlower = -tile.pack(dot_across(x.values[tile.at, :].astype(operand), written))
+    rows, lanes = tile.places()
+    beta = tile.pack(tile.columns[BETA])
+    by_alike = jnp.where(rows > lanes, beta * dlower * packed(x.pairs.faded), 0.0)
+    by_alike = tile.spread(by_alike)
+    grads.by_alike[...] = (by_alike + by_alike.T).astype(operand)
+    grads.dbeta[...] = tile.spread(dlower * packed(x.pairs.alike))
+    # What was read.
+    dscores = tile.pack(dot_across(tile.read(given.dy, how.masked), written))
+    by_scores = tile.spread(how.scale * dscores * packed(x.pairs.faded))
+    grads.by_scores[...] = by_scores.astype(operand)
+    by_pairs = dscores * packed(x.scores) + dlower * packed(x.pairs.lower)
+    grads.dsum[...] = tile.spread(by_pairs)
+    grads.last[...] -= jnp.sum(by_pairs, axis=0, keepdims=True)
 
-    # What was written: through T, whose gradient is dL = -T^T dT T^T; what was read.
-    dlower = -tpu_tile.pack(dot_across(dvalues.astype(operand), written), c)
-    dscores = tpu_tile.pack(dot_across(read(given.dy), written), c)
-    by_alike = dlower * packed(x.pairs.alike)
-    by_lower = dlower * packed(x.pairs.lower)
-    by_read = dscores * packed(x.scores)
-    by_q = spread(how.scale * dscores * packed(x.pairs.faded)).astype(operand)
-    rows, lanes = tpu_tile.places(c)
-    by_k = jnp.where(rows > lanes, tpu_tile.pack(beta, c) * dlower * packed(x.pairs.faded), 0.0)
-    by_k = spread(by_k)
 
-    keys, queries = read(given.k), read(given.q)
-    dq = how.scale * start * grads.queries[...] + dot(by_q, keys)
-    to.dq[0, tile.at, :] = dq.astype(operand)
-    dk = dot_down(by_q, queries) + dot((by_k + by_k.T).astype(operand), keys)
-    dk = dk + beta * start * grads.keys[...] + end * grads.ends[...]
-    to.dk[0, tile.at, :] = dk.astype(operand)
-    to.dv[0, tile.at, :] = (beta * dvalues).astype(operand)
+def _tokens(i, tile: Tile, given: Arrays, grads: Grads, x: Work, to: Results, how: How) -> None:
+    """The gradients of a tile's arguments."""
+    operand = given.k.dtype
 
-    sums = lambda a, b: jnp.sum(a * b.astype(jnp.float32), axis=1, keepdims=True)
-    by_start = start * sums(grads.keys[...], keys)
-    dbeta = sums(dvalues, read(given.v)) + tpu_tile.sums_of_rows(by_alike, c) + by_start
-    dsum = tpu_tile.sums_of_rows(by_read + by_lower, c) + beta * by_start
-    dsum = dsum + how.scale * start * sums(grads.queries[...], queries)
-    dsum = dsum - end * sums(grads.ends[...], keys)
-    lane = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 1)
-    turned = jnp.where(lane == DSUM, dsum, jnp.where(lane == DBETA, dbeta, 0.0)).T[:ROWS]
+    def by_query(lane):
+        lane, start = tpu_span.lane_at(lane), tile.columns[START]
+        dq_start = how.scale * start * grads.queries[:, lane]
+        dq = dq_start + dot(grads.by_scores[...], tile.read(given.k, how.masked, lane))
+        to.dq[0, tile.at, lane] = dq.astype(operand)
+        grads.dsum[...] += dq_start * tile.read(given.q, how.masked, lane).astype(jnp.float32)
+
+    def by_key(lane):
+        lane, beta, start = tpu_span.lane_at(lane), tile.columns[BETA], tile.columns[START]
+        keys = tile.read(given.k, how.masked, lane)
+        dk = dot_down(grads.by_scores[...], tile.read(given.q, how.masked, lane))
+        dk = dk + dot(grads.by_alike[...], keys)
+        dk_start, dk_end = start * grads.keys[:, lane], grads.ends[:, lane]
+        to.dk[0, tile.at, lane] = (dk + beta * dk_start + dk_end).astype(operand)
+        keys = keys.astype(jnp.float32)
+        grads.dbeta[...] += dk_start * keys
+        grads.dsum[...] += (beta * dk_start - dk_end) * keys
+
+    def by_value(lane):
+        beta = tile.columns[BETA]
+        lane = tpu_span.lane_at(lane)
+        dvalues = x.values[tile.at, lane]
+        to.dv[0, tile.at, lane] = (beta * dvalues).astype(operand)
+        grads.dbeta[...] += dvalues * tile.read(given.v, how.masked, lane).astype(jnp.float32)
+
+    tpu_span.over_lanes(by_query, given.k.shape[2])
+    tpu_span.over_lanes(by_key, given.k.shape[2])
+    tpu_span.over_lanes(by_value, given.v.shape[2])
+    dsum, dbeta = (jnp.sum(x[...].T, axis=0, keepdims=True) for x in (grads.dsum, grads.dbeta))
     row = lax.broadcasted_iota(jnp.int32, (ROWS, TILE), 0)
-    more = grads.last[...] - jnp.sum(by_read + by_lower, axis=0, keepdims=True)
-    to.dgates[0, 0, i] = turned + jnp.where(row == DSUM, more, 0.0)
+    dbeta = jnp.where(row == DBETA, dbeta, 0.0)
+    to.dgates[0, 0, i] = jnp.where(row == DSUM, dsum + grads.last[...], dbeta)

@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.core import tpu
-from pallas_kernels.gated_delta_rule import tpu_span, tpu_tile
+from pallas_kernels.gated_delta_rule import tpu_span
 from pallas_kernels.gated_delta_rule.tpu_span import How
-from pallas_kernels.gated_delta_rule.tpu_tile import START, dot
+from pallas_kernels.gated_delta_rule.tpu_tile import START, dot, interpreted
 
 
 def forward(q, k, v, gates, s, memory, how: How, *, keep: bool, cost):
@@ -53,6 +52,11 @@ def forward(q, k, v, gates, s, memory, how: How, *, keep: bool, cost):
 
 
 def _body(*refs, how: How, memories: bool, keep: bool):
+    with interpreted(how.config.interpret):
+        _span(*refs, how=how, memories=memories, keep=keep)
+
+
+def _span(*refs, how: How, memories: bool, keep: bool):
     memory, refs = (refs[0], refs[1:]) if memories else (None, refs)
     gates, q, k, v, s_before, y, s, *refs = refs
     starts, refs = (refs[0], refs[1:]) if keep else (None, refs)
@@ -75,8 +79,8 @@ def _body(*refs, how: How, memories: bool, keep: bool):
 
     def read_out(i):
         tile = tpu_span.tile_at(gates, i, how)
-        start = how.scale * tpu_tile.columns_of(tile.rows)[START]
-        scores = tpu_tile.spread(x.scores[tile.packed, :], how.chunk).astype(k.dtype)
+        start = how.scale * tile.columns[START]
+        scores = tile.spread(x.scores[tile.packed, :]).astype(k.dtype)
         for n in range(0, v.shape[2], tpu.LANES):
             lane = slice(n, n + tpu.LANES)
             out = start * x.values[tile.at, lane] + dot(scores, x.written[tile.at, lane])

@@ -126,7 +126,7 @@ def tile_at(gates: Any, i: Any, how: How) -> Tile:
     """The i-th tile of a span."""
     at = pl.ds(pl.multiple_of(i * TILE, TILE), TILE)
     packed = pl.ds(pl.multiple_of(i * how.chunk, how.chunk), how.chunk)
-    return Tile(at, packed, gates[0, 0, i])
+    return Tile(at, packed, gates.at[0, 0, i], how.chunk)
 
 
 def over_tiles(stage: Callable[[Any], None], how: How) -> None:
@@ -140,36 +140,52 @@ def before_states(gates: Any, q: Any, k: Any, v: Any, to: Work, how: How) -> Non
 
     def inside(i):
         tile = tile_at(gates, i, how)
-        tpu_tile.inside(tile, tpu_tile.read_tokens(k, tile, how.masked), to.pairs, c)
+        tpu_tile.inside(tile, tile.read(k, how.masked), to.pairs)
 
     def through(i):
         tile = tile_at(gates, i, how)
-        read = lambda x: tpu_tile.read_tokens(x, tile, how.masked)
+        read = lambda x: tile.read(x, how.masked)
         beta, start = tile.rows[BETA : BETA + 1], tile.rows[START : START + 1]
         solved = to.pairs.solved[tile.packed, :] * beta
-        spread = lambda x: tpu_tile.spread(x, c).astype(operand)
+        spread = lambda x: tile.spread(x).astype(operand)
         to.values[tile.at, :] = dot(spread(solved), read(v))
         keys, queries = dot(spread(solved * start), read(k)).astype(operand), read(q)
         for part in range(how.parts):
             own = slice(part * c, (part + 1) * c)
-            to.met[met_at(i, part, how), :] = jnp.concatenate([keys[own], queries[own]])
+            both = jnp.concatenate([keys[own], queries[own]])
+            to.met[met_at(i * how.parts + part, how), :] = both
 
     def scores(i):
         tile = tile_at(gates, i, how)
-        queries, keys = (tpu_tile.read_tokens(x, tile, how.masked) for x in (q, k))
-        found = tpu_tile.pack(dot_across(queries, keys), c)
+        queries, keys = (tile.read(x, how.masked) for x in (q, k))
+        found = tile.pack(dot_across(queries, keys))
         to.scores[tile.packed, :] = how.scale * found * to.pairs.faded[tile.packed, :]
         to.turned[i] = keys.T
 
     over_tiles(inside, how)
-    over_tiles(lambda i: tpu_tile.solve(tile_at(gates, i, how), to.pairs, c), how)
+    over_tiles(lambda i: tpu_tile.solve(tile_at(gates, i, how), to.pairs), how)
     over_tiles(through, how)
     over_tiles(scores, how)
 
 
-def met_at(i: Any, part: int, how: How) -> Any:
-    """Where what meets the state before a chunk stands."""
-    return pl.ds(pl.multiple_of((i * how.parts + part) * 2 * how.chunk, how.chunk), 2 * how.chunk)
+def met_at(place: Any, how: How) -> Any:
+    """Where what meets the state before a chunk of the span stands."""
+    return pl.ds(pl.multiple_of(place * 2 * how.chunk, 2 * how.chunk), 2 * how.chunk)
+
+
+def lanes(width: int) -> list[Any]:
+    """The blocks of 128 lanes of a width."""
+    return [slice(n, n + tpu.LANES) for n in range(0, width, tpu.LANES)]
+
+
+def lane_at(n: Any) -> Any:
+    """The n-th block of 128 lanes, or rows."""
+    return pl.ds(pl.multiple_of(n * tpu.LANES, tpu.LANES), tpu.LANES)
+
+
+def over_lanes(stage: Callable[[Any], None], width: int) -> None:
+    """Calls `stage(n)` for each block of 128 lanes in a loop."""
+    lax.fori_loop(0, width // tpu.LANES, lambda n, _: stage(n) or 0, 0)
 
 
 def carry(gates: Any, state: Callable[[Any, Any], Any], to: Work, how: How, *, read: bool) -> None:
@@ -187,16 +203,16 @@ def carry(gates: Any, state: Callable[[Any, Any], Any], to: Work, how: How, *, r
     width = to.values.shape[1]
     rows = 2 * c if read else c
 
-    def chunk(i, tile, part, lanes):
+    def chunk(i, tile, part, blocks):
         own = slice(part * c, (part + 1) * c)
         own_at = tpu_tile.rows_of(tile.at, part * c, c)
-        refs = [state(i * how.parts + part, lane) for lane in lanes]
-        met = pl.ds(met_at(i, part, how).start, rows)
+        refs = [state(i * how.parts + part, lane) for lane in blocks]
+        met = pl.ds(met_at(i * how.parts + part, how).start, rows)
         both = [dot(to.met[met, :], ref[...].astype(operand)) for ref in refs]
         through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
-        end = tpu_tile.columns_of(tile.rows)[END][own]
+        end = tile.columns[END][own]
         ends = []
-        for x, lane in zip(both, lanes, strict=True):
+        for x, lane in zip(both, blocks, strict=True):
             written = to.values[own_at, lane] - x[:c]
             to.written[own_at, lane] = written.astype(operand)
             if read:
@@ -207,10 +223,10 @@ def carry(gates: Any, state: Callable[[Any, Any], Any], to: Work, how: How, *, r
 
     def one(i):
         tile = tile_at(gates, i, how)
-        lanes = [pl.ds(n, tpu.LANES) for n in range(0, width, tpu.LANES)]
-        for n in range(0, len(lanes), _SIDE):
+        blocks = lanes(width)
+        for n in range(0, len(blocks), _SIDE):
             for part in range(how.parts):
-                chunk(i, tile, part, lanes[n : n + _SIDE])
+                chunk(i, tile, part, blocks[n : n + _SIDE])
 
     over_tiles(one, how)
 
