@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
+from pallas_kernels.taylor_attention import xla
 from pallas_kernels.taylor_attention.tpu_backward import backward
 from pallas_kernels.taylor_attention.tpu_features import orders, rows_of
 from pallas_kernels.taylor_attention.tpu_forward import How, forward, product_dtype, state_rows
@@ -22,6 +23,7 @@ from pallas_kernels.taylor_attention.tpu_places import pack
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6
+_MOST = 0.8  # of the whole vector memory: what the limit is raised to
 _ROWS = 16  # of a bfloat16 register
 
 
@@ -58,19 +60,25 @@ class PallasTpuConfig(tpu.TpuConfig):
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasTpuConfig":
         """Blocks as long as the vector memory allows; of short sequences, several heads."""
-        room = _SHARE * tpu.generation(device_kind).scoped_vmem
-        k, v = (tpu.round_up(sizes[x], _ROWS) for x in "kv")
-        fits = lambda n: _bytes(k, v, n, sizes.get("itemsize", 4)) <= room
+        kind, itemsize = tpu.generation(device_kind), sizes.get("itemsize", 4)
+        need = lambda block: _bytes(sizes["k"], sizes["v"], block, itemsize)
         lengths = [cls.chunk * 2**n for n in range(5)]
-        longest = max((n for n in lengths if fits(n)), default=cls.chunk)
+        fit = [n for n in lengths if need(n) <= _SHARE * kind.scoped_vmem]
+        longest = max(fit, default=cls.chunk)
         n_blocks = -(-sizes["t"] // longest)  # of one length, with the least padding
         block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
         heads = [n for n in range(1, 5) if sizes["h"] % n == 0 and n * block <= longest]
-        return cls(block=block, heads=max(heads), device_kind=device_kind)
+        return cls(
+            block=block,
+            heads=max(heads, default=1),
+            vmem_limit_bytes=None if fit else int(need(block) / _SHARE),
+            device_kind=device_kind,
+        )
 
 
 def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
     """Of the vector memory that a head takes backward: arrays twice, scratch once, states."""
+    k, v = tpu.round_up(k, _ROWS), tpu.round_up(v, _ROWS)
     rows = state_rows(v)
     arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES)
     scratch = 4 * (2 * k + v) + 2 * rows * itemsize
@@ -79,13 +87,25 @@ def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """The reason against a call; see `taylor_attention`."""
-    del device_kind
-    return tpu.refuses_dtypes(shapes)
+    """Refuses dtypes, and states that the vector memory does not hold."""
+    q, k, v, *_ = shapes
+    if reason := tpu.refuses_dtypes(shapes):
+        return reason
+    itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
+    need = _bytes(q.shape[3], v.shape[3], PallasTpuConfig.chunk, itemsize)
+    if need > _SHARE * _MOST * tpu.generation(device_kind).vmem:
+        return f"a head's states and tokens take {need / tpu.MIB:.0f} MiB of vector memory"
+    return None
 
 
 def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
-    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id."""
+    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id.
+
+    A single token goes to xla's step: it is one pass over the state, and a kernel has no other.
+    """
+    if q.shape[1] == 1:
+        step, options = xla.XlaConfig(form="step"), dict(scale=scale, normalize=normalize, eps=eps)
+        return xla.run(q, k, v, kv, z, last_id, segment_ids, config=step, **options)
     (b, t, h, width), v_width = q.shape, v.shape[-1]
     itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
     sizes = dict(b=b, t=t, h=h, k=width, v=v_width, itemsize=itemsize)
