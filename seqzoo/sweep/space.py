@@ -223,7 +223,7 @@ class Space:
             words = tuple(self.words(point))
             if words not in done:
                 done.add(words)
-                hashes.add(run_hash(compose(words, config_dir=self.config_dir)))
+                hashes.add(_hash_of(words, self.config_dir))
             met |= {word.text for word in self.fixed if self._counts(word, point)}
         for name in (*(one.name for one in self.parameters), *(w.text for w in self.fixed)):
             if name not in met:
@@ -329,6 +329,11 @@ def _mixer(setting: str) -> str | None:
 @functools.lru_cache(maxsize=256)
 def _pattern_of(words: tuple[str, ...], config_dir: str | None) -> tuple[str, ...]:
     return tuple(compose(words, config_dir=config_dir)["model"].get("pattern") or ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _hash_of(words: tuple[str, ...], config_dir: str | None) -> str:
+    return run_hash(compose(words, config_dir=config_dir))
 
 
 def _rng(seed: int, number: int, attempt: int, name: str) -> np.random.Generator:

@@ -16,7 +16,7 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from seqzoo.errors import ConfigError, SeqzooError
 
@@ -93,12 +93,12 @@ def open_storage(url: str | None, folder: pathlib.Path) -> BaseStorage:
         # Connections that a restart of the server cut are noticed before they are used.
         options = {"pool_pre_ping": True, "connect_args": connect}
         return RDBStorage(_driver(url), engine_kwargs=options)
-    except ImportError as error:
+    except (ImportError, NoSuchModuleError) as error:
         raise ConfigError(
             f"sweep.storage={shown(url)}: its driver is not installed ({_first_line(error)}); for "
             "PostgreSQL pip install 'seqzoo[postgres]', or make install EXTRA=postgres"
         ) from error
-    except ValueError as error:  # optuna's and SQLAlchemy's words for a URL that is none
+    except (ValueError, ArgumentError) as error:  # a URL that is none
         raise ConfigError(f"sweep.storage={shown(url)}: {_first_line(error)}") from error
 
 

@@ -1,0 +1,76 @@
+"""Tiny sweeps: studies in a folder of the test, trials that end in a moment."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+from seqzoo.sweep import storage
+from seqzoo.sweep.settings import split
+from seqzoo.sweep.study import Study
+from seqzoo.train import programs
+
+TINY = (
+    "task=masked_answers",
+    "data=mqar",
+    "data.vocab_size=32",
+    "data.seq_len=16",
+    "data.num_kv_pairs=2",
+    "data.valid_samples=32",
+    "data.test_samples=32",
+    "model=transformer_small",
+    "model.d_model=8",
+    "model.n_layers=1",
+    "model.channel_mixer=null",
+    "mesh.data=1",
+    "schedule=constant",
+    "trainer.steps=12",
+    "trainer.global_batch_size=8",
+    "trainer.eval_every=4",
+    "trainer.save_every=4",
+    "trainer.log_every=3",
+    "logger.progress=none",
+    "logger.tensorboard=false",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_words():
+    """The words of a tiny run."""
+    return TINY
+
+
+@pytest.fixture
+def create(tmp_path):
+    """Creates a study of tiny runs: ``create("optimizer.lr=1e-3,3e-3", "sweep=grid")``."""
+
+    def make(*words: str) -> Study:
+        settings = split([*TINY, "sweep.patience_minutes=0.05", *words])
+        return Study.create(settings, root=tmp_path / "runs")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server, or a skip that says what is missing."""
+    place = pathlib.Path(__file__).parents[1] / "torture/postgres.py"
+    spec = importlib.util.spec_from_file_location("seqzoo_test_postgres", place)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    why = module.missing()
+    if why:
+        pytest.skip(f"PostgreSQL is not tested here: {why}")
+    with module.Postgres() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _a_place_of_its_own(tmp_path_factory):
+    """Neither the user's cache nor the user's database."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(programs.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        patch.delenv(storage.VARIABLE, raising=False)
+        yield
