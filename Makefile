@@ -23,7 +23,7 @@ ARGS ?=
 # Processes that share the tests; a test file stays in one.
 WORKERS ?= 2
 
-.PHONY: help install train test test-slow bench long-streams torture-resume frontier passkey titans-ablation docs check lint types libtpu check-tpu check-tpu-full check-tpu-table clean
+.PHONY: help install train test test-slow bench long-streams torture torture-resume frontier passkey titans-ablation docs check lint types libtpu check-tpu check-tpu-full check-tpu-table clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]' --constraint $(CONSTRAINTS)
 	@touch $@
 
-install: $(STAMP)  ## makes the environment (EXTRA=cuda12|cuda13|tpu|wandb|hf|slurm adds to it)
+install: $(STAMP)  ## makes the environment (EXTRA=cuda12|cuda13|tpu|wandb|hf|slurm|postgres adds to it)
 
 train: $(STAMP)  ## trains the default experiment to its target (ARGS="key=value ..." changes it)
 	$(BIN)/seqzoo train $(ARGS)
@@ -50,6 +50,9 @@ torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an u
 
 long-streams: $(STAMP)  ## a million tokens through four models, chunk by chunk, in under 2 GiB
 	$(BIN)/python tests/streams/long_streams.py $(ARGS)
+
+torture: $(STAMP)  ## sweeps under SIGKILLs and a restart of their database; nothing may be lost or doubled
+	$(BIN)/python tests/torture/sweep_torture.py $(ARGS)
 
 bench: $(STAMP)  ## measures the operators and the train loop on this machine
 	$(BIN)/seqzoo bench $(ARGS)
