@@ -1,5 +1,6 @@
 """Softmax attention with grouped queries and rotary positions: the baseline."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,10 @@ from flax import nnx
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
+from seqzoo.nn.ring_attention import full_attention
 from seqzoo.nn.rotary import count_positions, rotate
+from seqzoo.nn.sharded import sharded
+from seqzoo.nn.sharding import rows_are_cut
 
 _NO_STATE = "attention with causal=False sees later tokens: it reads whole sequences, stateless"
 
@@ -189,12 +193,10 @@ class Attention(nnx.Module):
 
     def _attend(self, q, k, v, segment_ids):
         """Attention of `[b t h k]` to keys and values `[b t g k]` of the same document."""
-        same = None
-        if segment_ids is not None:
-            same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=self.causal, mask=same, implementation=self.implementation
-        )
+        options = dict(causal=self.causal, implementation=self.implementation)
+        # GSPMD cuts rows and heads by itself; over tokens that are cut, keys go round in a ring.
+        attend = functools.partial(sharded, full_attention) if rows_are_cut() else full_attention
+        return attend(q, k, v, segment_ids=segment_ids, **options)
 
     def _out(self, y, valid):
         """Maps heads `[b t h k]` to `[b t d]`, 0 at padding."""

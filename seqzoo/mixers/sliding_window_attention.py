@@ -172,7 +172,7 @@ class SlidingWindowAttention(nnx.Module):
     def _check_mesh(self) -> None:
         """Query heads and key-value heads that belong together must lie on the same device."""
         mesh = mesh_in_force()
-        if mesh is None or self.n_heads == self.n_kv_heads:
+        if mesh is None or self.n_kv_heads in (1, self.n_heads):  # one serves all wherever they are
             return
         queries = spec_of(("heads",), (self.n_heads,), mesh, what="queries")
         keys = spec_of(("kv_heads",), (self.n_kv_heads,), mesh, what="keys")

@@ -1,34 +1,21 @@
 """MEGA's exponential moving average along time."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.core.segments import boundaries
 from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.long_conv.xla import XlaConfig
 from seqzoo.nn.checks import at_least
-from seqzoo.nn.ema_scan import Rates, ema_scan, kernel
+from seqzoo.nn.ema_scan import EMAState, Rates, kernel, moving_average
 from seqzoo.nn.param import param
 from seqzoo.nn.sharded import sharded
 
 FORMS = ("chunk", "fft", "monarch")
 # A decay of 0 has no logarithm; this one forgets within a token.
 _LEAST_DECAY = 2.0**-23
-
-
-class EMAState(NamedTuple):
-    """What a moving average keeps of everything it has read.
-
-    Attributes:
-        h: `[b d n]` float32, the components of every channel.
-        last_id: int32 `[b]`, id of the document they are of; 0 = none yet, or not tracked.
-    """
-
-    h: jax.Array
-    last_id: jax.Array
 
 
 class EMA(nnx.Module):
@@ -164,17 +151,12 @@ class EMA(nnx.Module):
 
     def _average(self, x, segment_ids, state):
         """What never forgets altogether, causal: `[b t d]` and its state."""
-        h, last_id = (None, None) if state is None else state
         # Of a fresh row, "fft" and "monarch" take the state alone from here; unused, it is not
         # computed.
-        y, after = self._scan(x, self.rates(), h, last_id, segment_ids)
+        y, after = self._scan(x, self.rates(), state, segment_ids)
         if state is None and self.form != "chunk":
             y, _ = self._convolve(x, segment_ids, None, None)
-        if last_id is None:
-            last_id = jnp.zeros(x.shape[:1], jnp.int32)
-        if segment_ids is not None:
-            _, _, last_id = boundaries(segment_ids, last_id)
-        return y, EMAState(after, last_id)
+        return y, after
 
     def _both_ways(self, x, segment_ids):
         t, past, future = x.shape[1], self.rates(0), self.rates(1)
@@ -183,8 +165,8 @@ class EMA(nnx.Module):
             ids = turn(segment_ids)
             if ids is not None:  # numbered upward in this direction too
                 ids = jnp.where(ids > 0, 1 + jnp.max(ids, axis=1, keepdims=True) - ids, 0)
-            forward, _ = self._scan(x, past, None, None, segment_ids)
-            backward, _ = self._scan(turn(x), future, None, None, ids)
+            forward, _ = self._scan(x, past, None, segment_ids)
+            backward, _ = self._scan(turn(x), future, None, ids)
             return forward + turn(backward)
         # A reverse kernel begins at the next token: the token itself falls to the skip.
         reverse = kernel(future, self._lags(t))
@@ -195,8 +177,15 @@ class EMA(nnx.Module):
     def _lags(self, t: int) -> int:
         return t if self.truncation is None else min(t, self.truncation)
 
-    def _scan(self, x, rates, h, last_id, segment_ids):
-        return ema_scan(x, rates, h, last_id, segment_ids=segment_ids, chunk=self.chunk)
+    def _scan(self, x, rates, state, segment_ids):
+        return sharded(
+            moving_average,
+            x,
+            *rates,
+            chunk=self.chunk,
+            initial_state=state,
+            segment_ids=segment_ids,
+        )
 
     def _convolve(self, x, segment_ids, future, state):
         skip, ahead = (None, None) if future is None else future

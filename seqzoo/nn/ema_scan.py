@@ -13,9 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.axes import axes
 from pallas_kernels.core.numerics import einsum
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn.chunk_conv import chunk_conv
+from seqzoo.nn.sequence_parallel import linear
 
 
 class Rates(NamedTuple):
@@ -36,6 +38,18 @@ class Rates(NamedTuple):
         return jnp.exp(jnp.asarray(tokens)[..., None, None] * self.log_q)
 
 
+class EMAState(NamedTuple):
+    """What a moving average keeps of everything it has read.
+
+    Attributes:
+        h: `[b d n]` float32, the components of every channel.
+        last_id: int32 `[b]`, id of the document they are of; 0 = none yet, or not tracked.
+    """
+
+    h: jax.Array
+    last_id: jax.Array
+
+
 def kernel(rates: Rates, length: int) -> jax.Array:
     """k `[d length]`: q^(i * size + j) = q^(i * size) q^j, a product of two small tables."""
     size = max(1, int(length**0.5))
@@ -43,6 +57,38 @@ def kernel(rates: Rates, length: int) -> jax.Array:
     coarse = rates.decay(jnp.arange(rows) * size) * rates.into * rates.out
     fine = rates.decay(jnp.arange(size))
     return einsum("idn,jdn->dij", coarse, fine).reshape(-1, rows * size)[:, :length]
+
+
+def moving_average(
+    x: jax.Array,
+    log_q: jax.Array,
+    into: jax.Array,
+    out: jax.Array,
+    *,
+    chunk: int,
+    initial_state: EMAState | None = None,
+    segment_ids: jax.Array | None = None,
+) -> tuple[jax.Array, EMAState]:
+    """`ema_scan` as an operator: what `sharded` can spread over a mesh."""
+    h, last_id = (None, None) if initial_state is None else initial_state
+    rates = Rates(log_q, into, out)
+    y, after = ema_scan(x, rates, h, last_id, segment_ids=segment_ids, chunk=chunk)
+    last_id = jnp.zeros(x.shape[:1], jnp.int32) if last_id is None else last_id
+    if segment_ids is not None:
+        _, _, last_id = boundaries(segment_ids, last_id)
+    return y, EMAState(after, last_id)
+
+
+def _through(call, args, state, valid):
+    x, log_q, *_ = args
+    tokens = jnp.full(x.shape[:1], x.shape[1]) if valid is None else jnp.sum(valid, axis=1)
+    return (jnp.exp(tokens[:, None, None] * log_q),)
+
+
+moving_average.axes = axes(  # type: ignore[attr-defined]
+    "b t e, e n, e n, e n -> b t e", state="b e n, b", independent="b e"
+)
+moving_average.sequence_rule = linear(_through)  # type: ignore[attr-defined]
 
 
 def ema_scan(

@@ -10,6 +10,7 @@ from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.projections import Projections
 from seqzoo.nn.rotary import count_positions, rotate
+from seqzoo.nn.sharded import sharded
 from seqzoo.nn.window_attention import WindowState, empty_window, window_attention
 
 
@@ -95,7 +96,7 @@ class PersistentAttention(nnx.Module):
         b, t, _ = x.shape
         convs, window = (None, None) if state is None else state
         (q, k, v), convs = self.inputs(x, segment_ids=segment_ids, states=convs)
-        constant = None
+        constant = (None, None, None)
         if persistent is not None:
             _, *tokens = self.inputs.shared(persistent)
             constant = (q, *(y[0] for y in tokens))
@@ -104,8 +105,16 @@ class PersistentAttention(nnx.Module):
         place, _ = count_positions(segment_ids, count, last_id, t)
         if self.rope:
             q, k = (rotate(a, place, theta=self.rope_theta) for a in (q, k))
-        y, window = window_attention(
-            q, k, v, place, constant, window, window=self.window, segment_ids=segment_ids
+        y, window = sharded(
+            window_attention,
+            q,
+            k,
+            v,
+            place,
+            *constant,
+            window=self.window,
+            initial_state=window,
+            segment_ids=segment_ids,
         )
         return y.reshape(b, t, -1), AttentionState(convs, window)
 

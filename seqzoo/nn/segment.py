@@ -13,6 +13,7 @@ from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.neural_memory import MemoryState, NeuralMemory, persistent_tokens
 from seqzoo.nn.rotary import rotate
+from seqzoo.nn.sharding import whole_rows
 
 
 class Carried(NamedTuple):
@@ -234,7 +235,8 @@ def one_document(graphdef, params, carry: Carried, tokens, segment: int):
 
 
 def _part(graphdef, params, carry, tokens, mine, place):
-    return nnx.merge(graphdef, params)(carry, tokens, mine, place)
+    with whole_rows():  # a segment is short, and one comes after the other
+        return nnx.merge(graphdef, params)(carry, tokens, mine, place)
 
 
 def _without_segment(carry: Carried):

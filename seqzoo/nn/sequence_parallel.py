@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """An operator, to be called on the tokens of one device.
 
     Attributes:
-        run: `run(args, state, ids) -> (y, state)`.
+        run: `run(args, state, ids) -> (y, state)`, y alone of an operator without a state.
         axes: of the operator.
         options: its keywords.
     """
@@ -76,9 +76,12 @@ class Rule(NamedTuple):
 
 def rule_of(op: Any) -> Rule | None:
     """The rule of an operator, None = it needs whole rows."""
-    if not op.axes.state:  # it takes each token alone
-        return Rule(lambda call, args, state, documents, shard: (call.run(args, None, None), None))
-    return getattr(op, "sequence_rule", None) or RULES.get(op.__name__)
+    rule = getattr(op, "sequence_rule", None) or RULES.get(op.__name__)
+    return _ALONE if rule is None and not op.axes.state else rule
+
+
+# An operator without a state or a rule takes each token alone.
+_ALONE = Rule(lambda call, args, state, documents, shard: (call.run(args, None, None), None))
 
 
 # --- Linear states -------------------------------------------------------------------------------

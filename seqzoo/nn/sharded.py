@@ -152,8 +152,6 @@ def _gathers(name: str, reason: str) -> None:
 def _on_shard(call, op, options, split: _Split, args, state, segment_ids):
     """Inside shard_map: the operator on the tokens here; its state with an axis of devices."""
     letters = op.axes.arguments
-    if not op.axes.state:
-        return call(args, None, None)
     length = next(
         x.shape[axes.index("t")]
         for x, axes in zip(args, letters, strict=False)
@@ -165,6 +163,8 @@ def _on_shard(call, op, options, split: _Split, args, state, segment_ids):
     count = none if state is None or "count" not in state._fields else state.count
     documents = Documents.of(segment_ids, last_id, count)
     y, after = split.rule.run(Call(call, op.axes, options), args, state, documents, shard)
+    if not op.axes.state:
+        return y
     if split.rule.trades is None:
         after = jax.tree.map(lambda x: x[None], after)
     return y, after

@@ -79,6 +79,12 @@ def axes_over(name: str, mesh) -> tuple[str, ...]:
     return tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
 
 
+def rows_are_cut() -> bool:
+    """Whether the mesh in force spreads the tokens of a row over devices."""
+    mesh = mesh_in_force()
+    return mesh is not None and bool(axes_over("length", mesh))
+
+
 @contextlib.contextmanager
 def whole_rows() -> Iterator[None]:
     """Rows are not cut over devices in what is traced inside."""

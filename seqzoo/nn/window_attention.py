@@ -6,7 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.axes import axes
 from pallas_kernels.core.segments import boundaries
+from seqzoo.nn.sequence_parallel import halo
 
 _BLOCK = 64  # queries at a time
 # Documents of a call are counted from 0; these see nobody and are seen by nobody.
@@ -51,10 +53,12 @@ def window_attention(
     k: jax.Array,
     v: jax.Array,
     place: jax.Array,
-    constant: tuple[jax.Array, jax.Array, jax.Array] | None,
-    state: WindowState | None,
+    asked: jax.Array | None = None,
+    constant_k: jax.Array | None = None,
+    constant_v: jax.Array | None = None,
     *,
     window: int,
+    initial_state: WindowState | None = None,
     segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, WindowState]:
     """Softmax over the last `window` tokens of the document and some constant keys.
@@ -62,17 +66,18 @@ def window_attention(
     Args:
         q, k, v: `[b t h k]`.
         place: int32 `[b t]`, tokens of the document before each one.
-        constant: queries `[b t h k]` to ask them with, their keys and values `[n h k]`; or None.
-        state: where the stream stopped; None = nothing read.
+        asked: queries `[b t h k]` of the constant keys; None = there are none.
+        constant_k, constant_v: those keys and their values `[n h k]`.
         window: tokens that a token sees, itself included.
+        initial_state: where the stream stopped; None = nothing read.
         segment_ids: int32 `[b t]`, 0 = padding, not inside a document; None = one document.
 
     Returns:
         `[b t h k]` in the dtype of q, 0 at padding, and the state after the last token.
     """
     b, t, *_ = q.shape
-    fresh = state is None
-    state = empty_window(b, window, *q.shape[2:]) if state is None else state
+    fresh = initial_state is None
+    state = empty_window(b, window, *q.shape[2:]) if initial_state is None else initial_state
     if segment_ids is None:
         document, valid, last_id = jnp.zeros((b, t), jnp.int32), None, state.last_id
         count = state.count + t
@@ -84,7 +89,8 @@ def window_attention(
     old_place = state.count[:, None] - (window - 1) + jnp.arange(window - 1)
     old = _Keys(state.k, state.v, jnp.where(old_place >= 0, 0, _NOTHING), old_place)
     new = _Keys(k, v, jnp.where(document == _NOBODY, _NOTHING, document), place)
-    asked = () if constant is None else (constant[0],)
+    constant = None if asked is None else (constant_k, constant_v)
+    asked = () if asked is None else (asked,)
     attend = functools.partial(_attend, constant=constant, window=window)
     past = [] if fresh or window == 1 else [old]
     if t <= _BLOCK:
@@ -131,7 +137,7 @@ def _attend(q, document, place, asked=None, *, keys, constant, window):
         s = scale * product("bchk,bshk->bhcs", q, one.k.astype(q.dtype))
         scores.append(jnp.where(seen[:, None], s, -jnp.inf))
     if constant is not None:
-        scores.append(scale * product("bchk,nhk->bhcn", asked, constant[1].astype(q.dtype)))
+        scores.append(scale * product("bchk,nhk->bhcn", asked, constant[0].astype(q.dtype)))
     scores = jnp.concatenate(scores, axis=-1)
     if constant is None:  # a query of padding sees nothing at all
         scores = jnp.where((document == _NOBODY)[:, None, :, None], 0, scores)
@@ -142,7 +148,7 @@ def _attend(q, document, place, asked=None, *, keys, constant, window):
         y = y + product("bhcs,bshk->bchk", part, one.v.astype(q.dtype))
         at += one.v.shape[1]
     if constant is not None:
-        y = y + product("bhcn,nhk->bchk", weights[..., at:], constant[2].astype(q.dtype))
+        y = y + product("bhcn,nhk->bchk", weights[..., at:], constant[1].astype(q.dtype))
     return y.astype(q.dtype)
 
 
@@ -163,3 +169,13 @@ def _after(old: _Keys, new: _Keys, count, last_id, window: int) -> WindowState:
     )
     take = lambda x: jnp.take_along_axis(x, at[..., None, None], axis=1)
     return WindowState(take(both.k), take(both.v), count, last_id)
+
+
+window_attention.axes = axes(  # type: ignore[attr-defined]
+    "b t h k, b t h k, b t h k, b t, b t h k, n h k, n h k -> b t h k",
+    state="b w h k, b w h k, b, b",
+    independent="b h",
+)
+window_attention.sequence_rule = halo(  # type: ignore[attr-defined]
+    lambda call, args: call.options["window"] - 1
+)

@@ -18,6 +18,7 @@ from pallas_kernels.selective_scan import selective_scan
 from pallas_kernels.short_conv import short_conv
 from pallas_kernels.simple_gla import simple_gla
 from pallas_kernels.taylor_attention import taylor_attention
+from seqzoo.nn.ring_attention import full_attention
 from seqzoo.nn.sharded import sharded
 from seqzoo.nn.sharding import MESH_AXES, use_mesh
 
@@ -79,10 +80,19 @@ CASES = {
         neural_memory, (QK[0], QK[1], VALUES[..., :K], *SHARES[:2], 0.1 * SHARES[2], *MEMORY),
         dict(chunk=3),
     ),
+    "attention, no state": (full_attention, (normal(B, T, 4, K), *QK), dict(causal=True)),
+    "attention, both ways, no state": (
+        full_attention, (normal(B, T, 4, K), *QK), dict(causal=False)
+    ),
     "long_conv": (long_conv, (*LONG, normal(8)), {}),
     "long_conv, both ways": (long_conv, (*LONG, normal(8), LONG[1][:, ::-1]), {}),
 }  # fmt: skip
-QUICK = ("selective_scan", "gated_delta_rule", "window, further", "long_conv", "dilated_conv")
+QUICK = {("gated_delta_rule", True), ("window, further", True), ("long_conv", False)}
+NAMED = [
+    pytest.param(name, ids, marks=() if (name, ids) in QUICK else pytest.mark.slow)
+    for name in CASES
+    for ids in (False, True)
+]
 
 
 def mesh_of(**sizes):
@@ -94,7 +104,8 @@ def results(op, options, weights, args, state, ids):
     """y, the state, and the gradients of a sum of both by arguments and state."""
 
     def total(args, state):
-        y, after = sharded(op, *args, initial_state=state, segment_ids=ids, **options)
+        found = sharded(op, *args, initial_state=state, segment_ids=ids, **options)
+        y, after = found if op.axes.state else (found, None)
         leaves = [y, *(x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating))]
         scored = [jnp.sum(x * w) for x, w in zip(leaves, weights, strict=True)]
         return sum(scored), (y, after)
@@ -112,17 +123,15 @@ def state_of(op, args, options):
     return op(*flipped, segment_ids=ids, **options)[1]
 
 
-@pytest.mark.parametrize("with_ids", [False, True], ids=["one document", "documents"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-)
+@pytest.mark.parametrize(("name", "with_ids"), NAMED)
 def test_rows_over_devices_are_rows_on_one(name, with_ids):
     op, args, options = CASES[name]
     options = options | dict(implementation="xla")
-    stateless = "both ways" in name
+    stateless = "both ways" in name or "no state" in name
     state = None if stateless or not with_ids else state_of(op, args, options)
     ids = jnp.asarray(IDS) if with_ids else None
-    shapes = jax.eval_shape(lambda: op(*args, initial_state=state, segment_ids=ids, **options))
+    given = {} if stateless else dict(initial_state=state)
+    shapes = jax.eval_shape(lambda: op(*args, segment_ids=ids, **given, **options))
     weights = [
         normal(*x.shape, seed=i)
         for i, x in enumerate(jax.tree.leaves(shapes))
