@@ -247,5 +247,6 @@ def _check_state(sizes: dict[str, int], name: str, opening: Weights, part: Weigh
 neural_memory.axes = AXES  # type: ignore[attr-defined]
 neural_memory.forms = FORMS  # type: ignore[attr-defined]
 neural_memory.sizes = dict(m=256, n=256, l=1)  # type: ignore[attr-defined]  # of a typical call
+neural_memory.left_out = ("w_hidden", "s_hidden")  # type: ignore[attr-defined]
 neural_memory.options = dict(chunk=64)  # type: ignore[attr-defined]
 neural_memory.cost = cost  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
 """`seqzoo doctor`: what this machine offers, what of it is used, and what to install."""
 
 import argparse
+import contextlib
 import importlib.util
+import inspect
 import os
 import pathlib
 import re
@@ -11,15 +13,17 @@ from typing import Any
 
 from seqzoo.cli.common import bytes_text, print_json, print_table
 from seqzoo.config import paths
+from seqzoo.errors import ConfigError
 from seqzoo.train import environment
 
 EPILOG = """examples:
   seqzoo doctor
   seqzoo doctor --format json
+  seqzoo doctor --device v5e         what operators would take there; "NVIDIA H200", "TPU7x", ...
 
 For each operator: the implementation that a call without `implementation=` takes here, and why
 not each faster one. A GPU or TPU that the installed jax cannot use is announced, with the command
-that changes it.
+that changes it. What the kernels were proven to do, and how: docs/kernels.md.
 """
 
 # Sizes of the call that operators are asked about, by axis letter (seqzoo/axes.py).
@@ -28,10 +32,11 @@ _SIZES = dict(b=8, t=1024, d=256, e=512, n=16, h=4, g=4, k=64, v=64, w=4, j=3, m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--device", metavar="KIND", help="of another machine, for the operators")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = examine()
+    found = examine(args.device)
     if args.format == "json":
         print_json(found)
         return 0
@@ -45,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def examine() -> dict[str, Any]:
-    """Returns {machine, operators, advice}."""
+def examine(device: str | None = None) -> dict[str, Any]:
+    """Returns {machine, operators, advice}; operators as on a device of this kind, else as here."""
     gpu, tpu = find_gpu(), find_tpu()
     import jax  # starts it
 
@@ -81,27 +86,51 @@ def examine() -> dict[str, Any]:
     }
     return {
         "machine": machine,
-        "operators": operators(),
+        "operators": operators(device),
         "advice": advice(devices[0].platform, gpu=gpu, tpu=tpu),
     }
 
 
-def operators() -> dict[str, dict[str, str | None]]:
-    """For each operator: implementation -> None (it would serve) or the reason against it."""
-    import jax
+def operators(device: str | None = None) -> dict[str, dict[str, str | None]]:
+    """For each operator: implementation -> None (it would serve) or the reason against it.
+
+    Args:
+        device: jax's name of a kind, or a TPU generation ("v5e"); None = this machine's.
+    """
     import jax.numpy as jnp
 
     from pallas_kernels import OPERATORS
+    from pallas_kernels.core import dispatch
+    from pallas_kernels.core.tpu import GENERATIONS
+
+    generations = {one.name: kind for kind, one in GENERATIONS.items()}
+    kind = generations.get((device or "").lower(), device) or dispatch.device_kind()
+    if dispatch.platform_of(kind) not in ("cpu", *dispatch.KERNELS.values()):
+        raise ConfigError(
+            f"--device {device}: it must be one of {', '.join(generations)}, or a name as jax has "
+            "it, 'TPU v5 lite' or 'NVIDIA H200'"
+        )
+    dtype = jnp.float32 if dispatch.platform_of(kind) == "cpu" else jnp.bfloat16
+    within = contextlib.nullcontext() if device is None else dispatch.compiling_for(kind)
+    with within:
+        return {name: _reasons(op, dtype) for name, op in OPERATORS.items()}
+
+
+def _reasons(op: Any, dtype: Any) -> dict[str, str | None]:
+    """As `dispatch.explain` has it, for a typical call of an operator."""
+    import jax
+
     from pallas_kernels.core.dispatch import explain
 
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    found = {}
-    for name, op in OPERATORS.items():
-        sizes = _SIZES | getattr(op, "sizes", {})
-        shapes = [tuple(sizes[letter] for letter in one) for one in op.axes.arguments]
-        arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-        found[name] = explain(op, *arrays, **getattr(op, "options", {}))
-    return found
+    sizes, left_out = _SIZES | getattr(op, "sizes", {}), getattr(op, "left_out", ())
+    names = inspect.signature(op).parameters
+    arrays = [
+        None
+        if name in left_out
+        else jax.ShapeDtypeStruct(tuple(sizes[letter] for letter in letters), dtype)
+        for name, letters in zip(names, op.axes.arguments, strict=False)
+    ]
+    return explain(op, *arrays, **getattr(op, "options", {}))
 
 
 def taken(reasons: dict[str, str | None]) -> str:
@@ -114,7 +143,9 @@ def _spread(found: dict[str, dict[str, str | None]]) -> list[tuple[str, dict[str
     for op, reasons in found.items():
         rows.append((op, {"implementation": taken(reasons), "here": "is taken"}))
         faster = list(reasons)[list(reasons).index(taken(reasons)) + 1 :]
-        rows += [("", {"implementation": name, "here": f"not: {reasons[name]}"}) for name in faster]
+        # How to run a kernel elsewhere is not what is asked here.
+        why = {name: str(reasons[name]).split("; config.interpret")[0] for name in faster}
+        rows += [("", {"implementation": name, "here": f"not: {why[name]}"}) for name in faster]
     return rows
 
 

@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from pallas_kernels import OPERATORS
+from pallas_kernels.core import kernel_check
 from seqzoo.cli import doctor
 
 
@@ -24,6 +25,23 @@ def test_the_text_shows_the_same(seqzoo):
     out = seqzoo("doctor")[1]
     for word in ("devices", "CPU threads", "compile cache", "configs", "selective_scan", "not: "):
         assert word in out
+
+
+def test_what_operators_would_take_on_a_tpu(seqzoo):
+    """A kernel that is written serves its typical call there; the machine stays this one."""
+    found = json.loads(seqzoo("doctor", "--format", "json", "--device", "v5e")[1])
+    assert "8 x cpu" in found["machine"]["devices"]
+    taken = {name: doctor.taken(reasons) for name, reasons in found["operators"].items()}
+    written = {name for name, op in OPERATORS.items() if kernel_check.has_kernel(op)}
+    assert {name for name, form in taken.items() if form == "pallas_tpu"} == written
+    assert "selective_scan" in written
+    same = json.loads(seqzoo("doctor", "--format", "json", "--device", "TPU v5 lite")[1])
+    assert same["operators"] == found["operators"]
+
+
+def test_a_device_that_nobody_knows(seqzoo):
+    code, out, err = seqzoo("doctor", "--device", "v9z")
+    assert code == 2 and "it must be one of v4, v5e, v5p, v6e, tpu7x" in out + err
 
 
 @pytest.mark.parametrize("cuda, extra", [("12.4", "cuda12"), ("13.0", "cuda13")])
