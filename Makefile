@@ -18,6 +18,7 @@ EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
 # libtpu compiles for TPUs on any machine. It stays out of the environment, where jax would load it.
 LIBTPU := build/libtpu-python$(PYTHON_VERSION)
 CHECK_TPU := PYTHONPATH=$(LIBTPU) $(BIN)/python -m pallas_kernels.check_tpu
+CHECK_STEPS := PYTHONPATH=$(LIBTPU) $(BIN)/python -m seqzoo.eval.mesh_check
 
 ARGS ?=
 # Processes that share the tests; a test file stays in one.
@@ -91,9 +92,11 @@ check-tpu: $(LIBTPU)/.installed  ## compiles the kernels for v5e and TPU7x witho
 
 check-tpu-full: $(LIBTPU)/.installed  ## every tagged shape and generation, and train steps on a mesh (PYTHON=python3.12 too)
 	$(CHECK_TPU) --full --check $(ARGS)
+	$(CHECK_STEPS) --check
 
 check-tpu-table: $(LIBTPU)/.installed  ## measures everything anew into docs/kernels.csv and docs/kernels.md
 	$(CHECK_TPU) --full --write $(ARGS)
+	$(CHECK_STEPS) --write
 
 clean:  ## removes environments and caches, never runs/
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

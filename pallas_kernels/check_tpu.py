@@ -7,7 +7,6 @@ the committed table, 2 a bad argument, 3 libtpu is not installed.
 
 import argparse
 import concurrent.futures
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -143,15 +142,13 @@ def work(args: argparse.Namespace) -> int:
         from pallas_kernels.core import aot  # what libtpu reads must be set before it is loaded
 
         aot.prepare(dumps)
-        import jax
-
         from pallas_kernels import OPERATORS
         from pallas_kernels.core import kernel_check
 
         op: Any = OPERATORS[args.worker]
         if not kernel_check.has_kernel(op):
             return 0
-        stack = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+        stack = aot.stack()
         for spec in kernel_check.specs_of(op, primary=not args.full):
             for name in args.devices or (DEVICES if args.full else QUICK_DEVICES):
                 print(json.dumps({"doing": f"{spec.name} on {name}"}), flush=True)

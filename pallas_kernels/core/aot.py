@@ -9,6 +9,7 @@ switched off: then every operand of a kernel comes from HBM through its own wind
 real model do, and the figures do not hang on what happens to fit beside it.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import time
@@ -72,6 +73,11 @@ def prepare(dumps: pathlib.Path | None = None) -> None:
             f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true "
             "--xla_jf_dump_llo_pass_label_regex=.*final_.*"
         )
+
+
+def stack() -> str:
+    """The versions that figures hang on."""
+    return f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
 
 
 def tpu_devices(topology: str) -> list:
