@@ -88,10 +88,11 @@ def cost(
     gradients.
     """
     weights = k * q * p + l * s * r
-    moved = b * t * (k * p + (l * s or k * q)) + weights
+    x, y = b * t * k * p, b * t * (l * s or k * q)
     if not backward:
-        return Cost(flops=2.0 * b * t * weights, bytes=itemsize * moved)
-    return Cost(flops=4.0 * b * t * weights, bytes=2.0 * itemsize * moved)
+        return Cost(flops=2.0 * b * t * weights, bytes=itemsize * (x + y + weights))
+    moved = 2 * x + y + 2 * weights  # x and dy read, dx written
+    return Cost(flops=4.0 * b * t * weights, bytes=itemsize * moved)
 
 
 monarch_matmul.axes = AXES  # type: ignore[attr-defined]

@@ -30,6 +30,10 @@ def cost(
     pairs = sum(i + o for i, o in layers) + chunk / 3
     per_token = 10 * weights + 2 * back + chunk * pairs
     hidden = 0 if m is None else (1 + l) * m
-    moved = itemsize * b * t * h * (2 * k + 2 * v + 3) + 4 * 4 * b * h * weights
+    tokens, ends = itemsize * b * t * h, 4 * 4 * b * h * weights
+    moved = tokens * (2 * k + 2 * v + 3) + ends
     once = Cost(b * t * h * per_token, moved, b * t * h * 2 * hidden)
-    return once if not backward else Cost(3 * once.flops, 2 * moved, 2 * once.transcendentals)
+    if not backward:
+        return once
+    moved = tokens * (4 * k + 3 * v + 6) + 2 * ends
+    return Cost(3 * once.flops, moved, 2 * once.transcendentals)

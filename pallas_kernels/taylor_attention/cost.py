@@ -19,5 +19,5 @@ def cost(
     if not backward:
         moved = itemsize * tokens * (2 * k + 2 * v) + 2 * state
         return Cost(flops=tokens * (2 * products + 2 * f), bytes=moved)
-    moved = itemsize * tokens * (4 * k + 4 * v) + 2 * state
+    moved = itemsize * tokens * (4 * k + 3 * v) + 2 * state
     return Cost(flops=tokens * (5 * products + 6 * f), bytes=moved)
