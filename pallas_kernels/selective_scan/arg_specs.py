@@ -65,6 +65,24 @@ SPECS = (
             ("mamba_130m", 1, 2048, 1536),
         )
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py).
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, e=e, n=16),
+            draw=draw,
+            given=ALL,
+            options=dict(delta_softplus=True),
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, e, more in (
+            ("mamba_130m_2k", 2048, 1536, {"primary"}),
+            ("mamba_130m_2k_f32", 2048, 1536, ()),
+            ("mamba_130m_8k", 8192, 1536, ()),
+            ("mamba_2_8b_2k", 2048, 5120, ()),
+            ("mamba_2_8b_2k_f32", 2048, 5120, ()),
+        )
+    ),
 )
 
 

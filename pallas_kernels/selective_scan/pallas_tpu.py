@@ -16,11 +16,12 @@ from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.selective_scan.tpu_backward import backward
 from pallas_kernels.selective_scan.tpu_forward import forward
-from pallas_kernels.selective_scan.tpu_parts import F32, TOKENS, How
+from pallas_kernels.selective_scan.tpu_parts import F32, How
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.65
 _MOST_CHANNELS = 2048
+_SHORTEST = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class PallasTpuConfig(tpu.TpuConfig):
 
     Attributes:
         chunk: tokens per step, and between two states that are kept: 16, 32, 64 or 128.
+        tokens: of them, those written out in the program: 8 or 16 (bfloat16 needs 16 on a TPU).
         lanes: channels whose states are in registers at a time, forward; a multiple of 128.
         channels: per step, forward; a multiple of `lanes`.
         lanes_backward: as `lanes`, backward, where a channel needs more registers.
@@ -36,14 +38,17 @@ class PallasTpuConfig(tpu.TpuConfig):
     """
 
     chunk: int = 128
+    tokens: int = 16
     lanes: int = 128
     channels: int = 128
     lanes_backward: int = 128
     channels_backward: int = 128
 
     def __post_init__(self):
-        if self.chunk < TOKENS or tpu.LANES % self.chunk:
+        if self.chunk < _SHORTEST or tpu.LANES % self.chunk:
             raise ValueError(f"selective_scan: chunk is {self.chunk}; it must be 16, 32, 64 or 128")
+        if self.tokens not in (8, 16):
+            raise ValueError(f"selective_scan: tokens is {self.tokens}; it must be 8 or 16")
         for channels, lanes in (
             (self.channels, self.lanes),
             (self.channels_backward, self.lanes_backward),
@@ -65,7 +70,7 @@ class PallasTpuConfig(tpu.TpuConfig):
             _bytes(chunk, n, channels, sizes.get("itemsize", 4), backward) <= room
         )
         chunk = tpu.LANES
-        while chunk > TOKENS and not fits(chunk, tpu.LANES, True):
+        while chunk > _SHORTEST and not fits(chunk, tpu.LANES, True):
             chunk //= 2
         lanes = 2 * tpu.LANES if e % (2 * tpu.LANES) == 0 and n <= 16 else tpu.LANES
 
@@ -92,7 +97,14 @@ def _bytes(chunk: int, n: int, channels: int, itemsize: int, backward: bool) -> 
 
 def refuses(shapes, device_kind) -> str | None:
     """The reason against a call; see `selective_scan`."""
-    del device_kind
+    n = shapes[2].shape[1]
+    least = _bytes(_SHORTEST, tpu.round_up(n, tpu.SUBLANES), tpu.LANES, 4, True)
+    limit = tpu.generation(device_kind).scoped_vmem
+    if least > _SHARE * limit:
+        return (
+            f"{n} states per channel take {least / tpu.MIB:.0f} MiB of vector memory in the "
+            f"smallest tiles, of {limit / tpu.MIB:.0f}"
+        )
     return tpu.refuses_dtypes(shapes)
 
 
@@ -139,7 +151,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
 
 def _chunk(t: int, longest: int) -> int:
     """The shortest chunk that holds t tokens, up to `longest`."""
-    chunk = TOKENS
+    chunk = _SHORTEST
     while chunk < min(t, longest):
         chunk *= 2
     return chunk

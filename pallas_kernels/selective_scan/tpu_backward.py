@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import LANES, SUBLANES, kernel_call
 from pallas_kernels.selective_scan import tpu_parts as parts
 from pallas_kernels.selective_scan.cost import cost
-from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Part, Refs
+from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, How, Part, Refs
 
 TOKEN_BY_TOKEN = ("u", "delta", "z")
 
@@ -82,18 +82,18 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         own[f"d{x}"][...] = jnp.zeros_like(own[f"d{x}"])
     if "valid" in ins:
         parts.down(ins["valid"], own["there"], begin)
-    groups = how.chunk // TOKENS
+    groups = how.chunk // how.tokens
 
     def some_channels(k, carry):
         part = Part(begin, block, lane=pl.multiple_of(k * how.lanes, how.lanes))
         here = part.lanes(how)
 
         def again(i, h):
-            first = pl.multiple_of(i * TOKENS, TOKENS)
+            first = pl.multiple_of(i * how.tokens, how.tokens)
             return _again(ins, outs, own, h, part._replace(first=first), how)
 
         def back(i, carry):
-            first = pl.multiple_of((groups - 1 - i) * TOKENS, TOKENS)
+            first = pl.multiple_of((groups - 1 - i) * how.tokens, how.tokens)
             return _back(ins, outs, own, carry, part._replace(first=first), how)
 
         h = jax.lax.fori_loop(0, groups, again, ins["starts"][:, here])
@@ -112,8 +112,8 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
 
 
 def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Array:
-    """Keeps states, step sizes and gradients before the gate of TOKENS tokens; writes z's."""
-    rows, here = part.rows, part.lanes(how)
+    """Keeps states, step sizes and gradients before the gate of some tokens; writes z's."""
+    rows, here = part.rows(how), part.lanes(how)
     there = parts.there_of(ins, own, part, how)
     d = parts.only(there, parts.step_sizes(ins, part, how))
     u = parts.only(there, ins["u"][rows, here].astype(F32))
@@ -121,7 +121,7 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Arr
     du, rates = d * u, ins["A"][:, here] * LOG2_E
     Bs, Cs = own["B"][rows], own["C"][rows]
     reads, states = [], []
-    for j in range(TOKENS):
+    for j in range(how.tokens):
         states.append(h)
         B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
         decay = parts.decays(d[j : j + 1], rates, ins, part, j)
@@ -140,16 +140,16 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Arr
 
 
 def _back(ins: Refs, outs: Refs, own: Refs, carry, part: Part, how: How):
-    """Walks back through TOKENS tokens, writing their gradients."""
+    """Walks back through some tokens, writing their gradients."""
     lam, h, dA = carry
-    rows, here = part.rows, part.lanes(how)
+    rows, here = part.rows(how), part.lanes(how)
     there = parts.there_of(ins, own, part, how)
     u_of = lambda: parts.only(there, ins["u"][rows, here].astype(F32))
     d, g, rates = own["d"][rows, :], own["g"][rows, :], ins["A"][:, here] * LOG2_E
     du = d * u_of()
     Bs, Cs, states = own["B"][rows], own["C"][rows], own["before"][rows]
     inputs, sizes = [], []
-    for eight in reversed(range(0, TOKENS, SUBLANES)):
+    for eight in reversed(range(0, how.tokens, SUBLANES)):
         for_input, for_size = [], []
         for j in reversed(range(eight, eight + SUBLANES)):
             d_t, g_t, du_t = d[j : j + 1], g[j : j + 1], du[j : j + 1]

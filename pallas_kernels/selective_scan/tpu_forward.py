@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import LANES, kernel_call
 from pallas_kernels.selective_scan import tpu_parts as parts
 from pallas_kernels.selective_scan.cost import cost
-from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, TOKENS, How, Part, Refs
+from pallas_kernels.selective_scan.tpu_parts import F32, KINDS, LOG2_E, How, Part, Refs
 
 
 def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, jax.Array]:
@@ -80,10 +80,10 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         here = part.lanes(how)
 
         def some_tokens(i, h):
-            first = pl.multiple_of(i * TOKENS, TOKENS)
+            first = pl.multiple_of(i * how.tokens, how.tokens)
             return _tokens(ins, outs, own, h, part._replace(first=first), how)
 
-        state[:, here] = jax.lax.fori_loop(0, how.chunk // TOKENS, some_tokens, state[:, here])
+        state[:, here] = jax.lax.fori_loop(0, how.chunk // how.tokens, some_tokens, state[:, here])
         return carry
 
     jax.lax.fori_loop(0, state.shape[1] // how.lanes, some_channels, 0)
@@ -94,15 +94,15 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
 
 
 def _tokens(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Array:
-    """Writes y of TOKENS tokens; gives the state after them."""
-    rows, here = part.rows, part.lanes(how)
+    """Writes y of some tokens; gives the state after them."""
+    rows, here = part.rows(how), part.lanes(how)
     there = parts.there_of(ins, own, part, how)
     d = parts.only(there, parts.step_sizes(ins, part, how))
     u = parts.only(there, ins["u"][rows, here].astype(F32))
     du, rates = d * u, ins["A"][:, here] * LOG2_E
     Bs, Cs = own["B"][rows], own["C"][rows]
     reads = []
-    for j in range(TOKENS):
+    for j in range(how.tokens):
         B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
         decay = parts.decays(d[j : j + 1], rates, ins, part, j)
         h = decay * h + du[j : j + 1] * B

@@ -1,7 +1,7 @@
 """What selective_scan's two TPU kernels share.
 
 Channels lie on lanes, states on sublanes: h is `[n e]`. A chunk's tokens follow each other in a
-loop, TOKENS of them written out at a time; what does not depend on the state is done for these at
+loop, some of them written out at a time; what does not depend on the state is done for these at
 once.
 """
 
@@ -18,7 +18,6 @@ from pallas_kernels.core.tpu import LANES, SUBLANES
 
 F32 = jnp.float32
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
-TOKENS = 16  # rows of a register of bfloat16
 Refs = dict[str, Any]
 # Which block an array has.
 KINDS = dict(
@@ -46,6 +45,11 @@ class How(NamedTuple):
     backward: bool = False
 
     @property
+    def tokens(self) -> int:
+        """Tokens worked on together."""
+        return self.config.tokens
+
+    @property
     def lanes(self) -> int:
         """Channels whose states are in registers at a time."""
         return self.config.lanes_backward if self.backward else self.config.lanes
@@ -71,9 +75,8 @@ class Part(NamedTuple):
     lane: Any = 0
     first: Any = 0
 
-    @property
-    def rows(self) -> Any:
-        return pl.ds(self.first, TOKENS)
+    def rows(self, how: How) -> Any:
+        return pl.ds(self.first, how.tokens)
 
     def lanes(self, how: How) -> Any:
         return pl.ds(self.lane, how.lanes)
@@ -188,12 +191,12 @@ def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 def there_of(ins: Refs, own: Refs, part: Part, how: How) -> jax.Array | None:
-    """Where tokens and channels are, bool `[TOKENS e]`; None = everywhere."""
+    """Where tokens and channels are, bool `[tokens e]`; None = everywhere."""
     there = None
     if "valid" in ins:
-        there = wide(own["there"][part.rows, :], how.lanes) > 0
+        there = wide(own["there"][part.rows(how), :], how.lanes) > 0
     if how.width % how.channels:
-        channel = jax.lax.broadcasted_iota(jnp.int32, (TOKENS, how.lanes), 1)
+        channel = jax.lax.broadcasted_iota(jnp.int32, (how.tokens, how.lanes), 1)
         inside = channel < how.width - part.block - part.lane
         there = inside if there is None else there & inside
     return there
@@ -202,7 +205,7 @@ def there_of(ins: Refs, own: Refs, part: Part, how: How) -> jax.Array | None:
 def before_softplus(ins: Refs, part: Part, how: How) -> jax.Array:
     """delta + delta_bias."""
     here = part.lanes(how)
-    x = ins["delta"][part.rows, here].astype(F32)
+    x = ins["delta"][part.rows(how), here].astype(F32)
     return x + ins["bias"][:, here] if "bias" in ins else x
 
 
