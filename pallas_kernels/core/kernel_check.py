@@ -15,6 +15,7 @@ import importlib
 import inspect
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -238,9 +239,15 @@ def _compiled(
 
 
 def _short(error: Exception) -> str:
-    """The first lines of what a compiler said, on one line."""
+    """What a compiler said, on one line; of vector memory that does not suffice the sizes."""
+    text = " ".join(str(error).split())
+    sizes = re.search(r"size ([\d.]+[KMG]) and limit ([\d.]+[KMG])", text)
+    if sizes and "vmem" in text:
+        kernel = re.search(r"for %(\S+) =", text)
+        whose = f"{kernel[1]} needs" if kernel else "needs"
+        return f"too much vector memory: {whose} {sizes[1]} of {sizes[2]}"
     what = "refused" if isinstance(error, NotImplementedError) else type(error).__name__
-    return f"{what}: {' '.join(str(error).split())}"[:300]
+    return f"{what}: {text}"[:300]
 
 
 def _bytes(aval: Any) -> float:
