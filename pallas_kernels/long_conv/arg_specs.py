@@ -39,13 +39,33 @@ SPECS = (
         given=("skip", "reverse_kernel", *GATES),
     ),
     *(
-        ArgSpec(name=name, sizes=sizes, draw=draw, given=given, tags=frozenset({"bench"}))
-        for name, sizes, given in (
-            ("long", dict(b=1, t=16_384, e=128, l=16_384), ()),
+        ArgSpec(name=name, sizes=sizes, draw=draw, given=given, tags=frozenset(tags))
+        for name, sizes, given, tags in (
+            # M2-BERT-80M as it was pretrained, and its long one; the causal form of that.
+            (
+                "m2_bert_80m",
+                dict(b=32, t=128, e=768, l=128),
+                ("skip", "reverse_kernel", *GATES),
+                {"tpu"},
+            ),
+            (
+                "m2_bert_80m_8k",
+                dict(b=2, t=8192, e=768, l=8192),
+                ("skip", "reverse_kernel", *GATES),
+                {"tpu", "primary"},
+            ),
+            (
+                "m2_causal_2k",
+                dict(b=2, t=2048, e=768, l=2048),
+                ("skip", *GATES),
+                {"tpu"},
+            ),
+            ("long", dict(b=1, t=16_384, e=128, l=16_384), (), {"bench"}),
             (
                 "m2_bert",
                 dict(b=4, t=512, e=768, l=512),
                 ("skip", "reverse_kernel", *GATES),
+                {"bench"},
             ),
         )
     ),
