@@ -48,8 +48,40 @@ def bilinear(A: jax.Array, B: jax.Array, dt: jax.Array) -> Discrete:
 
 @jax.custom_vjp
 def inverse(M: jax.Array) -> jax.Array:
-    """Inverses `[... n n]`, with a gradient by products alone: batched solves are slow on CPUs."""
-    return jnp.linalg.solve(M, jnp.broadcast_to(jnp.eye(M.shape[-1], dtype=M.dtype), M.shape))
+    """Inverses `[... n n]`, with a gradient by products alone: batched solves are slow on CPUs.
+
+    There they may also never end. jaxlib hands a batched solve to the threads of the program and
+    waits inside one of them: with two threads and two solves at a time, each waits for the other.
+    """
+    return jax.lax.platform_dependent(M, cpu=_eliminated, default=_solved)
+
+
+def _solved(M: jax.Array) -> jax.Array:
+    return jnp.linalg.solve(M, _unit(M))
+
+
+def _unit(M: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.eye(M.shape[-1], dtype=M.dtype), M.shape)
+
+
+def _eliminated(M: jax.Array) -> jax.Array:
+    """Inverses by Gauss and Jordan, column by column, with the largest pivot."""
+    n = M.shape[-1]
+    both = jnp.concatenate([M, _unit(M)], axis=-1).reshape(-1, n, 2 * n)
+    which = jnp.arange(both.shape[0])
+
+    def column(i, both):
+        candidates = jnp.where(jnp.arange(n) >= i, jnp.abs(both[:, :, i]), -1)
+        pivot = jnp.argmax(candidates, axis=1)
+        row = both[which, pivot]
+        both = both.at[which, pivot].set(both[:, i])
+        row = row / row[:, i, None]
+        # Row i becomes the pivot's; from the others so much of it is taken that the column is 0.
+        factors = both[:, :, i].at[:, i].set(-1)
+        return both.at[:, i].set(0) - factors[:, :, None] * row[:, None]
+
+    both = jax.lax.fori_loop(0, n, column, both)
+    return both[:, :, n:].reshape(M.shape)
 
 
 def _inverse_forward(M):
