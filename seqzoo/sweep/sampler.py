@@ -57,6 +57,11 @@ def points(space: Space, settings: SweepSettings) -> list[dict[str, Any]]:
     Raises:
         ConfigError: sampler, space and number of trials do not fit together.
     """
+    if settings.seeds > 1 and any(one.word.setting == "trainer.seed" for one in space.parameters):
+        raise ConfigError(
+            f"sweep.seeds={settings.seeds}, and trainer.seed is searched: replicas take "
+            "trainer.seed and the seeds after it; leave one of the two out"
+        )
     if settings.sampler == "grid":
         found = space.grid()
         if settings.n_trials not in (None, len(found)):

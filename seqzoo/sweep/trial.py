@@ -92,13 +92,15 @@ def run(study: Study, claimed: Claimed) -> str:
         values.append(told.worst if math.isnan(value) else value)
         tests.append(test)
         seconds += took
-    size, why = size_of(records.read(runs[0].path))
+    size = None
+    if (runs[0].path / "config.yaml").exists():  # none where it ended before it began
+        size, _ = size_of(records.read(runs[0].path))
     claimed.note(
         values=[str(value) for value in values],  # JSON has no word for what is not finite
         tests=tests,
         diverged=values.count(told.worst),
         seconds=round(seconds + claimed.attrs.get("seconds", 0.0), 1),
-        size=size._asdict() if size else why,
+        size=size._asdict() if size else None,
     )
     value = statistics.median(values)
     claimed.tell(value)
@@ -106,11 +108,7 @@ def run(study: Study, claimed: Claimed) -> str:
 
 
 def plan(study: Study, words: Sequence[str]) -> list[Planned]:
-    """The runs of a trial: one per seed.
-
-    Raises:
-        ConfigError: replicas are asked for, and the seed is searched as well.
-    """
+    """The runs of a trial: one per seed."""
     first = compose(words, config_dir=study.definition.config_dir)
     seeds = study.definition.sweep.seeds
     if seeds == 1:
