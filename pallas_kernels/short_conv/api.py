@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.axes import axes
-from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.numerics import check_documents, check_shapes, state_dtype
 from pallas_kernels.short_conv import pallas_gpu, pallas_tpu, reference, xla
+from pallas_kernels.short_conv.cost import cost
 
 FORMS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 AXES = axes("b t e, w e, e -> b t e", state="b w e, b", independent="b e")
@@ -101,14 +101,6 @@ def short_conv(
         activation=activation,
     )
     return y, ShortConvState(before, last_id)
-
-
-def cost(b: int, t: int, e: int, w: int, *, itemsize: int = 4, backward: bool = False) -> Cost:
-    """What a call costs at least: operations, and bytes if every array moves once."""
-    tokens = b * t * e
-    if not backward:
-        return Cost(flops=(2 * w + 4) * tokens, bytes=2 * itemsize * tokens, transcendentals=tokens)
-    return Cost(flops=(6 * w + 8) * tokens, bytes=3 * itemsize * tokens, transcendentals=tokens)
 
 
 short_conv.axes = AXES  # type: ignore[attr-defined]

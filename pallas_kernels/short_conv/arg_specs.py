@@ -29,6 +29,22 @@ SPECS = (
         options=dict(activation="silu"),
         tags=frozenset({"bench"}),
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py).
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, e=e, w=4),
+            draw=draw,
+            given=("bias",),
+            options=dict(activation="silu"),
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, e, more in (
+            ("mamba_130m_2k", 2048, 1536, {"primary"}),
+            ("mamba_130m_2k_f32", 2048, 1536, ()),
+            ("mamba_2_8b_2k", 2048, 5120, ()),
+        )
+    ),
 )
 
 
