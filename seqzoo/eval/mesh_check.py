@@ -27,22 +27,20 @@ EPILOG = """examples:
 """
 
 TOPOLOGY = "v5e:2x4"
-MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+# Sizes of the axes data, fsdp, tensor; one head cannot be cut.
+WIDE, ONE_HEAD = (2, 2, 2), (2, 4, 1)
 TABLE = pathlib.Path("docs/train_steps.csv")
 BEGIN, END = "<!-- begin: written by mesh_check -->", "<!-- end of mesh_check -->"
 
-# Two rows of 512 bytes on each of the four groups of devices that share a batch.
+# Eight rows of 512 bytes.
 _TEXT = ("data=stdlib_text", "task=next_token", "data.seq_len=512", "trainer.global_batch_size=8")
 _MASKED = ("data=masked_stdlib_text", "task=masked_tokens", *_TEXT[2:])
-MODELS: dict[str, tuple[str, ...]] = {
-    **{
-        f"{name}_small": _TEXT
-        for name in (
-            *("mamba", "mamba2", "based", "gla", "retention", "gated_deltanet", "mom"),
-            *("titans_lmm", "titans_mac", "titans_mag", "titans_mal", "mega", "tcnca"),
-        )
-    },
-    "m2_small": _MASKED,
+_CUT = ("mamba", "mamba2", "based", "gla", "retention", "mega", "tcnca")
+_WHOLE = ("gated_deltanet", "mom", "titans_lmm", "titans_mac", "titans_mag", "titans_mal")
+MODELS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
+    **{f"{name}_small": (_TEXT, WIDE) for name in _CUT},
+    **{f"{name}_small": (_TEXT, ONE_HEAD) for name in _WHOLE},
+    "m2_small": (_MASKED, WIDE),
 }
 
 
@@ -52,6 +50,7 @@ class Step(NamedTuple):
     Attributes:
         stack: versions of jax and libtpu.
         model: of configs/model.
+        mesh: devices along data, fsdp and tensor.
         status: "compiled", or what stood against it.
         kernels: Pallas calls by name, each with how often it stands in the program.
         collectives: by kind; a loop's body counts once.
@@ -61,6 +60,7 @@ class Step(NamedTuple):
 
     stack: str
     model: str
+    mesh: str
     status: str
     kernels: str = ""
     collectives: str = ""
@@ -70,6 +70,18 @@ class Step(NamedTuple):
     @property
     def key(self) -> tuple[str, str]:
         return (self.stack, self.model)
+
+
+def overrides(model: str) -> tuple[str, ...]:
+    """The configuration of a model's train step."""
+    what, sizes = MODELS[model]
+    mesh = zip(("data", "fsdp", "tensor"), sizes, strict=True)
+    return (f"model={model}", *what, *(f"mesh.{axis}={size}" for axis, size in mesh))
+
+
+def mesh_of(model: str) -> str:
+    """The mesh as tables have it: "2 x 4 x 1"."""
+    return " x ".join(map(str, MODELS[model][1]))
 
 
 def compile_step(model: str, stack: str) -> Step:
@@ -82,7 +94,7 @@ def compile_step(model: str, stack: str) -> Step:
     from seqzoo.train.setup import setup
     from seqzoo.train.step import train_step
 
-    config = compose((f"model={model}", *MODELS[model], *MESH))
+    config = compose(overrides(model))
     run = setup(config, devices=aot.tpu_devices(TOPOLOGY))
     rows = meshes.batch_sharding(run.spec.mesh, run.spec.rules)
     whole = NamedSharding(run.spec.mesh, PartitionSpec())
@@ -101,6 +113,7 @@ def compile_step(model: str, stack: str) -> Step:
     return Step(
         stack,
         model,
+        mesh_of(model),
         "compiled",
         _text(names),
         _text(hlo.collectives(found.text)),
@@ -166,16 +179,15 @@ def markdown(steps: Iterable[Step]) -> str:
     steps, parts = list(steps), []
     mib = lambda count: "" if count is None else f"{count / 2**20:.1f} MiB"
     for stack in sorted({one.stack for one in steps}):
-        parts += [f"### {stack}", "", "| model | kernels | collectives | temp HBM | peak |"]
-        parts += ["|---|---|---|---:|---:|"]
+        parts += [f"### {stack}", "", "| model | mesh | kernels | collectives | temp HBM | peak |"]
+        parts += ["|---|---|---|---|---:|---:|"]
         for one in steps:
             if one.stack == stack:
                 told = one.kernels.replace(" ", ", ").replace(":", " x ") or "none"
                 told = told if one.status == "compiled" else one.status.replace("|", "/")
                 also = one.collectives.replace(" ", ", ").replace(":", " x ")
-                parts.append(
-                    f"| {one.model} | {told} | {also} | {mib(one.temp)} | {mib(one.peak)} |"
-                )
+                cells = (one.model, one.mesh, told, also, mib(one.temp), mib(one.peak))
+                parts.append(f"| {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -223,7 +235,7 @@ def _run(model: str) -> Step:
             step = Step(**json.loads(lines[-1]))
         else:
             last = " ".join(noise.read().split())[-300:]
-            step = Step("", model, f"the process ended with {done.returncode}: {last}")
+            step = Step("", model, "", f"the process ended with {done.returncode}: {last}")
     told = f"{step.kernels or 'no kernel'}; {step.collectives}"
     print(f"{model:<24}{told if step.status == 'compiled' else step.status}", flush=True)
     return step
@@ -236,7 +248,7 @@ def _work(model: str) -> int:
         step = compile_step(model, stack)
     except Exception as error:  # what the compiler says is the finding
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        step = Step(stack, model, told[:300])
+        step = Step(stack, model, mesh_of(model), told[:300])
     print(json.dumps(step._asdict()))
     return 0
 

@@ -10,6 +10,7 @@ from seqzoo.eval.mesh_check import Step, changes
 STEP = Step(
     "jax 1, libtpu 2",
     "mamba_small",
+    "2 x 2 x 2",
     "compiled",
     "selective_scan_backward:1 selective_scan_forward:1",
     "all-gather:20 all-reduce:27",
@@ -42,19 +43,22 @@ def test_the_table_and_the_page(tmp_path):
     page = tmp_path / "kernels.md"
     page.write_text(f"prose\n{mesh_check.BEGIN}\n{mesh_check.END}\nmore\n")
     path = tmp_path / "train_steps.csv"
-    broken = Step(STEP.stack, "m2_small", "ValueError: a|b")
+    broken = Step(STEP.stack, "m2_small", "2 x 2 x 2", "ValueError: a|b")
     mesh_check.write(path, [STEP, broken])
     assert mesh_check.read(path) == sorted([STEP, broken])
     text = page.read_text()
-    assert "| mamba_small | selective_scan_backward x 1, selective_scan_forward x 1 |" in text
+    assert (
+        "| mamba_small | 2 x 2 x 2 | selective_scan_backward x 1, selective_scan_forward x 1 |"
+        in text
+    )
     assert "all-gather x 20, all-reduce x 27 | 5.0 MiB | 9.0 MiB |" in text
     assert "ValueError: a/b" in text and text.startswith("prose") and text.endswith("more\n")
 
 
 def test_the_models_are_there_and_compose():
-    for model, overrides in mesh_check.MODELS.items():
+    for model in mesh_check.MODELS:
         assert (paths.shipped() / "model" / f"{model}.yaml").exists()
-        config = compose((f"model={model}", *overrides, *mesh_check.MESH))
+        config = compose(mesh_check.overrides(model))
         assert config.mesh.data * config.mesh.fsdp * config.mesh.tensor == 8
 
 
