@@ -63,11 +63,13 @@ class PallasTpuConfig(tpu.TpuConfig):
         kind, itemsize = tpu.generation(device_kind), sizes.get("itemsize", 4)
         need = lambda block: _bytes(sizes["k"], sizes["v"], block, itemsize)
         lengths = [cls.chunk * 2**n for n in range(5)]
-        fit = [n for n in lengths if need(n) <= _SHARE * kind.scoped_vmem]
+        room = _SHARE * kind.scoped_vmem
+        fit = [n for n in lengths if need(n) <= room]
         longest = max(fit, default=cls.chunk)
         n_blocks = -(-sizes["t"] // longest)  # of one length, with the least padding
         block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
-        heads = [n for n in range(1, 5) if sizes["h"] % n == 0 and n * block <= longest]
+        most = min(longest // block, int(room / need(block)), 4)
+        heads = [n for n in range(1, most + 1) if sizes["h"] % n == 0]
         return cls(
             block=block,
             heads=max(heads, default=1),
@@ -130,8 +132,8 @@ def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
 def _attention(q, k, v, kv, z, places, how: How):
     """y `[b t h v]` and the state after, kv `[b h f v]` and z `[b h f]`."""
     widths = _Widths.of(q, v)
-    arrays = (_tokens_last(x, how) for x in (q, k, v))
-    y, last, _, _ = forward(*arrays, widths.to_rows(kv, z), places, how, save=False)
+    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    y, last, _, _ = forward(arrays, widths.to_rows(kv, z), places, how, save=False)
     return _tokens_first(y, v), *widths.from_rows(last)
 
 
@@ -139,8 +141,8 @@ def _attention_forward(q, k, v, kv, z, places, how: How):
     q, k, v, kv, z, places = jax.tree.map(lambda x: x.value, (q, k, v, kv, z, places))
     widths = _Widths.of(q, v)
     state = widths.to_rows(kv, z)
-    arrays = (_tokens_last(x, how) for x in (q, k, v))
-    y, last, saved, inverse = forward(*arrays, state, places, how, save=True)
+    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    y, last, saved, inverse = forward(arrays, state, places, how, save=True)
     if saved is None and state is not None:
         saved = state[:, :, None]
     kept = (y, inverse) if how.normalize else (None, None)
@@ -151,13 +153,13 @@ def _attention_forward(q, k, v, kv, z, places, how: How):
 def _attention_backward(how: How, residuals, cotangents):
     q, k, v, saved, places, y, inverse, given = residuals
     widths = _Widths.of(q, v)
-    arrays = (_tokens_last(x, how) for x in (q, k, v))
+    arrays = [_tokens_last(x, how) for x in (q, k, v)]
     dlast = None  # where nobody asked for the state, there is no gradient to make and read
     if not all(isinstance(x, SymbolicZero) for x in cotangents[1:]):
         dlast = widths.to_rows(*map(_array, cotangents[1:]))
     dy = _tokens_last(_array(cotangents[0]), how)
     dq, dk, dv, dinitial = backward(
-        *arrays, saved, places, y, inverse, dy, dlast, how, has_state=given is not None
+        arrays, saved, places, y, inverse, dy, dlast, how, has_state=given is not None
     )
     dstate = (None, None) if given is None else widths.from_rows(dinitial)
     gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))

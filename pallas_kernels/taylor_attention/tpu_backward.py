@@ -20,12 +20,11 @@ from pallas_kernels.taylor_attention.tpu_places import seen
 from pallas_kernels.taylor_attention.tpu_walks import down, pairs, up
 
 
-def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_state):
+def backward(arrays, state, places, y, inverse, dy, dlast, how: How, *, has_state: bool):
     """The kernel's call.
 
     Args:
-        q, k: `[b h k t]`; k a multiple of 16, t of the block.
-        v: `[b h v t]`.
+        arrays: q and k `[b h k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
         state: the states before each block `[b h n v1 f]` float32, or None for a single block that
             began with zeros.
         places: `[b 1 t]` or None.
@@ -38,6 +37,7 @@ def backward(q, k, v, state, places, y, inverse, dy, dlast, how: How, *, has_sta
     Returns:
         Gradients of q, k, v and of the state before (or None).
     """
+    q, k, v = arrays
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
     heads, block = config.heads, config.block
     steps, dtype = t // block, product_dtype(q, k, v)

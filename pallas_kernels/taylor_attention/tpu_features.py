@@ -69,8 +69,9 @@ def orders(k: int, padded: int) -> tuple[np.ndarray, np.ndarray]:
     """
     f, half = feature_count(k), padded // 2
     first, second = np.triu_indices(k, 1)
-    number = {(i, j): 1 + 2 * k + n for n, (i, j) in enumerate(zip(first, second, strict=True))}
-    number |= {(i, i): 1 + k + i for i in range(k)}
+    number = {(i, i): 1 + k + i for i in range(k)}
+    for n, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        number[i, j] = 1 + 2 * k + n
     there = [1 + i if i < k else f for i in range(padded)]
     for d in range(half + 1):
         for i in range(padded if d < half else half):

@@ -61,12 +61,11 @@ def weights(r: jax.Array, pairs: jax.Array, scale: float) -> jax.Array:
     return jnp.where(pairs, 1 + r * (scale + (0.5 * scale * scale) * r), 0)
 
 
-def forward(q, k, v, state, places, how: How, *, save: bool):
+def forward(arrays, state, places, how: How, *, save: bool):
     """The kernel's call.
 
     Args:
-        q, k: `[b h k t]`; k a multiple of 16, t of the block.
-        v: `[b h v t]`.
+        arrays: q and k `[b h k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
         state: `[b h v1 f]` float32, or None for zeros.
         places: `[b 1 t]` or None.
         how: settings.
@@ -77,6 +76,7 @@ def forward(q, k, v, state, places, how: How, *, save: bool):
         `[b h n v1 f]` (None for a single one) and 1 / (z + eps) `[b h 1 t]` (None if not
         normalized).
     """
+    q, k, v = arrays
     (b, h, width, t), v_width, config = q.shape, v.shape[2], how.config
     heads, block = config.heads, config.block
     steps, dtype = t // block, product_dtype(q, k, v)
