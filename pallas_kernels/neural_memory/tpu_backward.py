@@ -13,25 +13,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
+from pallas_kernels.neural_memory import tpu_rules, tpu_stages
 from pallas_kernels.neural_memory.tpu_blocks import (
     Cuts,
     Layout,
-    begun,
+    block_structs,
     cuts_spec,
     estimate,
+    gate_rows,
     gates_spec,
     get,
     head_of,
     kept_specs,
-    mine_of,
+    marks_of,
     put,
     put_head,
     state_specs,
     structs,
-    tokens_at,
+    taken,
     tokens_spec,
+    views,
 )
-from pallas_kernels.neural_memory.tpu_chunk import read_and_write, write
+from pallas_kernels.neural_memory.tpu_stages import View
 
 
 def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | None, dy, dlast):
@@ -71,22 +74,34 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
         tuple(tokens_spec(form, x, block) for x in (q, k, v)),
         gates_spec(form, span, form.span),
     )
+    tokens, marks = block_structs(form, q, v)
+    carried = (opening, carry, marks)
+    pull = tpu_stages.plan(
+        functools.partial(tpu_rules.backward, form), *carried, tokens, carry, tokens.v, results[0]
+    )
+    advance = tpu_stages.plan(
+        functools.partial(tpu_rules.again, form), *carried, tokens._replace(q=None)
+    )
     here = lambda x, *n: pltpu.VMEM((*n, form.heads, *x.shape[2:]), x.dtype)
-    scratch = [jax.tree.map(lambda x: here(x, form.span), carry)]
-    if not form.aligned:
-        scratch.append(jax.tree.map(lambda x: here(x, 1), carry))
+    matrix = lambda x: pltpu.VMEM(x.shape, x.dtype)
+    scratch = (
+        jax.tree.map(lambda x: here(x, form.span), carry),
+        None if form.aligned else jax.tree.map(lambda x: here(x, 1), carry),
+        jax.tree.map(matrix, (tokens, tokens.v, tokens)),
+        pltpu.VMEM((1, form.block) if form.aligned else (1, 1), jnp.float32),
+        tpu_stages.scratch(pull, advance),
+    )
     given, tree = jax.tree.flatten(inputs)
-    taken, result_tree = jax.tree.flatten(results)
-    places, scratch_tree = jax.tree.flatten(tuple(scratch))
-    body = functools.partial(_body, form, (tree, result_tree, scratch_tree))
+    taken_, result_tree = jax.tree.flatten(results)
+    places, scratch_tree = jax.tree.flatten(scratch)
     found = kernel_call(
-        body,
+        functools.partial(_body, form, (pull, advance), (tree, result_tree, scratch_tree)),
         name="neural_memory_backward",
         config=form.config,
         grid=(form.b, form.groups, form.spans, form.span),
         in_specs=jax.tree.leaves(specs),
         out_specs=jax.tree.leaves(result_specs),
-        out_shape=taken,
+        out_shape=taken_,
         scratch_shapes=places,
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         cost=estimate(form, inputs, results, backward=True),
@@ -94,20 +109,22 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
     return jax.tree.unflatten(result_tree, found)
 
 
-def _body(form: Layout, trees, *refs):
+def _body(form: Layout, plans, trees, *refs):
     split = []
     for tree in trees:
         split.append(jax.tree.unflatten(tree, refs[: tree.num_leaves]))
         refs = refs[tree.num_leaves :]
-    (q, k, v, gates, cuts, opening, carry, kept, dy, dlast), results, (starts, *work) = split
+    (q, k, v, gates, cuts, opening, carry, kept, dy, dlast), results, scratch = split
     dopening, dcarry, dtokens, dgates = results
+    starts, reached, (work, dfound, found), row, places = scratch
+    pull, advance = plans
     i, j = pl.program_id(2), pl.program_id(3)
     first = (form.spans - 1 - i) * form.span
     x = form.span - 1 - j  # the block's number in its span
 
     def tokens_of(g, x, q=None):
         rows = pl.ds(pl.multiple_of(x * form.block, form.block), form.block)
-        return tokens_at(form, q, k[0, rows, :], v[0, rows, :], gates, g, x)
+        return taken(form, work, (q, k[0, rows, :], v[0, rows, :]), gates, g, x)
 
     @pl.when((i == 0) & (j == 0))
     def _():
@@ -116,25 +133,24 @@ def _body(form: Layout, trees, *refs):
 
     def ahead(refs, at, x, g, parts):
         """Writes some parts of a block into the carry at a place."""
+        now = views(refs, at, g)
+        inputs = (views(opening, g), now, marks_of(form, cuts, row, x, None), tokens_of(g, x))
 
         def part(s, _):
-            before, mine = begun(cuts.tokens[0, x], s, get(opening, g), get(refs, at, g))
-            after = write(form.how, form.narrow, *before, tokens_of(g, x), mine)
-            put(refs, (before[0], *after), at, g)
+            row[...] = jnp.full((1, 1), s, jnp.float32)
+            tpu_stages.run(advance, inputs, places, now)
             return 0
 
         jax.lax.fori_loop(0, parts, part, 0)
 
     def again(at, _):
         x, g = at // form.heads, at % form.heads
-        before = get(starts, x, g)
         if form.aligned:
-            now, momentum = before
-            mine = mine_of(form, first + x)
-            after = write(form.how, form.narrow, now, now, momentum, tokens_of(g, x), mine)
-            put(starts, after, x + 1, g)
+            marks = marks_of(form, None, row, x, first + x)
+            inputs = (None, views(starts, x, g), marks, tokens_of(g, x))
+            tpu_stages.run(advance, inputs, places, views(starts, x + 1, g))
         else:
-            put(starts, before, x + 1, g)
+            put(starts, get(starts, x, g), x + 1, g)
             ahead(starts, x + 1, x, g, cuts.parts[0, 0, first + x])
         return 0
 
@@ -147,51 +163,37 @@ def _body(form: Layout, trees, *refs):
             put(starts, get(carry, 0), 0)
         jax.lax.fori_loop(0, (form.span - 1) * form.heads, again, 0)
 
-    def put_tokens(g, found, *, add):
+    def put_tokens(g, *, add):
         for ref, d in zip(dtokens, found[:3], strict=True):
-            put_head(ref, d, g, form.heads, add=add)
-        for row, d in enumerate(found[3:]):
-            at = (0, g, x, pl.ds(row, 1), slice(None))
-            dgates[at] = dgates[at] + d if add else d
-
-    def pull(rule, before, cotangents):
-        """Gradients by what a block or part begins with, and by its tokens."""
-        return jax.vjp(rule, *before)[1](cotangents)
+            put_head(ref, d[...], g, form.heads, add=add)
+        for view, d in zip(gate_rows(dgates, g, x), found[3:], strict=True):
+            view.store(view.load() + d[...] if add else d[...])
 
     def head(g, _):
         tokens = tokens_of(g, x, q[0])
-        dfound = head_of(dy[0], g, form.heads)
+        dfound[...] = head_of(dy[0], g, form.heads)
+        marks = marks_of(form, cuts, row, x, first + x)
+        before = views(starts, x, g) if form.aligned else views(reached, 0, g)
+        after, opened = views(dcarry, 0, g), views(dopening, 0, g)
+        inputs = (views(opening, g), before, marks, tokens, after, View(dfound), opened)
+        outputs = (opened, after, views(found))
         if form.aligned:
-            mine = mine_of(form, first + x)
-            rule = lambda now, momentum, tokens: read_and_write(
-                form.how, form.narrow, now, now, momentum, tokens, mine
-            )
-            cotangents = (*get(dcarry, 0, g), dfound)
-            *dbefore, found = pull(rule, (*get(starts, x, g), tokens), cotangents)
-            put(dcarry, tuple(dbefore), 0, g)
-            put_tokens(g, found, add=False)
+            tpu_stages.run(pull, inputs, places, outputs)
+            put_tokens(g, add=False)
             return 0
 
-        put_tokens(g, jax.tree.map(jnp.zeros_like, tokens), add=False)
+        for ref in found:
+            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+        put_tokens(g, add=False)
         n = cuts.parts[0, 0, first + x]
-        (now_,) = work
 
         def part(number, _):
             s = n - 1 - number
-            put(now_, get(starts, x, g), 0, g)
-            ahead(now_, 0, x, g, s)
-
-            def rule(opening, carry, tokens):
-                before, mine = begun(cuts.tokens[0, x], s, opening, carry)
-                *after, found = read_and_write(form.how, form.narrow, *before, tokens, mine)
-                return (before[0], *after), found
-
-            dopened, dbefore, found = pull(
-                rule, (get(opening, g), get(now_, 0, g), tokens), (get(dcarry, 0, g), dfound)
-            )
-            put(dopening, jax.tree.map(jnp.add, get(dopening, 0, g), dopened), 0, g)
-            put(dcarry, dbefore, 0, g)
-            put_tokens(g, found, add=True)
+            put(reached, get(starts, x, g), 0, g)
+            ahead(reached, 0, x, g, s)
+            row[...] = jnp.full((1, 1), s, jnp.float32)
+            tpu_stages.run(pull, inputs, places, outputs)
+            put_tokens(g, add=True)
             return 0
 
         jax.lax.fori_loop(0, n, part, 0)

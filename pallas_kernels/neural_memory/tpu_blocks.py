@@ -13,6 +13,7 @@ from pallas_kernels.core.tpu import TpuConfig
 from pallas_kernels.neural_memory.cost import cost
 from pallas_kernels.neural_memory.memory import Rule
 from pallas_kernels.neural_memory.tpu_chunk import Tokens
+from pallas_kernels.neural_memory.tpu_stages import View
 
 
 class Layout(NamedTuple):
@@ -54,6 +55,21 @@ class Layout(NamedTuple):
     def last(self) -> int:
         """The last block with a token."""
         return (self.t - 1) // self.block
+
+
+class Part(NamedTuple):
+    """Marks of a part of a block, float32.
+
+    Attributes:
+        part: the part that each token is in, `[1 c]`.
+        documents, chunks: 1 where one begins, `[1 c]`.
+        number: of the part that is at work, `[1 1]`.
+    """
+
+    part: jax.Array
+    documents: jax.Array
+    chunks: jax.Array
+    number: jax.Array
 
 
 class Cuts(NamedTuple):
@@ -119,6 +135,17 @@ def kept_specs(form: Layout, tree: Any, at: Callable) -> Any:
     return jax.tree.map(spec, tree)
 
 
+def block_structs(form: Layout, q: jax.Array, v: jax.Array) -> tuple[Tokens, Any]:
+    """The tokens of one head and block, and the marks, for planning; q, v are `[b t h*x]`."""
+    new = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    keys, values = (new(form.block, x.shape[2] // form.h) for x in (q, v))
+    row = new(1, form.block)
+    marks: Any = Part(row, row, row, new(1, 1))
+    if form.aligned:
+        marks = None if form.t == form.blocks * form.block else row
+    return Tokens(keys, keys, values, row, row, row), marks
+
+
 def structs(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -181,37 +208,40 @@ def put_head(ref: Any, x: jax.Array, head: jax.Array, heads: int, *, add: bool =
     ref[0] = wide.astype(ref.dtype)
 
 
-def tokens_at(form: Layout, q, k, v, gates, head, block) -> Tokens:
-    """The tokens of one head and block; q, k, v are `[c heads*x]`."""
-    q, k, v = (None if x is None else head_of(x, head, form.heads) for x in (q, k, v))
-    rows = (gates[0, head, block, pl.ds(i, 1), :] for i in range(3))
-    return Tokens(q, k, v, *rows)
+def views(refs: Any, *at: Any) -> Any:
+    """The matrices of a tree of references at a place."""
+    return jax.tree.map(lambda ref: View(ref, at), refs)
 
 
-def mine_of(form: Layout, number: jax.Array) -> jax.Array | None:
-    """Which tokens of a block are there, for rows that are one document."""
-    if form.t == form.blocks * form.block:
-        return None
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, form.block), 1)
-    return (lane < form.t - number * form.block).astype(jnp.float32)
+def taken(form: Layout, work: Tokens, blocks: tuple, gates: Any, head: Any, block: Any) -> Tokens:
+    """The tokens of a head, those of q, k, v being written to `work`; None among them = not."""
+    for ref, x in zip(work[:3], blocks, strict=True):
+        if x is not None:
+            ref[...] = head_of(x, head, form.heads)
+    q, k, v = (None if x is None else View(ref) for ref, x in zip(work[:3], blocks, strict=True))
+    return Tokens(q, k, v, *gate_rows(gates, head, block))
 
 
-def begun(cuts: jax.Array, part: jax.Array, opening: Any, carry: Any) -> tuple[Any, jax.Array]:
-    """What a part begins with, of what is carried up to it; and which tokens are its own.
+def gate_rows(gates: Any, head: Any, block: Any) -> tuple[View, ...]:
+    """alpha, eta and theta of a head, `[1 c]`."""
+    return tuple(View(gates, (0, head, block, pl.ds(i, 1))) for i in range(3))
+
+
+def marks_of(form: Layout, cuts: Cuts | None, scratch: Any, block: Any, number: Any) -> Any:
+    """What tpu_rules.py takes as marks, for the block of that number in the row.
 
     Args:
-        cuts: `[3 c]` of `Cuts.tokens`.
-        part: number of the part.
-        opening: weights and momentum that documents begin with.
-        carry: weights at the chunk's start, now, momentum.
+        form: sizes.
+        cuts: references.
+        scratch: a row, or for parts one number, to write to.
+        block: the block's number in what `cuts` refers to.
+        number: its number in the row.
     """
-    start, now, momentum = carry
-    mine = (cuts[0:1] == part.astype(jnp.float32)).astype(jnp.float32)
-    document, chunk = (jnp.max(mine * cuts[i : i + 1], axis=1, keepdims=True) for i in (1, 2))
-    now, momentum = _choose(document, opening, (now, momentum))
-    return (_choose(chunk, now, start), now, momentum), mine
-
-
-def _choose(flag, a, b):
-    """a where the `[1 1]` flag is 1, else b."""
-    return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(flag, a.shape) > 0, a, b), a, b)
+    if not form.aligned:
+        rows = (View(cuts.tokens, (0, block, pl.ds(i, 1))) for i in range(3))
+        return Part(*rows, View(scratch))
+    if form.t == form.blocks * form.block:
+        return None
+    lane = jax.lax.broadcasted_iota(jnp.int32, scratch.shape, 1)
+    scratch[...] = (lane < form.t - number * form.block).astype(jnp.float32)
+    return View(scratch)

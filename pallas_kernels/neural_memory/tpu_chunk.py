@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.neural_memory.memory import Rule, Weights, factor
 
@@ -193,8 +194,7 @@ class _Mix(NamedTuple):
 
 
 def _mix(tokens: Tokens, mine) -> _Mix:
-    forgets, weights = products(column(1 - tokens.alpha))
-    fades, fade = products(column(tokens.eta))
+    (forgets, weights), (fades, fade) = products(column(1 - tokens.alpha), column(tokens.eta))
     in_weights, own = fades, fade
     if mine is not None:  # the momentum is not added to the weights at tokens that are not there
         here = column(mine)
@@ -218,6 +218,10 @@ def _indices(c: int):
     return t, jax.lax.broadcasted_iota(jnp.int32, (c, c), 1)
 
 
+def _numbers(c: int):
+    return jax.lax.broadcasted_iota(jnp.int32, (c, 1), 0)
+
+
 def column(x):
     """`[1 c]` as `[c 1]`."""
     t, s = _indices(x.shape[1])
@@ -236,37 +240,48 @@ def _last_row(x):
 
 
 @jax.custom_vjp
-def products(x):
-    """Products over stretches of `[c 1]`: (t, s) of `[c c]` is x_{s+1} ... x_t, 1 for s = t and 0
-    for s > t; (t, 0) of `[c 1]` is x_0 ... x_t.
+def products(x, y):
+    """Products over stretches of two columns `[c 1]`: of each a pair, of which (t, s) of `[c c]` is
+    x_{s+1} ... x_t, 1 for s = t and 0 for s > t; and (t, 0) of `[c 1]` is x_0 ... x_t.
     """
     c = x.shape[0]
-    t, s = _indices(c)
-    ends = jax.lax.broadcasted_iota(jnp.int32, (c, 1), 0)
-    stretches, whole = jnp.where(t > s, x, 1.0), x
+    t = jax.lax.broadcasted_iota(jnp.int32, (c, 2 * c), 0)
+    s = jax.lax.broadcasted_iota(jnp.int32, (c, 2 * c), 1)  # x's columns, then y's
+    first, s = s < c, jnp.where(s < c, s, s - c)
+    both = jnp.where(t > s, jnp.where(first, x, y), 1.0)
     shift = 1
     while shift < c:
-        stretches = stretches * jnp.where(t >= shift, jnp.roll(stretches, shift, axis=0), 1.0)
-        whole = whole * jnp.where(ends >= shift, jnp.roll(whole, shift, axis=0), 1.0)
+        both = both * jnp.where(t >= shift, pltpu.roll(both, shift, axis=0), 1.0)
         shift *= 2
-    return jnp.where(t >= s, stretches, 0.0), whole
+    both = jnp.where(t >= s, both, 0.0)
+    return _with_whole(both[:, :c], x), _with_whole(both[:, c:], y)
 
 
-def _products_forward(x):
-    found = products(x)
+def _with_whole(stretches, x):
+    t, s = _indices(x.shape[0])
+    behind_first = jnp.sum(jnp.where(s == 0, stretches, 0.0), axis=1, keepdims=True)
+    return stretches, behind_first * _over_tokens(jnp.where(_numbers(x.shape[0]) == 0, x, 0.0))
+
+
+def _products_forward(x, y):
+    found = products(x, y)
     return found, found
 
 
 def _products_backward(found, cotangents):
+    return tuple(map(_one_backward, found, cotangents))
+
+
+def _one_backward(found, cotangents):
     """x_j is in the stretches from s < j to t >= j: what is before it times what follows it."""
     stretches, whole = found
     dstretches, dwhole = cotangents
     t, _ = _indices(stretches.shape[0])
-    before = jnp.where(t > 0, jnp.roll(stretches, 1, axis=0), 0.0)
+    before = jnp.where(t > 0, pltpu.roll(stretches, 1, axis=0), 0.0)
     follows = product("tn", stretches, dstretches, narrow=False)
     dx = jnp.sum(before * follows, axis=1, keepdims=True)
-    before = jnp.where(t[:, :1] > 0, jnp.roll(whole, 1, axis=0), 1.0)
-    return (dx + before * column(_over_tokens(stretches * dwhole)),)
+    before = jnp.where(_numbers(whole.shape[0]) > 0, pltpu.roll(whole, 1, axis=0), 1.0)
+    return dx + before * column(_over_tokens(stretches * dwhole))
 
 
 products.defvjp(_products_forward, _products_backward)

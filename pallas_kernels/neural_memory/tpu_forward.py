@@ -5,25 +5,28 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
+from pallas_kernels.neural_memory import tpu_rules, tpu_stages
 from pallas_kernels.neural_memory.tpu_blocks import (
     Cuts,
     Layout,
-    begun,
+    block_structs,
     cuts_spec,
     estimate,
     gates_spec,
     get,
     kept_specs,
-    mine_of,
+    marks_of,
     put,
     put_head,
     state_specs,
-    tokens_at,
+    taken,
     tokens_spec,
+    views,
 )
-from pallas_kernels.neural_memory.tpu_chunk import read_and_write
+from pallas_kernels.neural_memory.tpu_stages import View
 
 
 def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, keep: bool):
@@ -63,26 +66,41 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
         state_specs(form, last, once=False),
         kept_specs(form, kept, before),
     )
+    tokens, marks = block_structs(form, q, v)
+    rule = functools.partial(tpu_rules.forward, form)
+    plan = tpu_stages.plan(rule, opening, carry, marks, tokens)
+    matrix = lambda x: pltpu.VMEM(x.shape, x.dtype)
+    row = (1, form.block) if form.aligned else (1, 1)
+    scratch = (
+        jax.tree.map(matrix, (*tokens[:3], tokens.v)),
+        pltpu.VMEM(row, jnp.float32),
+        tpu_stages.scratch(plan),
+    )
     given, tree = jax.tree.flatten(inputs)
-    taken, result_tree = jax.tree.flatten(results)
-    body = functools.partial(_body, form, tree, result_tree)
+    wanted, result_tree = jax.tree.flatten(results)
+    places, scratch_tree = jax.tree.flatten(scratch)
     found = kernel_call(
-        body,
+        functools.partial(_body, form, plan, (tree, result_tree, scratch_tree)),
         name="neural_memory_forward",
         config=form.config,
         grid=(form.b, form.groups, form.blocks),
         in_specs=jax.tree.leaves(specs),
         out_specs=jax.tree.leaves(result_specs),
-        out_shape=taken,
+        out_shape=wanted,
+        scratch_shapes=places,
         semantics=("parallel", "parallel", "arbitrary"),
         cost=estimate(form, inputs, results, backward=False),
     )(*given)
     return jax.tree.unflatten(result_tree, found)
 
 
-def _body(form: Layout, tree, result_tree, *refs):
-    q, k, v, gates, cuts, opening, carry = jax.tree.unflatten(tree, refs[: tree.num_leaves])
-    y, last, kept = jax.tree.unflatten(result_tree, refs[tree.num_leaves :])
+def _body(form: Layout, plan, trees, *refs):
+    split = []
+    for tree in trees:
+        split.append(jax.tree.unflatten(tree, refs[: tree.num_leaves]))
+        refs = refs[tree.num_leaves :]
+    (q, k, v, gates, cuts, opening, carry), (y, last, kept), scratch = split
+    (*work, found), row, places = scratch
     i = pl.program_id(2)
     held = last[1:] if form.aligned else last
 
@@ -102,23 +120,24 @@ def _body(form: Layout, tree, result_tree, *refs):
         def _():
             put(last[0], get(last[1], ...), ...)
 
+    marks = marks_of(form, cuts, row, 0, i)
+
     def head(g, _):
-        tokens = tokens_at(form, q[0], k[0], v[0], gates, g, 0)
+        tokens = taken(form, work, (q[0], k[0], v[0]), gates, g, 0)
+        now = views(held, 0, g)
+        inputs = (views(opening, g), now, marks, tokens)
+        run = lambda: tpu_stages.run(plan, inputs, places, (now, View(found)))
         if form.aligned:
-            now, momentum = get(held, 0, g)
-            mine = mine_of(form, i)
-            *after, found = read_and_write(form.how, form.narrow, now, now, momentum, tokens, mine)
-            put(held, tuple(after), 0, g)
-            put_head(y, found, g, form.heads)
+            run()
+            put_head(y, found[...], g, form.heads)
             return 0
 
-        put_head(y, jnp.zeros(tokens.v.shape, jnp.float32), g, form.heads)
+        put_head(y, jnp.zeros(found.shape, jnp.float32), g, form.heads)
 
         def part(s, _):
-            before, mine = begun(cuts.tokens[0, 0], s, get(opening, g), get(held, 0, g))
-            *after, found = read_and_write(form.how, form.narrow, *before, tokens, mine)
-            put(held, (before[0], *after), 0, g)
-            put_head(y, found, g, form.heads, add=True)
+            row[...] = jnp.full((1, 1), s, jnp.float32)
+            run()
+            put_head(y, found[...], g, form.heads, add=True)
             return 0
 
         jax.lax.fori_loop(0, cuts.parts[0, 0, i], part, 0)
