@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pathlib
 import sys
 
 from seqzoo.cli.common import add_config_arguments, print_json, print_table
@@ -84,8 +85,6 @@ def _show(settings, space, points, args) -> int:
     from seqzoo.sweep.study import FOLDER
 
     if settings.launcher.kind == "slurm":
-        import pathlib
-
         name = settings.sweep.name or "STUDY"
         path = pathlib.Path(args.runs).resolve() / FOLDER / name
         print(slurm.script(name, path, settings.launcher), end="")
@@ -190,10 +189,20 @@ def _join(args: argparse.Namespace) -> int:
     study = _open(args, args.worker or args.workers)
     if args.worker:
         worker.prepare(study.definition.threads)
-        return worker.work(study.path)
+        return worker.work(study.path, size=_size)
     asked = split(args.overrides).launcher
     launcher = dataclasses.replace(study.definition.launcher, kind="local", workers=asked.workers)
     return _work(study, launcher)
+
+
+def _size(path: pathlib.Path) -> dict[str, float] | None:
+    """What the model of a run costs; None where that cannot be had."""
+    from seqzoo.eval import records, report
+
+    if not (path / "config.yaml").exists():  # it ended before it began
+        return None
+    size, _ = report.size_of(records.read(path))
+    return None if size is None else size._asdict()
 
 
 def _open(args: argparse.Namespace, name: str):

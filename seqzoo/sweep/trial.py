@@ -4,13 +4,11 @@ import dataclasses
 import math
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seqzoo.config.compose import compose
 from seqzoo.errors import ConfigError, NotFiniteError, Pruned
-from seqzoo.eval import records
-from seqzoo.eval.report import size_of
 from seqzoo.sweep.study import Claimed, Study
 from seqzoo.train import loop
 from seqzoo.train.folder import RunFolder, read_status
@@ -55,8 +53,16 @@ class Watch(Hook):
             )
 
 
-def run(study: Study, claimed: Claimed) -> str:
+Size = Callable[[pathlib.Path], Mapping[str, float] | None]
+
+
+def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
     """Trains what is left of a trial and tells the study its value.
+
+    Args:
+        study: whose trial it is.
+        claimed: the trial.
+        size: what the model of a run folder costs, by name, for the report.
 
     Returns:
         What became of it, in a few words.
@@ -92,15 +98,12 @@ def run(study: Study, claimed: Claimed) -> str:
         values.append(told.worst if math.isnan(value) else value)
         tests.append(test)
         seconds += took
-    size = None
-    if (runs[0].path / "config.yaml").exists():  # none where it ended before it began
-        size, _ = size_of(records.read(runs[0].path))
     claimed.note(
         values=[str(value) for value in values],  # JSON has no word for what is not finite
         tests=tests,
         diverged=values.count(told.worst),
         seconds=round(seconds + claimed.attrs.get("seconds", 0.0), 1),
-        size=size._asdict() if size else None,
+        size=size(runs[0].path),
     )
     value = statistics.median(values)
     claimed.tell(value)

@@ -5,6 +5,7 @@ a step boundary when its study or its parent says so. A trial that it leaves is 
 whoever comes next.
 """
 
+import functools
 import os
 import pathlib
 import signal
@@ -36,14 +37,14 @@ def work(
     path: str | os.PathLike,
     *,
     say: Callable[[str], None] = print,
-    once: bool = False,
+    size: Callable[[pathlib.Path], Any] = lambda path: None,
 ) -> int:
     """Works on a study until it is done.
 
     Args:
         path: the study's folder.
         say: gets a line per trial.
-        once: leave when nothing is free, rather than wait for what others may leave behind.
+        size: what the model of a run folder costs, for the report; called once jax may start.
 
     Returns:
         0: the study is done. Its failures are the business of whoever started it.
@@ -64,8 +65,8 @@ def work(
             claimed = study.claim()
             if claimed is not None:
                 with claimed:
-                    _one(study, claimed, trial.run, ear, say)
-            elif study.finished() or once:
+                    _one(study, claimed, functools.partial(trial.run, size=size), say)
+            elif study.finished():
                 return 0
             else:
                 time.sleep(_POLL_SECONDS)
@@ -75,7 +76,6 @@ def _one(
     study: Study,
     claimed: Claimed,
     run: Callable[[Study, Claimed], str],
-    ear: "_Ear",
     say: Callable[[str], None],
 ) -> None:
     """Runs a trial; what goes wrong with it stays with it."""

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 
+from seqzoo.cli.sweep import _size
 from seqzoo.errors import NotFiniteError, SeqzooError
 from seqzoo.eval.bench.compile import compilations
+from seqzoo.eval.sweep_results import results
 from seqzoo.sweep import trial as trials
 from seqzoo.sweep import worker
-from seqzoo.sweep.results import results
 from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import loop
 from seqzoo.train.folder import read_json, read_metrics, read_status
@@ -34,7 +35,7 @@ def test_trials_are_run_folders_and_compile_once(create):
         "trainer.eval_every=12",
     )
     with compilations() as names:
-        assert worker.work(study.path, say=say_nothing) == 0
+        assert worker.work(study.path, say=say_nothing, size=_size) == 0
     assert sum("step" in name and "eval" not in name for name in names) == 1
     rows = study.rows()
     assert [row.state for row in rows] == ["finished"] * 4
@@ -142,7 +143,7 @@ def test_a_failure_stays_with_its_trial_until_it_is_resumed(create, monkeypatch)
 
 def test_a_bug_is_a_failure_and_too_many_of_them_end_the_study(create, monkeypatch, capsys):
     study = create("optimizer.lr=1e-3,1e-2", "sweep=grid")
-    monkeypatch.setattr(trials, "run", lambda study, claimed: 1 / 0)
+    monkeypatch.setattr(trials, "run", lambda study, claimed, size: 1 / 0)
     with pytest.raises(Stopped, match="more than 0 trials failed"):
         worker.work(study.path, say=say_nothing)
     assert [row.state for row in study.rows()] == ["failed", "waiting"]
