@@ -7,7 +7,6 @@ Kept between forward and backward: q, k, v, y, 1 / (z + eps), and the state befo
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +16,20 @@ from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.taylor_attention import xla
 from pallas_kernels.taylor_attention.tpu_backward import backward
-from pallas_kernels.taylor_attention.tpu_features import orders, rows_of
-from pallas_kernels.taylor_attention.tpu_forward import How, forward, product_dtype, state_rows
+from pallas_kernels.taylor_attention.tpu_features import rows_of
+from pallas_kernels.taylor_attention.tpu_forward import How, forward, product_dtype
+from pallas_kernels.taylor_attention.tpu_layout import (
+    ROWS,
+    Widths,
+    state_rows,
+    tokens_first,
+    tokens_last,
+)
 from pallas_kernels.taylor_attention.tpu_places import pack
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6
 _MOST = 0.8  # of the whole vector memory: what the limit is raised to
-_ROWS = 16  # of a bfloat16 register
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class PallasTpuConfig(tpu.TpuConfig):
 
 def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
     """Of the vector memory that a head takes backward: arrays twice, scratch once, states."""
-    k, v = tpu.round_up(k, _ROWS), tpu.round_up(v, _ROWS)
+    k, v = tpu.round_up(k, ROWS), tpu.round_up(v, ROWS)
     rows = state_rows(v)
     arrays = 2 * ((4 * k + 4 * v) * itemsize + 4 * tpu.SUBLANES)
     scratch = 4 * (2 * k + v) + 2 * rows * itemsize
@@ -131,38 +136,38 @@ def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attention(q, k, v, kv, z, places, how: How):
     """y `[b t h v]` and the state after, kv `[b h f v]` and z `[b h f]`."""
-    widths = _Widths.of(q, v)
-    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    widths = Widths.of(q, v)
+    arrays = [tokens_last(x, how.config.block) for x in (q, k, v)]
     y, last, _, _ = forward(arrays, widths.to_rows(kv, z), places, how, save=False)
-    return _tokens_first(y, v), *widths.from_rows(last)
+    return tokens_first(y, v), *widths.from_rows(last)
 
 
 def _attention_forward(q, k, v, kv, z, places, how: How):
     q, k, v, kv, z, places = jax.tree.map(lambda x: x.value, (q, k, v, kv, z, places))
-    widths = _Widths.of(q, v)
+    widths = Widths.of(q, v)
     state = widths.to_rows(kv, z)
-    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    arrays = [tokens_last(x, how.config.block) for x in (q, k, v)]
     y, last, saved, inverse = forward(arrays, state, places, how, save=True)
     if saved is None and state is not None:
         saved = state[:, :, None]
     kept = (y, inverse) if how.normalize else (None, None)
     given = None if kv is None else ()
-    return (_tokens_first(y, v), *widths.from_rows(last)), (q, k, v, saved, places, *kept, given)
+    return (tokens_first(y, v), *widths.from_rows(last)), (q, k, v, saved, places, *kept, given)
 
 
 def _attention_backward(how: How, residuals, cotangents):
     q, k, v, saved, places, y, inverse, given = residuals
-    widths = _Widths.of(q, v)
-    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    widths = Widths.of(q, v)
+    arrays = [tokens_last(x, how.config.block) for x in (q, k, v)]
     dlast = None  # where nobody asked for the state, there is no gradient to make and read
     if not all(isinstance(x, SymbolicZero) for x in cotangents[1:]):
-        dlast = widths.to_rows(*map(_array, cotangents[1:]))
-    dy = _tokens_last(_array(cotangents[0]), how)
+        dlast = widths.to_rows(*map(_array, cotangents[1:]), gradient=True)
+    dy = tokens_last(_array(cotangents[0]), how.config.block)
     dq, dk, dv, dinitial = backward(
         arrays, saved, places, y, inverse, dy, dlast, how, has_state=given is not None
     )
-    dstate = (None, None) if given is None else widths.from_rows(dinitial)
-    gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
+    dstate = (None, None) if given is None else widths.from_rows(dinitial, gradient=True)
+    gradients = (tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
     return *gradients, *dstate, None
 
 
@@ -171,47 +176,3 @@ _attention.defvjp(_attention_forward, _attention_backward, symbolic_zeros=True)
 
 def _array(x):
     return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
-
-
-def _tokens_last(x, how: How):
-    """`[b h k t]` from `[b t h k]`: k up to a multiple of 16, t to one of the block."""
-    x = jnp.moveaxis(x, 1, -1)
-    x = tpu.pad_to(x, 3, tpu.round_up(x.shape[3], how.config.block))
-    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], _ROWS))
-
-
-def _tokens_first(x, like):
-    """`[b t h k]` in the shape of another one, from `[b h k t]`."""
-    return jnp.moveaxis(x[:, :, : like.shape[3], : like.shape[1]], -1, 1)
-
-
-class _Widths(NamedTuple):
-    """Of keys and values, and as they are padded; and what a state of the kernels looks like."""
-
-    k: int
-    v: int
-    padded_k: int
-    padded_v: int
-    rows: int
-
-    @classmethod
-    def of(cls, q, v):
-        k, width = q.shape[3], v.shape[3]
-        padded = tpu.round_up(width, _ROWS)
-        return cls(k, width, tpu.round_up(k, _ROWS), padded, state_rows(padded))
-
-    def to_rows(self, kv, z):
-        """The kernels' state `[b h v1 f]` from kv `[b h f v]` and z `[b h f]`; None for None."""
-        if kv is None:
-            return None
-        places, _ = orders(self.k, self.padded_k)
-        columns = jnp.concatenate([tpu.pad_to(kv, 3, self.padded_v), z[..., None]], axis=3)
-        columns = tpu.pad_to(columns, 3, self.rows)
-        columns = tpu.pad_to(columns, 2, columns.shape[2] + 1)  # zeros for rows without a feature
-        return jnp.swapaxes(columns[:, :, places], 2, 3)
-
-    def from_rows(self, state):
-        """kv and z from the kernels' state."""
-        _, back = orders(self.k, self.padded_k)
-        columns = jnp.swapaxes(state, 2, 3)[:, :, back]
-        return columns[..., : self.v], columns[..., self.padded_v]

@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.tpu_features import phi, rows_of
+from pallas_kernels.taylor_attention.tpu_layout import state_rows
 from pallas_kernels.taylor_attention.tpu_places import Seen, only, seen
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
@@ -43,16 +44,14 @@ def product_dtype(*arrays: jax.Array) -> Any:
     return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
 
 
-def state_rows(v: int) -> int:
-    """Rows of a state: v (padded already), the sum of weights, and zeros up to a register."""
-    return v + 16
-
-
 def with_ones(v: jax.Array, there: jax.Array | None, rows: int) -> jax.Array:
-    """`[v c]` with a row of ones behind it (0 where no token is), up to so many rows."""
+    """`[v c]` with two rows of ones behind it (0 where no token is), up to so many rows.
+
+    Two, because the gradient of the sum of weights comes in two parts.
+    """
     c = v.shape[1]
-    first = jax.lax.broadcasted_iota(jnp.int32, (rows - v.shape[0], c), 0) == 0
-    ones = first if there is None else first & there
+    ones = jax.lax.broadcasted_iota(jnp.int32, (rows - v.shape[0], c), 0) < 2
+    ones = ones if there is None else ones & there
     return jnp.concatenate([only(there, v), ones.astype(v.dtype)], axis=0)
 
 

@@ -1,7 +1,7 @@
 """The three walks over a block's chunks that make taylor_attention's backward TPU kernel.
 
-With v1 = [v, 1], do = dy / (z + eps), do1 = [do, -sum(do y)], r = q.k, S the state before a chunk
-and dS the gradient of the state after it:
+With v1 = [v, 1, 1], do = dy / (z + eps), do1 = [do, -sum(do y) in two parts], r = q.k, S the state
+before a chunk and dS the gradient of the state after it:
 
     pairs:  dw = v1^T do1,  ds = dw (1 + scale r) scale
             dq = k ds,      dk = q ds^T,      dv = do w^T
@@ -28,12 +28,13 @@ def pairs(at, head: int, here, masks: Seen, how: How, dtype):
     v1, do1 = (at[name].at[head, :, here] for name in ("v1", "do1"))
     v1[...] = with_ones(at["v"][0, head, :, here].astype(dtype), masks.valid, v1.shape[0])
     do = only(masks.valid, at["dy"][0, head, :, here].astype(jnp.float32))
-    total = None
     if how.normalize:
         do = do * at["inverse"][0, head, :, here]
         y = only(masks.valid, at["y"][0, head, :, here].astype(jnp.float32))
-        total = -jnp.sum(do * y, axis=0, keepdims=True)
-    do1[...] = _with_total(do, total, v1.shape[0]).astype(dtype)
+        do = do.astype(dtype).astype(jnp.float32)
+        do1[...] = _with_total(do, -jnp.sum(do * y, axis=0, keepdims=True), do1)
+    else:
+        do1[...] = _with_total(do, jnp.zeros_like(do[:1]), do1)
 
     r = dot(k, q, TN)
     ds = dot(v1[...], do1[...], TN) * (scale + (scale * scale) * r)
@@ -82,10 +83,13 @@ def _inputs(at, head: int, here, masks: Seen, dtype):
     return q, k
 
 
-def _with_total(do: jax.Array, total: jax.Array | None, rows: int) -> jax.Array:
-    """`[v c]` with one more row behind it (or zeros), up to so many rows."""
-    extra = (rows - do.shape[0], do.shape[1])
-    if total is None:
-        return jnp.concatenate([do, jnp.zeros(extra, do.dtype)], axis=0)
-    first = jax.lax.broadcasted_iota(jnp.int32, extra, 0) == 0
-    return jnp.concatenate([do, jnp.where(first, total, 0)], axis=0)
+def _with_total(do: jax.Array, total: jax.Array, like) -> jax.Array:
+    """`[v c]` with a row behind it, up to the rows and in the type of `like`.
+
+    The row comes in two parts, for twice the digits: do.v and total cancel where a token sees
+    little more than itself.
+    """
+    rounded = total.astype(like.dtype).astype(total.dtype)
+    row = jax.lax.broadcasted_iota(jnp.int32, (like.shape[0] - do.shape[0], do.shape[1]), 0)
+    rest = jnp.where(row == 0, rounded, jnp.where(row == 1, total - rounded, 0))
+    return jnp.concatenate([do, rest], axis=0).astype(like.dtype)
