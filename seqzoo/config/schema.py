@@ -19,6 +19,11 @@ SETTINGS = {
     "mesh": "seqzoo.train.settings.MeshSettings",
     "logger": "seqzoo.train.settings.LoggerSettings",
 }
+# Of `seqzoo sweep` alone.
+SWEEP_SETTINGS = {
+    "sweep": "seqzoo.sweep.settings.SweepSettings",
+    "launcher": "seqzoo.sweep.settings.LauncherSettings",
+}
 NODES = ("task", "data", "model", "optimizer", "schedule")
 ROOT = {
     "name": Keyword(

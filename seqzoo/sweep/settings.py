@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from seqzoo.config.compose import compose_settings
+from seqzoo.config.schema import SWEEP_SETTINGS
 from seqzoo.errors import ConfigError, suggest
 
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "halving")
 LAUNCHERS = ("local", "slurm")
-_SECTIONS = ("sweep", "launcher")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class SweepSettings:
         pruner_min_step: no trial ends before this step; null = trainer.eval_every.
         pruner_startup: of median: trials that end whole before any is ended.
         pruner_factor: of halving: one of so many goes on from each rung to the next.
-        max_failures: trials that may fail before the sweep ends with exit 1.
+        max_failures: trials that may fail; one more ends the sweep with exit 1.
         storage: a database URL; null = SEQZOO_STORAGE, else journal.log in the study's folder.
         patience_minutes: for a storage that cannot be reached, before workers save and stop.
     """
@@ -42,7 +42,7 @@ class SweepSettings:
     pruner_min_step: int | None = None
     pruner_startup: int = 4
     pruner_factor: int = 3
-    max_failures: int = 0
+    max_failures: int = 3
     storage: str | None = None
     patience_minutes: float = 5.0
 
@@ -110,23 +110,14 @@ def split(words: Sequence[str], *, config_dir: str | None = None) -> Settings:
     Raises:
         ConfigError: a setting does not exist or has a wrong value.
     """
-    ours = [word for word in words if _section(word) in _SECTIONS]
-    found: dict[str, Any] = compose_settings(
-        "sweep",
-        ours,
-        {"sweep": _path(SweepSettings), "launcher": _path(LauncherSettings)},
-        config_dir=config_dir,
-    )
+    ours = [word for word in words if _section(word) in SWEEP_SETTINGS]
+    found: dict[str, Any] = compose_settings("sweep", ours, SWEEP_SETTINGS, config_dir=config_dir)
     rest = [word for word in words if word not in ours]
     return Settings(SweepSettings(**found["sweep"]), LauncherSettings(**found["launcher"]), rest)
 
 
 def _section(word: str) -> str:
     return word.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__name__}"
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -141,8 +141,8 @@ def test_a_failure_stays_with_its_trial_until_it_is_resumed(create, monkeypatch)
     assert [row.state for row in study.rows()] == ["finished", "finished"]
 
 
-def test_a_bug_is_a_failure_and_too_many_of_them_end_the_study(create, monkeypatch, capsys):
-    study = create("optimizer.lr=1e-3,1e-2", "sweep=grid")
+def test_a_bug_is_a_failure_and_too_many_of__the_study(create, monkeypatch, capsys):
+    study = create("optimizer.lr=1e-3,1e-2", "sweep=grid", "sweep.max_failures=0")
     monkeypatch.setattr(trials, "run", lambda study, claimed, size: 1 / 0)
     with pytest.raises(Stopped, match="more than 0 trials failed"):
         worker.work(study.path, say=say_nothing)
