@@ -134,7 +134,14 @@ def _table(where: str, keywords: dict[str, Keyword], values: Mapping[str, Any] =
 
 def _yaml(default: str) -> str:
     """Python's spelling of a default as YAML's."""
-    spelled = {"None": "null", "True": "true", "False": "false", "()": "[]", "tuple": "[]", "list": "[]"}
+    spelled = {
+        "None": "null",
+        "True": "true",
+        "False": "false",
+        "()": "[]",
+        "tuple": "[]",
+        "list": "[]",
+    }
     return spelled.get(default, default.strip("'\""))
 
 
