@@ -52,13 +52,14 @@ def evaluate(
     rows = batch_size or trainer.eval_batch_size or run.microbatch
     meshes.check_batch(rows, spec.mesh, spec.rules, "trainer.eval_batch_size")
     sharding = meshes.batch_sharding(spec.mesh, spec.rules)
+    part = meshes.feed(spec.mesh, spec.rules)
     stream = pipeline.eval_batches(
         run.data,
         split,
         batch_size=rows,
         max_samples=max_samples,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part.index,
+        process_count=part.count,
         workers=trainer.workers,
         prefetch=trainer.prefetch,
     )

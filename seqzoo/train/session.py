@@ -290,14 +290,15 @@ class Session:
                 f"{self._next_sample:,}: batches have another size now"
             )
             self._next_sample = start * trainer.global_batch_size
+        part = meshes.feed(self.run.spec.mesh, self.run.spec.rules)
         self._stream = pipeline.batches(
             self.run.data,
             "train",
             global_batch_size=trainer.global_batch_size,
             start_step=start,
             stop_step=start + trainer.steps - self.step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=part.index,
+            process_count=part.count,
             workers=trainer.workers,
             prefetch=trainer.prefetch,
         )

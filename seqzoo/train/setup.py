@@ -118,6 +118,9 @@ def setup(
     mesh, rules = meshes.make_mesh(mesh_settings, devices), meshes.rules_of(mesh_settings)
     rows = trainer.global_batch_size // trainer.grad_accum_steps
     meshes.check_batch(rows, mesh, rules, "trainer.global_batch_size / trainer.grad_accum_steps")
+    meshes.check_length(data.seq_len, mesh, rules, "data.seq_len")
+    if trainer.eval_chunk_length is not None:
+        meshes.check_length(trainer.eval_chunk_length, mesh, rules, "trainer.eval_chunk_length")
     structure = structure_of(functools.partial(build, config["model"]))
     decayed = decayed_paths(structure)
     state = _abstract_state(
@@ -155,7 +158,8 @@ def check_data(run: Setup) -> None:
         ConfigError: a split is missing or endless, or batches do not fit it.
     """
     trainer = run.trainer
-    parts = {"process_count": jax.process_count(), "workers": 0}
+    part = meshes.feed(run.spec.mesh, run.spec.rules)
+    parts = {"process_index": part.index, "process_count": part.count, "workers": 0}
     pipeline.batches(
         run.data, "train", global_batch_size=trainer.global_batch_size, stop_step=0, **parts
     ).close()

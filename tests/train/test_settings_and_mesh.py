@@ -56,8 +56,7 @@ def test_one_device_is_the_mesh_of_ones():
     ("values", "said"),
     [
         ({"data": 16}, "needs 16 devices; there are 8"),
-        ({"fsdp": 3}, r"mesh.fsdp \* mesh.tensor = 3 does not divide the 8 devices"),
-        ({"sequence": 2}, "mesh.sequence=2: sequences cannot be split"),
+        ({"fsdp": 3}, r"mesh.tensor \* mesh.sequence = 3 does not divide the 8 devices"),
     ],
 )
 def test_meshes_that_do_not_fit(values, said):
@@ -71,6 +70,7 @@ def test_meshes_that_do_not_fit(values, said):
         (["mesh.data=3"], "=8 rows cannot be shared by 3 devices; it must be a multiple of 3"),
         (["mesh.data=8", "trainer.grad_accum_steps=2"], "=4 rows cannot be shared by 8 devices"),
         (["mesh.data=1", "mesh.tensor=8", "model.d_model=12"], "no multiple of 8"),
+        (["mesh.data=2", "mesh.sequence=3"], "data.seq_len=16 tokens cannot be shared by 3"),
         (["mesh.rules={batch: [data, fdsp]}"], r"mesh.rules.batch names 'fdsp'; allowed"),
         (["task.metric=accuracy/7"], "task.metric=accuracy/7"),
     ],
@@ -78,3 +78,21 @@ def test_meshes_that_do_not_fit(values, said):
 def test_what_does_not_fit_together(tiny, words, said):
     with pytest.raises(ConfigError, match=said):
         setup(tiny(*words))
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([{0, 1}, {2, 3}], [(0, 2), (1, 2)]),
+        ([{2, 3}, {0, 1}], [(1, 2), (0, 2)]),
+        ([{0}, {0}, {1}, {1}], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two processes
+        ([{0, 1}, {0, 1}], [(0, 1), (0, 1)]),  # the whole batch is everybody's
+        ([{0, 2}, {1, 3}], None),
+        ([{0, 1, 2}, {3}], None),
+        ([{1, 2}, {0, 3}], None),
+    ],
+)
+def test_which_rows_a_process_reads(rows, parts):
+    ways = 1 + max(max(one) for one in rows)
+    found = meshes.parts_of(dict(enumerate(rows)), ways)
+    assert (None if found is None else [tuple(found[i]) for i in range(len(rows))]) == parts
