@@ -171,8 +171,8 @@ def work(args: argparse.Namespace) -> int:
 
 
 def failures(found: list[Row]) -> list[str]:
-    """What did not compile."""
-    return [f"{row.name}: {row.status}" for row in found if row.status != "compiled"]
+    """What neither compiles nor is refused."""
+    return [f"{row.name}: {row.status}" for row in found if kernel_table.failed(row)]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def beside_the_goals(rows: Iterable[Row]) -> list[str]:
     told = []
     for row in rows:
         moved, vmem = ratio(row), share(row)
+        if row.status.startswith("refused") and not row.part.startswith("documents"):
+            told.append(f"{row.name}: {row.status}")
         if moved is not None and moved > MOST_BYTES:
             told.append(f"{row.name}: {moved:.2f}x the least bytes (at most {MOST_BYTES})")
         if vmem is not None and vmem > MOST_VMEM:

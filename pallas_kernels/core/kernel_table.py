@@ -17,8 +17,8 @@ class Row(NamedTuple):
         call: of arg_specs.py.
         dtype: of the arguments along time.
         device: generation.
-        part: "forward", "backward" (memory of both together), "documents".
-        status: "compiled", or what stood against it.
+        part: "forward", "backward" (memory of both together), "documents, state" or "documents".
+        status: "compiled", "refused: ..." (dispatch takes xla), or what stood against it.
         kernels: names of the Pallas calls.
         vmem: vector memory of the largest kernel.
         limit: what it may take.
@@ -127,6 +127,11 @@ def merged(old: Iterable[Row], new: Iterable[Row], whole: bool) -> list[Row]:
     return [*kept, *new]
 
 
+def failed(row: Row) -> bool:
+    """Whether a call neither compiles nor is refused."""
+    return row.status != "compiled" and not row.status.startswith("refused")
+
+
 def regressions(table: Iterable[Row], found: Iterable[Row]) -> list[str]:
     """What got worse than the table says, one line each; a call without a row is one too.
 
@@ -139,14 +144,14 @@ def regressions(table: Iterable[Row], found: Iterable[Row]) -> list[str]:
     for row in found:
         before = known.get(row.key)
         if before is None:
-            if row.status != "compiled":
+            if failed(row):
                 wrong.append(f"{row.name}: {row.status}")
             elif row.stack in stacks:
                 wrong.append(f"{row.name}: the table has no row of it")
             continue
         if row.status != "compiled":
-            if before.status == "compiled":
-                wrong.append(f"{row.name}: compiled before, now {row.status}")
+            if before.status == "compiled" or failed(row):
+                wrong.append(f"{row.name}: {before.status} before, now {row.status}")
             continue
         for field, (factor, more) in _ALLOWED.items():
             now, was = getattr(row, field), getattr(before, field)

@@ -108,12 +108,13 @@ def kernel_call(
         ),
         cost_estimate=cost,
         name=name,
-        interpret=_interpreter(config.interpret),
+        interpret=interpreter(config.interpret),
         input_output_aliases=input_output_aliases or {},
     )
 
 
-def _interpreter(interpret: bool | str) -> Any:
+def interpreter(interpret: bool | str) -> Any:
+    """What `pl.pallas_call` takes for a config's `interpret`."""
     if interpret == "races":
         return pltpu.InterpretParams(
             detect_races=True,

@@ -55,7 +55,11 @@ def test_one_that_no_longer_compiles_and_one_without_a_row():
     broken = ROW._replace(status="XlaRuntimeError: vmem")
     (text,) = regressions([ROW], [broken])
     assert "compiled before, now XlaRuntimeError: vmem" in text
-    assert regressions([broken], [broken]) == []
+    (text,) = regressions([broken], [broken])  # a table may not hold what fails
+    refused = ROW._replace(status="refused: no room")
+    assert regressions([refused], [refused]) == []
+    (text,) = regressions([ROW], [refused])
+    assert "compiled before, now refused: no room" in text
     (text,) = regressions([ROW], [ROW._replace(call="new")])
     assert "the table has no row of it" in text
 
@@ -63,8 +67,9 @@ def test_one_that_no_longer_compiles_and_one_without_a_row():
 def test_another_stack_is_not_compared():
     other = ROW._replace(stack="jax 9, libtpu 9", vmem=2**30)
     assert regressions([ROW], [other]) == []
-    (text,) = regressions([ROW], [other._replace(status="refused: no")])
-    assert "refused: no" in text
+    assert regressions([ROW], [other._replace(status="refused: no")]) == []
+    (text,) = regressions([ROW], [other._replace(status="ValueError: no")])
+    assert "ValueError: no" in text
 
 
 def test_the_file_gives_back_what_was_written(tmp_path):
@@ -99,6 +104,8 @@ def test_the_page_keeps_its_prose(tmp_path):
 
 def test_goals_that_are_missed_are_told():
     assert kernel_report.beside_the_goals([ROW]) == []
+    no = ROW._replace(status="refused: no room")
+    assert kernel_report.beside_the_goals([no])[0].endswith("refused: no room")
     far = ROW._replace(bytes=140 * 2**20, vmem=13 * 2**20, inner=3)
     assert [text.split(": ")[1] for text in kernel_report.beside_the_goals([far])] == [
         "1.40x the least bytes (at most 1.3)",
