@@ -95,11 +95,12 @@ SPECS = (
             sizes=dict(b=b, t=t, h=h, g=h, k=k, v=k),
             draw=draw,
             options=dict(window=window),
-            tags=frozenset({"bench"}),
+            tags=frozenset(tags),
         )
-        for name, b, t, h, k, window in (
-            ("small", 4, 512, 4, 32, 64),
-            ("based_360m", 1, 2048, 16, 64, 129),
+        for name, b, t, h, k, window, tags in (
+            ("small", 4, 512, 4, 32, 64, {"bench"}),
+            ("based_360m", 1, 2048, 16, 64, 129, {"bench"}),
+            ("based_1b_window", 2, 2048, 16, 112, 129, {"tpu", "primary"}),
         )
     ),
 )

@@ -18,7 +18,7 @@ from pallas_kernels.dilated_conv.tpu_backward import backward, scratch_of
 from pallas_kernels.dilated_conv.tpu_forward import forward, sight_rows
 from pallas_kernels.dilated_conv.tpu_plan import Plan, plan_of
 
-# Of the scoped limit: what blocks and scratch take; work on registers leaves little to the compiler.
+# Of the scoped limit: what blocks and scratch take; the compiler needs little else.
 _SHARE = 0.72
 
 
@@ -33,7 +33,7 @@ class PallasTpuConfig(tpu.TpuConfig):
     """
 
     block: int = 512
-    rows: int = 64
+    rows: int = 32
     segment: int = 16_384
 
     def __post_init__(self):

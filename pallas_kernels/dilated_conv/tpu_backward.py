@@ -13,12 +13,12 @@ from pallas_kernels.dilated_conv.tpu_forward import cost, next_level, sights_of
 from pallas_kernels.dilated_conv.tpu_plan import (
     Plan,
     columns,
-    convolution,
     each_rows,
     in_row,
     move,
     rows_at,
     seen,
+    taps_of,
     tokens_below,
     weighted,
 )
@@ -263,7 +263,7 @@ def _sums(
         behind, ahead = _sights(seen_ref, plan, i + 1, row, rows)
         newest = jnp.maximum(place, -rows) if plan.late else place
         newest = before + newest + level.late
-        taps = convolution(plane, weight_ref, level, newest, rows, behind, ahead)
+        taps = taps_of(plane, level, newest, rows, behind, ahead)
         da = rows_at(given, row, rows)
         if behind is not None:
             da = jnp.where(behind >= 0, da, 0)

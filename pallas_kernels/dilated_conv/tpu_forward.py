@@ -11,11 +11,11 @@ from pallas_kernels.core import tpu
 from pallas_kernels.dilated_conv.tpu_plan import (
     Plan,
     columns,
-    convolution,
     each_rows,
     in_row,
     move,
     rows_at,
+    taps_of,
     tokens_below,
     weighted,
 )
@@ -148,7 +148,7 @@ def sights_of(ref, plan: Plan, i: int, row):
 def next_level(ref, weight_ref, bias_ref, plan: Plan, i: int, row, behind, ahead):
     """`[rows 128]` of the next level, 0 at padding; `row` is where tap 0 reads."""
     level = plan.levels[i]
-    taps = convolution(ref, weight_ref, level, row, plan.rows, behind, ahead)
+    taps = taps_of(ref, level, row, plan.rows, behind, ahead)
     s = weighted(taps, weight_ref, level) + bias_ref[i : i + 1, :]
     if plan.residual:
         s = rows_at(ref, row - level.late, plan.rows) + jnp.maximum(s, 0)

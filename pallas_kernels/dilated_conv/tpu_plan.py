@@ -7,6 +7,7 @@ reads, so that a tap that looks ahead looks at what is there already.
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core import tpu
 from pallas_kernels.core.tpu_parts import rows_below
+
+_FEW = 16  # rows: two registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,9 +205,8 @@ def seen(x, lag: int, behind, ahead):
     return jnp.where(behind >= lag if lag >= 0 else ahead >= -lag, x, 0)
 
 
-def convolution(ref, weight_ref, level: Level, row, rows: int, behind=None, ahead=None):
-    """The level's taps, each `[rows 128]` as its weight meets it; tap 0 reads from `row` on."""
-    del weight_ref
+def taps_of(ref, level: Level, row, rows: int, behind=None, ahead=None):
+    """What each tap of a level reads, `[rows 128]`; tap 0 from `row` on."""
     read = functools.partial(rows_at, ref, count=rows)
     return [
         seen(
@@ -218,8 +220,10 @@ def convolution(ref, weight_ref, level: Level, row, rows: int, behind=None, ahea
 
 
 def weighted(taps, weight_ref, level: Level):
-    """Their sum with the level's weights, pair by pair."""
+    """Their sum with the level's weights."""
     terms = [weight_ref[level.row + a : level.row + a + 1, :] * x for a, x in enumerate(taps)]
+    if taps[0].shape[0] > _FEW:  # sums of several registers need not wait for each other
+        return functools.reduce(operator.add, terms)
     while len(terms) > 1:
         pairs = [x + y for x, y in zip(terms[::2], terms[1::2], strict=False)]
         terms = pairs + terms[len(terms) // 2 * 2 :]
