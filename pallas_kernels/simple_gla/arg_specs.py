@@ -48,6 +48,20 @@ SPECS = (
             ("retention_340m", 1, 2048, 4, 4, 256, 512),
         )
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py).
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, h=h, g=g, k=k, v=v),
+            draw=draw,
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, h, g, k, v, more in (
+            ("mamba2_130m_2k", 2048, 24, 1, 128, 64, {"primary"}),
+            ("mamba2_130m_8k_f32", 8192, 24, 1, 128, 64, ()),
+            ("retention_340m_2k", 2048, 4, 4, 256, 512, ()),
+        )
+    ),
 )
 
 

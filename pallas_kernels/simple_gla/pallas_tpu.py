@@ -1,5 +1,170 @@
-"""simple_gla as a Mosaic TPU kernel: its place, not written yet (dispatch falls to xla)."""
+"""simple_gla as Mosaic TPU kernels: states stay on the chip.
 
-from pallas_kernels.core.unwritten import refuses, run
+Kept between forward and backward: q, k, v, g, and the state before each block of (about 1,024)
+tokens. README.md has grid, blocks and bytes.
+"""
 
-__all__ = ["refuses", "run"]
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core import dispatch, tpu
+from pallas_kernels.core.segments import boundaries
+from pallas_kernels.core.tpu_places import pack
+from pallas_kernels.simple_gla.tpu_backward import backward
+from pallas_kernels.simple_gla.tpu_chunk import LOWEST, product_dtype
+from pallas_kernels.simple_gla.tpu_forward import How, forward
+
+# Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
+_SHARE = 0.6
+_MOST = 0.8  # of the whole vector memory: what the limit is raised to
+_ROWS = 16  # of a bfloat16 register
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasTpuConfig(tpu.TpuConfig):
+    """How the work is cut.
+
+    Attributes:
+        chunk: tokens whose pairs are formed; a multiple of 128 (any number when interpreted).
+        block: tokens in the vector memory at a time, and between two saved states; a multiple of
+            the chunk.
+    """
+
+    chunk: int = 128
+    block: int = 128
+
+    def __post_init__(self):
+        ragged = self.chunk % tpu.LANES and not self.interpret
+        if self.chunk < 1 or ragged or self.block < 1 or self.block % self.chunk:
+            raise ValueError(
+                f"simple_gla: chunk is {self.chunk} and block {self.block}; chunk must be a "
+                "multiple of 128, and block one of the chunk"
+            )
+
+    @classmethod
+    def heuristic(
+        cls, sizes: Mapping[str, int], device_kind: str | None = None
+    ) -> "PallasTpuConfig":
+        """Blocks as long as the vector memory allows."""
+        kind = tpu.generation(device_kind)
+        fits = lambda block: _bytes(sizes, block) <= _SHARE * kind.scoped_vmem
+        fit = [n for n in (128, 256, 512, 1024) if fits(n)]
+        n_blocks = -(-sizes["t"] // max(fit, default=cls.chunk))  # of one length
+        block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
+        raised = None if fit else int(_bytes(sizes, block) / _SHARE)
+        return cls(block=block, vmem_limit_bytes=raised, device_kind=device_kind)
+
+
+def _bytes(sizes: Mapping[str, int], block: int) -> int:
+    """Of the vector memory that the backward kernel takes: arrays twice, scratch once, states."""
+    k, v = (tpu.round_up(sizes[x], _ROWS) for x in "kv")
+    arrays = 2 * ((4 * k + 3 * v) * sizes["itemsize"] + 4 * 3 * tpu.SUBLANES)
+    state = 4 * v * tpu.round_up(k, tpu.LANES)
+    states = sizes["shared"] + block // PallasTpuConfig.chunk + 1 + 2 * 3 + 2
+    return block * (arrays + 4 * (2 * k + v)) + states * state
+
+
+def _sizes(q, k, v) -> dict[str, int]:
+    (_, t, groups, width), (h, v_width) = q.shape, v.shape[2:]
+    itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
+    return dict(t=t, k=width, v=v_width, shared=h // groups, itemsize=itemsize)
+
+
+def refuses(shapes, device_kind) -> str | None:
+    """Refuses memories, dtypes, and states that the vector memory does not hold."""
+    q, k, v, _, _, _, _, block_memory = shapes
+    if block_memory is not None:
+        return "block_memory is given; the kernel serves one memory"
+    if reason := tpu.refuses_dtypes(shapes):
+        return reason
+    need = _bytes(_sizes(q, k, v), PallasTpuConfig.chunk)
+    if need > _SHARE * _MOST * tpu.generation(device_kind).vmem:
+        return f"states and tokens take {need / tpu.MIB:.0f} MiB of vector memory"
+    return None
+
+
+def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
+    """See `simple_gla`; s `[b h k v]` float32. Returns y, s, last_id."""
+    del block_memory
+    b, t = q.shape[:2]
+    config = PallasTpuConfig.of(config, _sizes(q, k, v), dispatch.device_kind(config))
+    padded = tpu.round_up(t, config.block)
+    places = valid = None
+    if segment_ids is not None or padded > t:
+        reset, valid = jnp.zeros((b, t), bool), jnp.ones((b, t), bool)
+        if segment_ids is not None:
+            reset, valid, last_id = boundaries(segment_ids, last_id)
+        document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)  # 0 = the one of the state
+        places = pack(document, valid, config.chunk, padded)
+    if valid is not None:
+        g = jnp.where(valid[..., None], g, 0)
+    y, s = _simple_gla(q, k, v, g, s, places, How(float(scale), config))
+    return y, s, last_id
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _simple_gla(q, k, v, g, s, places, how: How):
+    """y `[b t h v]` and the state after `[b h k v]`."""
+    return _forward(q, k, v, g, s, places, how, save=False)[0]
+
+
+def _forward(q, k, v, g, s, places, how: How, *, save: bool = True):
+    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    state = _padded(s)
+    y, last, saved = forward(arrays, _rows(g, how), state, places, how, save=save)
+    return (_tokens_first(y, v), _unpadded(last, s)), (q, k, v, g, saved, places)
+
+
+def _backward(how: How, residuals, cotangents):
+    q, k, v, g, saved, places = residuals
+    dy, dlast = cotangents
+    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    rows, pull = jax.vjp(lambda g: _rows(g, how), g)
+    dy = _tokens_last(dy, how)
+    dq, dk, dv, drows, ds = backward(arrays, rows, saved, places, dy, _padded(dlast), how)
+    gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
+    return *gradients, *pull(drows), _unpadded(ds, dlast), None
+
+
+_simple_gla.defvjp(_forward, _backward)
+
+
+def _rows(g, how: How):
+    """`[b h 3 t]` from g `[b t h]`: g, its sums from a chunk's start, and after a token to its end.
+
+    Each sum holds its own terms alone, and so does its gradient.
+    """
+    g = jnp.maximum(jnp.swapaxes(g.astype(jnp.float32), 1, 2), LOWEST)
+    g = tpu.pad_to(g, 2, tpu.round_up(g.shape[2], how.config.block))
+    chunks = g.reshape(*g.shape[:2], -1, how.config.chunk)
+    start = jnp.cumsum(chunks, axis=3)
+    after = jnp.pad(chunks[..., 1:], [(0, 0)] * 3 + [(0, 1)])
+    end = jax.lax.cumsum(after, axis=3, reverse=True)
+    return jnp.stack([x.reshape(g.shape) for x in (g, start, end)], axis=2)
+
+
+def _tokens_last(x, how: How):
+    """`[b h k t]` from `[b t h k]`: k up to a multiple of 16, t to one of the block."""
+    x = jnp.moveaxis(x, 1, -1)
+    x = tpu.pad_to(x, 3, tpu.round_up(x.shape[3], how.config.block))
+    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], _ROWS))
+
+
+def _tokens_first(x, like):
+    """`[b t h k]` in the shape of another one, from `[b h k t]`."""
+    return jnp.moveaxis(x[:, :, : like.shape[3], : like.shape[1]], -1, 1)
+
+
+def _padded(s):
+    """`[b h v k]` from `[b h k v]`, both up to multiples of 16."""
+    s = jnp.swapaxes(s, 2, 3)
+    s = tpu.pad_to(s, 2, tpu.round_up(s.shape[2], _ROWS))
+    return tpu.pad_to(s, 3, tpu.round_up(s.shape[3], _ROWS))
+
+
+def _unpadded(s, like):
+    return jnp.swapaxes(s, 2, 3)[:, :, : like.shape[2], : like.shape[3]]

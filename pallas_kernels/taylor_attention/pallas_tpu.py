@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
+from pallas_kernels.core.tpu_places import pack
 from pallas_kernels.taylor_attention import xla
 from pallas_kernels.taylor_attention.tpu_backward import backward
 from pallas_kernels.taylor_attention.tpu_features import rows_of
@@ -25,7 +26,6 @@ from pallas_kernels.taylor_attention.tpu_layout import (
     tokens_first,
     tokens_last,
 )
-from pallas_kernels.taylor_attention.tpu_places import pack
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6

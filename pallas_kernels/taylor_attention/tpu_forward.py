@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
+from pallas_kernels.core.tpu_places import Seen, only, seen
 from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.tpu_features import phi, rows_of
 from pallas_kernels.taylor_attention.tpu_layout import state_rows
-from pallas_kernels.taylor_attention.tpu_places import Seen, only, seen
 
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))
 

@@ -16,9 +16,9 @@ holds fewer registers, too.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.tpu_places import Seen, only
 from pallas_kernels.taylor_attention.tpu_features import phi, pull
 from pallas_kernels.taylor_attention.tpu_forward import NN, NT, TN, How, dot, weights, with_ones
-from pallas_kernels.taylor_attention.tpu_places import Seen, only
 
 
 def pairs(at, head: int, here, masks: Seen, how: How, dtype):

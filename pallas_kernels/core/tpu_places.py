@@ -1,4 +1,6 @@
-"""Which tokens a chunk's tokens and the state see: one int32 per token, for TPU kernels.
+"""Which tokens a chunk's tokens and its state see: one int32 per token, for TPU kernels.
+
+For rules that hand a state from chunk to chunk, in kernels that have tokens on lanes.
 
 Bit 0: there is a token; 1: it sees the state before its chunk; 2: it goes into the state after it;
 3: the state before the chunk stays in the state after it (the same for all of a chunk). The number

@@ -1,0 +1,125 @@
+"""simple_gla's forward kernel for TPUs: states stay on the chip.
+
+Tokens lie on lanes. For each chunk of c tokens and each head, S `[v k]` before the chunk and P_ji
+what decays from token j to token i (0 where i does not see j),
+
+    y = scale (v (k^T q * P) + (S q) exp(F))          S <- exp(F_c) S + (v exp(E)) k^T
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.core.tpu import kernel_call
+from pallas_kernels.core.tpu_parts import dot
+from pallas_kernels.core.tpu_places import only, seen
+from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, decays, ends, product_dtype
+
+
+class How(NamedTuple):
+    """Static settings: see `simple_gla` and PallasTpuConfig."""
+
+    scale: float
+    config: Any
+
+
+def forward(arrays, rows, s, places, how: How, *, save: bool):
+    """The kernel's call.
+
+    Args:
+        arrays: q and k `[b g k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
+        rows: `[b h 3 t]` float32: see `tpu_chunk.ends`.
+        s: `[b h v k]` float32.
+        places: `[b 1 t]` or None.
+        how: settings.
+        save: whether to give out the state before each block.
+
+    Returns:
+        y `[b h v t]`, the state after, and the states before each block `[b h n v k]` or None.
+    """
+    q, k, v = arrays
+    (b, groups, width, t), (_, h, v_width, _) = q.shape, v.shape
+    shared, block = h // groups, how.config.block
+    steps = t // block
+    last = steps - 1
+
+    by_group = pl.BlockSpec((1, 1, width, block), lambda i, j, s, n: (i, j, 0, s))
+    along = lambda size: pl.BlockSpec(
+        (1, 1, size, block), lambda i, j, s, n: (i, j * shared + n, 0, s)
+    )
+    # The state before is read at the first step, and the one after written at the last: there the
+    # index moves from head to head, elsewhere it stays.
+    at = lambda when, other: pl.BlockSpec(
+        (1, 1, v_width, width),
+        lambda i, j, s, n: (i, j * shared + jnp.where(s == when, n, other), 0, 0),
+    )
+    inputs: dict[str, tuple] = dict(
+        q=(q, by_group),
+        k=(k, by_group),
+        v=(v, along(v_width)),
+        rows=(rows, along(3)),
+        places=(places, pl.BlockSpec((1, 1, block), lambda i, j, s, n: (i, 0, s))),
+        initial=(s, at(0, shared - 1)),
+    )
+    inputs = {name: pair for name, pair in inputs.items() if pair[0] is not None}
+    outputs = dict(
+        y=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
+        last=(jax.ShapeDtypeStruct(s.shape, jnp.float32), at(last, 0)),
+    )
+    if save:
+        outputs["saved"] = (
+            jax.ShapeDtypeStruct((b, h, steps, v_width, width), jnp.float32),
+            pl.BlockSpec(
+                (1, 1, 1, v_width, width), lambda i, j, s, n: (i, j * shared + n, s, 0, 0)
+            ),
+        )
+    names = (*inputs, *outputs, "state")
+    results = kernel_call(
+        functools.partial(_body, names=names, how=how, steps=steps, dtype=product_dtype(q, k, v)),
+        name="simple_gla_forward",
+        config=how.config,
+        grid=(b, groups, steps, shared),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()],
+        semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        scratch_shapes=[pltpu.VMEM((shared, v_width, width), jnp.float32)],
+    )(*(x for x, _ in inputs.values()))
+    return results if save else (*results, None)
+
+
+def _body(*refs, names, how: How, steps: int, dtype):
+    at = dict(zip(names, refs, strict=True))
+    step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
+    state = at["state"].at[head]
+
+    @pl.when(step == 0)
+    def _():
+        state[...] = at["initial"][0, 0]
+
+    if "saved" in at:
+        at["saved"][0, 0, 0] = state[...]
+
+    def one_chunk(i, carry):
+        here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+        masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
+        q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
+        rows = at["rows"][0, 0, :, here]
+        start, end, through = ends(rows, masks)
+        w = dot(k, q, TN) * decays(rows[:1], masks)
+        read = dot(state[...].astype(dtype), q, NN) * start
+        y = how.scale * (dot(v, w.astype(dtype), NN) + read)
+        at["y"][0, 0, :, here] = only(masks.valid, y).astype(at["y"].dtype)
+        new = dot((v.astype(jnp.float32) * end).astype(dtype), k, NT)
+        state[...] = through * state[...] + new
+        return carry
+
+    jax.lax.fori_loop(0, how.config.block // chunk, one_chunk, 0)
+
+    @pl.when(step == steps - 1)
+    def _():
+        at["last"][0, 0] = state[...]

@@ -1,0 +1,67 @@
+"""The three walks over a block's chunks that make simple_gla's backward TPU kernel.
+
+With S the state before a chunk, dS the gradient of the state after it, dy scaled, r = k^T q, P the
+decays of pairs, F and E the sums of log decays from the chunk's start and to its end:
+
+    pairs:  dw = v^T dy,  dr = dw P;   dq += k dr,   dk += q dr^T,   dv = dy (r P)^T
+            dg <- dw r P, summed over the pairs that a token lies between
+    up:     dq' = S^T (dy exp(F));     dq += dq',    dF = sum_k q dq'
+            S <- exp(F_c) S + (v exp(E)) k^T
+    down:   dk' = dS^T (v exp(E));     dk += dk',    dE = sum_k k dk',   dv += (dS k) exp(E)
+            dg <- exp(F_c) <S, dS>;    dS <- exp(F_c) dS + (dy exp(F)) q^T
+"""
+
+import jax.numpy as jnp
+
+from pallas_kernels.core.tpu_parts import dot
+from pallas_kernels.core.tpu_places import Seen, only
+from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between_gradient, decays, ends
+
+
+def pairs(at, i, here, masks: Seen, scale: float, dtype):
+    """What the pairs of a chunk give."""
+    del i
+    q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
+    dy = _scaled(at, here, masks, scale).astype(dtype)
+    p = decays(at["rows"][0, 0, :1, here], masks)
+    dw = dot(v, dy, TN)
+    w = dot(k, q, TN) * p
+    dr = (dw * p).astype(dtype)
+    at["dq_sum"][:, here] += dot(k, dr, NN)
+    at["dk_sum"][:, here] += dot(q, dr, NT)
+    at["dv_pairs"][:, here] = dot(dy, w.astype(dtype), NT)
+    at["drows"][0, 0, :1, here] = between_gradient(dw * w)
+
+
+def up(at, i, here, masks: Seen, scale: float, dtype):
+    """What the state before a chunk gives, and the state after it."""
+    q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
+    start, end, through = ends(at["rows"][0, 0, :, here], masks)
+    dy = (_scaled(at, here, masks, scale) * start).astype(dtype)
+    states = at["states"]
+    dq = dot(states[i].astype(dtype), dy, TN)
+    at["dq_sum"][:, here] += dq
+    at["drows"][0, 0, 1:2, here] = jnp.sum(q.astype(jnp.float32) * dq, axis=0, keepdims=True)
+    new = dot((v.astype(jnp.float32) * end).astype(dtype), k, NT)
+    states[i + 1] = through * states[i] + new
+
+
+def down(at, i, here, masks: Seen, scale: float, dtype):
+    """What the gradient of the state after a chunk gives, and that of the one before."""
+    q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
+    start, end, through = ends(at["rows"][0, 0, :, here], masks)
+    dstate = at["dstate"]
+    after = dstate[...].astype(dtype)
+    dk = dot(after, (v.astype(jnp.float32) * end).astype(dtype), TN)
+    at["dk_sum"][:, here] += dk
+    at["drows"][0, 0, 2:3, here] = jnp.sum(k.astype(jnp.float32) * dk, axis=0, keepdims=True)
+    dv = at["dv_pairs"][:, here] + dot(after, k, NN) * end
+    at["dv"][0, 0, :, here] = only(masks.valid, dv).astype(at["dv"].dtype)
+    product = jnp.sum(at["states"][i] * dstate[...], axis=0, keepdims=True)
+    at["drows"][0, 0, :1, here] += jnp.sum(product, axis=1, keepdims=True) * through
+    dy = (_scaled(at, here, masks, scale) * start).astype(dtype)
+    dstate[...] = through * dstate[...] + dot(dy, q, NT)
+
+
+def _scaled(at, here, masks: Seen, scale: float):
+    return scale * only(masks.valid, at["dy"][0, 0, :, here].astype(jnp.float32))
