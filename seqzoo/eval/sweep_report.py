@@ -10,6 +10,7 @@ from typing import Any
 from seqzoo.eval import page, sweep_plots
 from seqzoo.eval.sweep_results import Results, Trial, best_rows, remarks
 
+_MOST_COLUMNS = 5  # architectures that stand beside each other rather than below
 _MOST_ROWS = 2000  # of the table on the page; trials.csv has all
 
 
@@ -35,7 +36,7 @@ def write_sweep_report(found: Results, folder: pathlib.Path) -> pathlib.Path:
         f"<p>{html.escape(_summary(found))}</p>",
         *(page.note(text) for text in remarks(found)),
         "<h2>best of each architecture</h2>" if best else "",
-        page.table(best) if best else "",
+        page.table(best, across=len(best) > _MOST_COLUMNS) if best else "",
         *([f"<h2>failed</h2>{page.table(failed)}"] if failed else []),
         *map(page.image, images),
         page.details("what was searched", _space(found)),
