@@ -184,6 +184,7 @@ def neural_memory(
         config=config,
         how=how,
         fresh=fresh,
+        still=fresh and not any(s is not None for s in given),
     )
     return y, NeuralMemoryState(*state)
 

@@ -59,7 +59,7 @@ def refuses(shapes, device_kind) -> str | None:
     return None
 
 
-def run(tokens, opening, state, segment_ids, *, how, fresh, config):
+def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     """See `neural_memory`; the state in float32. Returns y and the state's fields.
 
     Args:
@@ -69,6 +69,7 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
         segment_ids: int32 `[b t]` or None.
         how: static settings.
         fresh: whether the state is an opening one, nothing read.
+        still: whether its momentum is 0 besides.
         config: PallasTpuConfig or None.
     """
     *carry, count, last_id = state
@@ -100,12 +101,14 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
     )
     cuts = None
     if aligned:
-        carry, opening, count = carry[1:], None, count + t
+        _, now, momentum = carry
+        carry, opening, count = (now, None if still else momentum), None, count + t
     else:
         place, valid, count, last_id = parts.places(segment_ids, count, last_id, t)
         cuts = _cuts(form, place, valid)
         opening = tuple(_laid_out(x, in_all) for x in opening)
-    y, last = _memory(form, opening, tuple(_laid_out(x, in_all) for x in carry), tokens, cuts)
+    carry = tuple(x and _laid_out(x, in_all) for x in carry)
+    y, last = _memory(form, opening, carry, tokens, cuts)
     return y, (*(_given_back(x, h) for x in last), count, last_id)
 
 
@@ -118,7 +121,8 @@ def _memory(form: Layout, opening, carry, tokens, cuts):
     return _split(form, y, tokens[2]), last
 
 
-def _forward(form, opening, carry, tokens, cuts):
+def _forward(form, *given):
+    opening, carry, tokens, cuts = jax.tree.map(lambda x: x.value, given)
     y, last, kept = tpu_forward.forward(
         form, opening, carry, *_operands(form, tokens), cuts, keep=True
     )
@@ -128,15 +132,25 @@ def _forward(form, opening, carry, tokens, cuts):
 def _backward(form, residuals, cotangents):
     opening, carry, kept, tokens, cuts = residuals
     dy, dlast = cotangents
+    nothing = lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero)
+    # Whoever uses the state alone, or not at all, hands zeros that need not be read.
+    dy = jnp.zeros(dy.shape, dy.dtype) if nothing(dy) else dy
+    if all(map(nothing, jax.tree.leaves(dlast, is_leaf=nothing))):
+        dlast = None
+    else:
+        dlast = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype) if nothing(x) else x, dlast, is_leaf=nothing
+        )
     dopening, dcarry, dtokens, dgates = tpu_backward.backward(
         form, opening, carry, kept, *_operands(form, tokens), cuts, _merged(form, dy), dlast
     )
     dopening = jax.tree.map(lambda x: jnp.sum(x, axis=0), dopening)
+    dcarry = tuple(d if x else None for d, x in zip(dcarry, carry, strict=True))
     dtokens = [_split(form, dx, x) for dx, x in zip(dtokens, tokens[:3], strict=True)]
     return dopening, dcarry, (*dtokens, *_shares(dgates, tokens[3:])), None
 
 
-_memory.defvjp(_forward, _backward)
+_memory.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 # --- Layouts ------------------------------------------------------------------------------------
@@ -187,15 +201,15 @@ def _shares(gates: jax.Array, like) -> list[jax.Array]:
 
 
 def _merged(form: Layout, x: jax.Array) -> jax.Array:
-    """`[b t h x]` as `[b t h*x]`, of whole spans and steps."""
-    x = tpu.pad_to(tpu.pad_to(x, 2, form.h), 1, form.blocks * form.block)
+    """`[b t h x]` as `[b t h*x]`."""
+    x = tpu.pad_to(x, 2, form.h)
     return x.reshape(*x.shape[:2], -1)
 
 
 def _split(form: Layout, x: jax.Array, like: jax.Array) -> jax.Array:
     """`[b t h*x]` as `like`, `[b t h x]`."""
     b, t, h, width = like.shape
-    return x.reshape(b, -1, form.h, width)[:, :t, :h]
+    return x.reshape(b, t, form.h, width)[:, :, :h]
 
 
 def _cuts(form: Layout, place: jax.Array, valid: jax.Array | None) -> Cuts:

@@ -17,7 +17,7 @@ def refuses(shapes, device_kind) -> None:
     del shapes, device_kind
 
 
-def run(tokens, opening, state, segment_ids, *, how, fresh, config):
+def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     """See `neural_memory`; the state in the dtype to compute in. Returns y and the state's fields.
 
     Args:
@@ -25,7 +25,7 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
         opening: weights and momentum `[h ...]` that documents begin with.
         state: weights at the chunk's start, now, and the momentum, `[b h ...]`; count, last_id.
     """
-    del fresh, config
+    del fresh, still, config
     *carry, count, last_id = state
     dtype, out_dtype = carry[0].w_out.dtype, tokens[2].dtype
     b, t = tokens[0].shape[:2]

@@ -13,25 +13,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
-from pallas_kernels.neural_memory import tpu_rules, tpu_stages
+from pallas_kernels.neural_memory import tpu_plan, tpu_rules, tpu_stages
 from pallas_kernels.neural_memory.tpu_blocks import (
     Cuts,
     Layout,
     block_structs,
     cuts_spec,
     estimate,
-    gate_rows,
     gates_spec,
+    kept_specs,
+    state_specs,
+    state_structs,
+    structs,
+    tokens_spec,
+)
+from pallas_kernels.neural_memory.tpu_refs import (
+    clear,
+    gate_rows,
     get,
     head_of,
-    kept_specs,
     marks_of,
     put,
     put_head,
-    state_specs,
-    structs,
+    put_or_clear,
     taken,
-    tokens_spec,
     views,
 )
 from pallas_kernels.neural_memory.tpu_stages import View
@@ -45,14 +50,14 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
         opening, carry, q, k, v, gates, cuts: as there.
         kept: the carry before each span but the first, or None.
         dy: of y.
-        dlast: of the last (start, now, momentum), `[b h x y]`.
+        dlast: of the last (start, now, momentum), `[b h x y]`; None = 0.
 
     Returns:
         Gradients by what documents begin with (`[b h x y]`, of each row; None if it is), by the
         carry, and by q, k, v and gates.
     """
     span = lambda i, j: form.spans - 1 - i
-    block = lambda i, j: (form.spans - 1 - i) * form.span + form.span - 1 - j
+    block = lambda i, j: jnp.minimum((form.spans - i) * form.span - 1 - j, form.last)
     before = lambda i, j: jnp.maximum(form.spans - 2 - i, 0)
     inputs = (q, k, v, gates, cuts, opening, carry, kept, dy, dlast)
     specs = (
@@ -66,7 +71,7 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
         tokens_spec(form, dy, block),
         state_specs(form, dlast),
     )
-    dcarry = structs(carry)
+    dcarry = state_structs(carry)
     results = (None if opening is None else dcarry[1:], dcarry, structs((q, k, v)), structs(gates))
     result_specs = (
         state_specs(form, results[0], once=False),
@@ -75,18 +80,18 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
         gates_spec(form, span, form.span),
     )
     tokens, marks = block_structs(form, q, v)
-    carried = (opening, carry, marks)
-    pull = tpu_stages.plan(
-        functools.partial(tpu_rules.backward, form), *carried, tokens, carry, tokens.v, results[0]
+    carried = (opening, dcarry, marks)
+    pull = tpu_plan.plan(
+        functools.partial(tpu_rules.backward, form), *carried, tokens, dcarry, tokens.v, results[0]
     )
-    advance = tpu_stages.plan(
+    advance = tpu_plan.plan(
         functools.partial(tpu_rules.again, form), *carried, tokens._replace(q=None)
     )
     here = lambda x, *n: pltpu.VMEM((*n, form.heads, *x.shape[2:]), x.dtype)
     matrix = lambda x: pltpu.VMEM(x.shape, x.dtype)
     scratch = (
-        jax.tree.map(lambda x: here(x, form.span), carry),
-        None if form.aligned else jax.tree.map(lambda x: here(x, 1), carry),
+        jax.tree.map(lambda x: here(x, form.span), dcarry),
+        None if form.aligned else jax.tree.map(lambda x: here(x, 1), dcarry),
         jax.tree.map(matrix, (tokens, tokens.v, tokens)),
         pltpu.VMEM((1, form.block) if form.aligned else (1, 1), jnp.float32),
         tpu_stages.scratch(pull, advance),
@@ -128,8 +133,11 @@ def _body(form: Layout, plans, trees, *refs):
 
     @pl.when((i == 0) & (j == 0))
     def _():
-        put(dcarry, get(dlast[1:] if form.aligned else dlast, ...), ...)
-        put(dopening, jax.tree.map(lambda ref: jnp.zeros(ref.shape, ref.dtype), dopening), ...)
+        if dlast is None:
+            clear(dcarry, ...)
+        else:
+            put(dcarry, get(dlast[1:] if form.aligned else dlast, ...), ...)
+        clear(dopening, ...)
 
     def ahead(refs, at, x, g, parts):
         """Writes some parts of a block into the carry at a place."""
@@ -158,10 +166,11 @@ def _body(form: Layout, plans, trees, *refs):
     def _():
         if kept is not None:
             put(starts, get(kept, 0, 0), 0)
-            pl.when(i == form.spans - 1)(lambda: put(starts, get(carry, 0), 0))
+            pl.when(i == form.spans - 1)(lambda: put_or_clear(starts, carry, 0))
         else:
-            put(starts, get(carry, 0), 0)
-        jax.lax.fori_loop(0, (form.span - 1) * form.heads, again, 0)
+            put_or_clear(starts, carry, 0)
+        blocks = jnp.minimum(form.span - 1, form.last - first)
+        jax.lax.fori_loop(0, blocks * form.heads, again, 0)
 
     def put_tokens(g, *, add):
         for ref, d in zip(dtokens, found[:3], strict=True):
@@ -182,8 +191,7 @@ def _body(form: Layout, plans, trees, *refs):
             put_tokens(g, add=False)
             return 0
 
-        for ref in found:
-            ref[...] = jnp.zeros(ref.shape, ref.dtype)
+        clear(found, ...)
         put_tokens(g, add=False)
         n = cuts.parts[0, 0, first + x]
 
@@ -199,8 +207,11 @@ def _body(form: Layout, plans, trees, *refs):
         jax.lax.fori_loop(0, n, part, 0)
         return 0
 
-    jax.lax.fori_loop(0, form.heads, head, 0)
-    if form.aligned:  # the start of the last chunk is the weights before it
+    @pl.when(first + x <= form.last)
+    def _():
+        jax.lax.fori_loop(0, form.heads, head, 0)
+
+    if form.aligned and dlast is not None:  # the last chunk's start is the weights before it
 
         @pl.when(first + x == form.last)
         def _():

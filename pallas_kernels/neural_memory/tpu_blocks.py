@@ -1,4 +1,4 @@
-"""How the kernels of neural_memory cut their arrays, and what both do with the pieces."""
+"""How the kernels of neural_memory cut their arrays, and what they are told."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from pallas_kernels.core.tpu import TpuConfig
 from pallas_kernels.neural_memory.cost import cost
 from pallas_kernels.neural_memory.memory import Rule
 from pallas_kernels.neural_memory.tpu_chunk import Tokens
-from pallas_kernels.neural_memory.tpu_stages import View
 
 
 class Layout(NamedTuple):
@@ -26,7 +25,7 @@ class Layout(NamedTuple):
         aligned: whether rows are one document each, and blocks its chunks.
         b, t, h: rows, tokens that are there, heads.
         block: tokens per block.
-        blocks: blocks per row, a multiple of span.
+        blocks: blocks per row, up to a multiple of span: some may have no token.
         span: blocks per state that is kept.
         heads: heads per step of the grid, which divide h.
     """
@@ -86,7 +85,7 @@ class Cuts(NamedTuple):
 
 
 def tokens_spec(form: Layout, array: Any, at: Callable, n: int = 1) -> pl.BlockSpec:
-    """n blocks of `[b t h*x]`; `at(*grid)` is which."""
+    """n blocks of `[b t h*x]`; `at(*grid)` is which. The last one may hang over the end."""
     width = array.shape[2] // form.groups
     return pl.BlockSpec((1, n * form.block, width), lambda b, g, *i: (b, at(*i), g))
 
@@ -142,7 +141,7 @@ def block_structs(form: Layout, q: jax.Array, v: jax.Array) -> tuple[Tokens, Any
     row = new(1, form.block)
     marks: Any = Part(row, row, row, new(1, 1))
     if form.aligned:
-        marks = None if form.t == form.blocks * form.block else row
+        marks = None if form.t % form.block == 0 else row
     return Tokens(keys, keys, values, row, row, row), marks
 
 
@@ -172,76 +171,7 @@ def estimate(form: Layout, inputs: Any, results: Any, *, backward: bool) -> pl.C
     )
 
 
-# --- In a body -----------------------------------------------------------------------------------
-
-
-def get(refs: Any, *at: Any) -> Any:
-    """What a tree of references holds at a place."""
-    return jax.tree.map(lambda ref: ref[at], refs)
-
-
-def put(refs: Any, values: Any, *at: Any) -> None:
-    def one(ref, value):
-        ref[at] = value
-
-    jax.tree.map(one, refs, values)
-
-
-def head_of(x: jax.Array, head: jax.Array, heads: int) -> jax.Array:
-    """Columns of one head out of `[c heads*x]`, float32."""
-    width = x.shape[1] // heads
-    found = x[:, :width]
-    for i in range(1, heads):
-        found = jnp.where(head == i, x[:, i * width : (i + 1) * width], found)
-    return found.astype(jnp.float32)
-
-
-def put_head(ref: Any, x: jax.Array, head: jax.Array, heads: int, *, add: bool = False) -> None:
-    """Writes the columns of one head, or adds to them what is 0 at the tokens of others."""
-    wide = jnp.concatenate([x] * heads, axis=1) if heads > 1 else x
-    old = ref[0].astype(x.dtype)
-    if add:
-        wide = old + wide
-    if heads > 1:
-        number = jax.lax.broadcasted_iota(jnp.int32, wide.shape, 1) // x.shape[1]
-        wide = jnp.where(number == head, wide, old)
-    ref[0] = wide.astype(ref.dtype)
-
-
-def views(refs: Any, *at: Any) -> Any:
-    """The matrices of a tree of references at a place."""
-    return jax.tree.map(lambda ref: View(ref, at), refs)
-
-
-def taken(form: Layout, work: Tokens, blocks: tuple, gates: Any, head: Any, block: Any) -> Tokens:
-    """The tokens of a head, those of q, k, v being written to `work`; None among them = not."""
-    for ref, x in zip(work[:3], blocks, strict=True):
-        if x is not None:
-            ref[...] = head_of(x, head, form.heads)
-    q, k, v = (None if x is None else View(ref) for ref, x in zip(work[:3], blocks, strict=True))
-    return Tokens(q, k, v, *gate_rows(gates, head, block))
-
-
-def gate_rows(gates: Any, head: Any, block: Any) -> tuple[View, ...]:
-    """alpha, eta and theta of a head, `[1 c]`."""
-    return tuple(View(gates, (0, head, block, pl.ds(i, 1))) for i in range(3))
-
-
-def marks_of(form: Layout, cuts: Cuts | None, scratch: Any, block: Any, number: Any) -> Any:
-    """What tpu_rules.py takes as marks, for the block of that number in the row.
-
-    Args:
-        form: sizes.
-        cuts: references.
-        scratch: a row, or for parts one number, to write to.
-        block: the block's number in what `cuts` refers to.
-        number: its number in the row.
-    """
-    if not form.aligned:
-        rows = (View(cuts.tokens, (0, block, pl.ds(i, 1))) for i in range(3))
-        return Part(*rows, View(scratch))
-    if form.t == form.blocks * form.block:
-        return None
-    lane = jax.lax.broadcasted_iota(jnp.int32, scratch.shape, 1)
-    scratch[...] = (lane < form.t - number * form.block).astype(jnp.float32)
-    return View(scratch)
+def state_structs(carry: tuple) -> tuple:
+    """Of a carry, of which the momentum may be None."""
+    *others, momentum = carry
+    return structs((*others, others[-1] if momentum is None else momentum))

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
-from pallas_kernels.neural_memory import tpu_rules, tpu_stages
+from pallas_kernels.neural_memory import tpu_plan, tpu_rules, tpu_stages
 from pallas_kernels.neural_memory.tpu_blocks import (
     Cuts,
     Layout,
@@ -16,14 +16,18 @@ from pallas_kernels.neural_memory.tpu_blocks import (
     cuts_spec,
     estimate,
     gates_spec,
-    get,
     kept_specs,
+    state_specs,
+    state_structs,
+    tokens_spec,
+)
+from pallas_kernels.neural_memory.tpu_refs import (
+    get,
     marks_of,
     put,
     put_head,
-    state_specs,
+    put_or_clear,
     taken,
-    tokens_spec,
     views,
 )
 from pallas_kernels.neural_memory.tpu_stages import View
@@ -35,8 +39,9 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
     Args:
         form: what is static.
         opening: weights and momentum `[h x y]` that documents begin with; None = not needed.
-        carry: (now, momentum) `[b h x y]` if form.aligned, else (start, now, momentum).
-        q, k, v: `[b t h*x]`, of whole spans.
+        carry: (now, momentum) `[b h x y]` if form.aligned, the momentum None if it is 0; else
+            (start, now, momentum).
+        q, k, v: `[b t h*x]`.
         gates: alpha, eta, theta in float32, `[b h n 3 c]`.
         cuts: None if form.aligned.
         keep: whether what the backward pass needs is wanted.
@@ -55,11 +60,12 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
         state_specs(form, carry),
     )
     new = jax.ShapeDtypeStruct
-    last = jax.tree.map(lambda x: new(x.shape, x.dtype), (carry[-2], *carry[-2:]))
+    state = state_structs(carry)
+    last = (state[-2], *state[-2:])
     kept = None
     if keep and form.spans > 1:
         more = lambda x: new((x.shape[0], form.spans - 1, *x.shape[1:]), x.dtype)
-        kept = jax.tree.map(more, carry)
+        kept = jax.tree.map(more, state)
     results = (new(v.shape, v.dtype), last, kept)
     result_specs = (
         tokens_spec(form, v, at),
@@ -68,7 +74,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
     )
     tokens, marks = block_structs(form, q, v)
     rule = functools.partial(tpu_rules.forward, form)
-    plan = tpu_stages.plan(rule, opening, carry, marks, tokens)
+    plan = tpu_plan.plan(rule, opening, state, marks, tokens)
     matrix = lambda x: pltpu.VMEM(x.shape, x.dtype)
     row = (1, form.block) if form.aligned else (1, 1)
     scratch = (
@@ -83,7 +89,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
         functools.partial(_body, form, plan, (tree, result_tree, scratch_tree)),
         name="neural_memory_forward",
         config=form.config,
-        grid=(form.b, form.groups, form.blocks),
+        grid=(form.b, form.groups, form.last + 1),
         in_specs=jax.tree.leaves(specs),
         out_specs=jax.tree.leaves(result_specs),
         out_shape=wanted,
@@ -106,7 +112,7 @@ def _body(form: Layout, plan, trees, *refs):
 
     @pl.when(i == 0)
     def _():
-        put(held, get(carry, ...), ...)
+        put_or_clear(held, carry, ...)
 
     if kept is not None:
 

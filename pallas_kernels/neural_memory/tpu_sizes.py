@@ -6,6 +6,7 @@ from pallas_kernels.core.tpu import LANES, SUBLANES, round_up
 from pallas_kernels.core.tpu_parts import most_room
 
 ROWS = 16  # of a bfloat16 register: blocks are multiples
+_STAGES = 84  # matrices of tokens by weights that lie between stages of the backward pass
 _MOST_BLOCKS = 16  # per state that is kept, with documents: three sets of weights make a state
 
 
@@ -50,14 +51,15 @@ def room_for(sizes: Mapping[str, int], span: int) -> int:
         found += (2 + 4) * weights + state  # openings, their gradients, the part that is at work
     wide = round_up(heads * max(sizes["k"], sizes["v"]), LANES) * sizes["itemsize"]
     tokens = 2 * (5 + 2 * span) * block * wide  # two copies; keys and values of all of the span
-    return found + tokens + 4 * heads * span * _tiles(3, block)
+    between = _STAGES * _tiles(block, max(sizes["n"], sizes["k"], sizes["v"]))
+    return found + tokens + 4 * heads * span * _tiles(3, block) + between
 
 
 def span_for(sizes: Mapping[str, int], device_kind: str | None) -> int:
-    """Blocks per state that is kept: so many that what is kept adds a fifth to what the forward
+    """Blocks per state that is kept: so many that what is kept adds a sixth to what the forward
     pass moves, or as many as fit."""
     moved = 4 * sizes["block"] * max(sizes["k"], sizes["v"]) * sizes["itemsize"] * sizes["heads"]
-    span = -(-2 * _weights(sizes) * 5 // moved)
+    span = -(-2 * _weights(sizes) * 6 // moved)
     if not sizes["aligned"]:
         span = min(span, _MOST_BLOCKS)
     while span > 1 and room_for(sizes, span) > most_room(device_kind):

@@ -41,7 +41,7 @@ def refuses(shapes, device_kind) -> None:
     del shapes, device_kind
 
 
-def run(tokens, opening, state, segment_ids, *, how, fresh, config):
+def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     """See `neural_memory`; the state in the dtype to compute in. Returns y and the state's fields.
 
     Args:
@@ -51,8 +51,10 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, config):
         segment_ids: int32 `[b t]` or None.
         how: static settings.
         fresh: whether the state is an opening one, nothing read.
+        still: whether its momentum is 0 besides.
         config: XlaConfig or None.
     """
+    del still
     *carry, count, last_id = state
     config = XlaConfig.of(config, dict(chunk=how.chunk), dispatch.device_kind(config))
     t = tokens[0].shape[1]
