@@ -1,6 +1,6 @@
 """simple_gla as Mosaic TPU kernels: states stay on the chip.
 
-Kept between forward and backward: q, k, v, g, and the state before each block of (about 1,024)
+Kept between forward and backward: q, k, v, g, and the state before each block of (about 2,048)
 tokens. README.md has grid, blocks and bytes.
 """
 
@@ -19,7 +19,7 @@ from pallas_kernels.simple_gla.tpu_chunk import LOWEST, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How, forward
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
-_SHARE = 0.6
+_SHARE = 0.65
 _MOST = 0.8  # of the whole vector memory: what the limit is raised to
 _ROWS = 16  # of a bfloat16 register
 
@@ -52,7 +52,7 @@ class PallasTpuConfig(tpu.TpuConfig):
         """Blocks as long as the vector memory allows."""
         kind = tpu.generation(device_kind)
         fits = lambda block: _bytes(sizes, block) <= _SHARE * kind.scoped_vmem
-        fit = [n for n in (128, 256, 512, 1024) if fits(n)]
+        fit = [n for n in (128, 256, 512, 1024, 2048) if fits(n)]
         n_blocks = -(-sizes["t"] // max(fit, default=cls.chunk))  # of one length
         block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
         raised = None if fit else int(_bytes(sizes, block) / _SHARE)
@@ -62,7 +62,7 @@ class PallasTpuConfig(tpu.TpuConfig):
 def _bytes(sizes: Mapping[str, int], block: int) -> int:
     """Of the vector memory that the backward kernel takes: arrays twice, scratch once, states."""
     k, v = (tpu.round_up(sizes[x], _ROWS) for x in "kv")
-    arrays = 2 * ((4 * k + 3 * v) * sizes["itemsize"] + 4 * 3 * tpu.SUBLANES)
+    arrays = 2 * ((4 * k + 3 * v) * sizes["itemsize"] + 4 * 2 * tpu.SUBLANES)
     state = 4 * v * tpu.round_up(k, tpu.LANES)
     states = sizes["shared"] + block // PallasTpuConfig.chunk + 1 + 2 * 3 + 2
     return block * (arrays + 4 * (2 * k + v)) + states * state
@@ -115,7 +115,9 @@ def _simple_gla(q, k, v, g, s, places, how: How):
 def _forward(q, k, v, g, s, places, how: How, *, save: bool = True):
     arrays = [_tokens_last(x, how) for x in (q, k, v)]
     state = _padded(s)
-    y, last, saved = forward(arrays, _rows(g, how), state, places, how, save=save)
+    save = save and how.config.block < arrays[0].shape[3]
+    y, last, saved = forward(arrays, _by_head(g, how), state, places, how, save=save)
+    saved = state[:, :, None] if saved is None else saved
     return (_tokens_first(y, v), _unpadded(last, s)), (q, k, v, g, saved, places)
 
 
@@ -123,28 +125,20 @@ def _backward(how: How, residuals, cotangents):
     q, k, v, g, saved, places = residuals
     dy, dlast = cotangents
     arrays = [_tokens_last(x, how) for x in (q, k, v)]
-    rows, pull = jax.vjp(lambda g: _rows(g, how), g)
-    dy = _tokens_last(dy, how)
-    dq, dk, dv, drows, ds = backward(arrays, rows, saved, places, dy, _padded(dlast), how)
+    gates, dy = _by_head(g, how), _tokens_last(dy, how)
+    dq, dk, dv, dg, ds = backward(arrays, gates, saved, places, dy, _padded(dlast), how)
     gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
-    return *gradients, *pull(drows), _unpadded(ds, dlast), None
+    dg = jnp.swapaxes(dg[:, :, 0, : g.shape[1]], 1, 2).astype(g.dtype)
+    return *gradients, dg, _unpadded(ds, dlast), None
 
 
 _simple_gla.defvjp(_forward, _backward)
 
 
-def _rows(g, how: How):
-    """`[b h 3 t]` from g `[b t h]`: g, its sums from a chunk's start, and after a token to its end.
-
-    Each sum holds its own terms alone, and so does its gradient.
-    """
+def _by_head(g, how: How):
+    """`[b h 1 t]` float32, finite, from log decays `[b t h]`."""
     g = jnp.maximum(jnp.swapaxes(g.astype(jnp.float32), 1, 2), LOWEST)
-    g = tpu.pad_to(g, 2, tpu.round_up(g.shape[2], how.config.block))
-    chunks = g.reshape(*g.shape[:2], -1, how.config.chunk)
-    start = jnp.cumsum(chunks, axis=3)
-    after = jnp.pad(chunks[..., 1:], [(0, 0)] * 3 + [(0, 1)])
-    end = jax.lax.cumsum(after, axis=3, reverse=True)
-    return jnp.stack([x.reshape(g.shape) for x in (g, start, end)], axis=2)
+    return tpu.pad_to(g, 2, tpu.round_up(g.shape[2], how.config.block))[:, :, None]
 
 
 def _tokens_last(x, how: How):

@@ -14,17 +14,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
-from pallas_kernels.simple_gla.tpu_chunk import product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import ends_gradient, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How
-from pallas_kernels.simple_gla.tpu_walks import down, pairs, up
+from pallas_kernels.simple_gla.tpu_walks import ROWS, down, pairs, up
 
 
-def backward(arrays, rows, saved, places, dy, dlast, how: How):
+def backward(arrays, g, saved, places, dy, dlast, how: How):
     """The kernel's call.
 
     Args:
         arrays: q and k `[b g k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
-        rows: `[b h 3 t]` float32: see `tpu_chunk.ends`.
+        g: `[b h 1 t]` float32, finite.
         saved: the states before each block `[b h n v k]`.
         places: `[b 1 t]` or None.
         dy: `[b h v t]`.
@@ -32,8 +32,7 @@ def backward(arrays, rows, saved, places, dy, dlast, how: How):
         how: settings.
 
     Returns:
-        Gradients of q, k, v, of `rows` (of its first row by the pairs and what goes through a
-        chunk, of the other two by what the ends are multiplied with), and of the state before.
+        Gradients of q, k, v, g and of the state before.
     """
     q, k, v = arrays
     (b, groups, width, t), (_, h, v_width, _) = q.shape, v.shape
@@ -53,7 +52,7 @@ def backward(arrays, rows, saved, places, dy, dlast, how: How):
         q=(q, by_group),
         k=(k, by_group),
         v=(v, along(v_width)),
-        rows=(rows, along(3)),
+        g=(g, along(1)),
         dy=(dy, along(v_width)),
         places=(places, pl.BlockSpec((1, 1, block), lambda i, j, s, n: (i, 0, last - s))),
         saved=(
@@ -70,7 +69,7 @@ def backward(arrays, rows, saved, places, dy, dlast, how: How):
         dq=(jax.ShapeDtypeStruct(q.shape, q.dtype), by_group),
         dk=(jax.ShapeDtypeStruct(k.shape, k.dtype), by_group),
         dv=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
-        drows=(jax.ShapeDtypeStruct(rows.shape, jnp.float32), along(3)),
+        dg=(jax.ShapeDtypeStruct(g.shape, jnp.float32), along(1)),
         dinitial=(jax.ShapeDtypeStruct(dlast.shape, jnp.float32), at(last, 0)),
     )
     scratch = dict(
@@ -79,6 +78,7 @@ def backward(arrays, rows, saved, places, dy, dlast, how: How):
         dq_sum=pltpu.VMEM((width, block), jnp.float32),
         dk_sum=pltpu.VMEM((width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((v_width, block), jnp.float32),
+        **{name: pltpu.VMEM((block // chunk, chunk), jnp.float32) for name in ROWS},
     )
     names = (*inputs, *outputs, *scratch)
     return kernel_call(
@@ -124,6 +124,10 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
     walk(pairs)
     walk(up)
     walk(down)
+
+    dg = at["dg_rows"][...] + ends_gradient(at["dstart"][...], at["dend"][...])
+    for i in range(n_chunks):
+        at["dg"][0, 0, :, i * chunk : (i + 1) * chunk] = dg[i : i + 1]
 
     @pl.when(head == shared - 1)
     def _():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.tpu import SUBLANES
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import Seen, only
 
@@ -32,38 +33,51 @@ def order(c: int) -> tuple[jax.Array, jax.Array]:
     return iota(0), iota(1)
 
 
-def up_to(c: int) -> jax.Array:
-    """`[l i]`, 1 where l <= i."""
+def before(c: int, *, strictly: bool = False) -> jax.Array:
+    """`[l i]`, 1 where l <= i, or l < i."""
     first, second = order(c)
-    return (first <= second).astype(jnp.float32).astype(jnp.bfloat16)
+    mask = first < second if strictly else first <= second
+    return mask.astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def decays(g: jax.Array, masks: Seen) -> jax.Array:
-    """exp of the sums of g `[1 c]` over the tokens after j up to i, `[j i]`; 0 where i sees no j.
+def between(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums of g `[1 c]`, each made of its own terms alone (core/decays.py says why).
 
-    Each sum is made of its own terms alone (core/decays.py says why).
+    Returns:
+        `[j i]`, over the tokens after j up to i; `[1 c]`, from the start of the chunk up to a
+        token; `[1 c]`, after a token up to the end.
     """
     c = g.shape[1]
     first, second = order(c)
     terms = jnp.where(second > first, jnp.broadcast_to(g, (c, c)), 0)
-    return jnp.where(masks.pairs, jnp.exp(sums(terms, up_to(c), NN)), 0)
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, c), 0) == 0
+    terms = jnp.concatenate([terms, jnp.where(row, g, 0)], axis=0)
+    found = sums(terms, before(c), NN)
+    pairs, start = found[:c], found[c : c + 1]
+    # The last column, laid along the lanes.
+    end = jnp.sum(jnp.where(first == second, pairs[:, c - 1 :], 0), axis=0, keepdims=True)
+    return pairs, start, end
 
 
 def between_gradient(pairs: jax.Array) -> jax.Array:
-    """`[1 c]`, the gradient of g from that of the sums that `decays` makes, `[j i]`."""
+    """`[1 c]`, the gradient of g from that of its sums between tokens, `[j i]`."""
     c = pairs.shape[0]
     first, second = order(c)
-    after = sums(pairs, up_to(c), NT)  # [j l]: over i >= l
+    after = sums(pairs, before(c), NT)  # [j l]: over i >= l
     return jnp.sum(jnp.where(second > first, after, 0), axis=0, keepdims=True)
 
 
-def ends(rows: jax.Array, masks: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:
+def ends_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
+    """`[n c]`, the gradient of g from those of its sums from the start and to the end `[n c]`."""
+    c = start.shape[1]
+    return sums(start, before(c), NT) + sums(end, before(c, strictly=True), NN)
+
+
+def ends(start: jax.Array, end: jax.Array, masks: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What decays from the chunk's start to a token `[1 c]`, from it to the end, and through all.
 
-    Args:
-        rows: `[3 c]`: log decays, their sums from the start up to a token, and after it to the end.
-        masks: 0 where they are false.
+    From the sums of log decays; 0 where the masks are false.
     """
-    start, end = jnp.exp(rows[1:2]), jnp.exp(rows[2:3])
-    through = start[:, rows.shape[1] - 1 :]
+    start, end = jnp.exp(start), jnp.exp(end)
+    through = start[:, start.shape[1] - 1 :]
     return only(masks.head, start), only(masks.tail, end), only(masks.kept, through)

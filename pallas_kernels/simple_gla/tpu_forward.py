@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import only, seen
-from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, decays, ends, product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between, ends, product_dtype
 
 
 class How(NamedTuple):
@@ -27,12 +27,12 @@ class How(NamedTuple):
     config: Any
 
 
-def forward(arrays, rows, s, places, how: How, *, save: bool):
+def forward(arrays, g, s, places, how: How, *, save: bool):
     """The kernel's call.
 
     Args:
         arrays: q and k `[b g k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
-        rows: `[b h 3 t]` float32: see `tpu_chunk.ends`.
+        g: `[b h 1 t]` float32, finite.
         s: `[b h v k]` float32.
         places: `[b 1 t]` or None.
         how: settings.
@@ -61,7 +61,7 @@ def forward(arrays, rows, s, places, how: How, *, save: bool):
         q=(q, by_group),
         k=(k, by_group),
         v=(v, along(v_width)),
-        rows=(rows, along(3)),
+        g=(g, along(1)),
         places=(places, pl.BlockSpec((1, 1, block), lambda i, j, s, n: (i, 0, s))),
         initial=(s, at(0, shared - 1)),
     )
@@ -108,9 +108,9 @@ def _body(*refs, names, how: How, steps: int, dtype):
         here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
         masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
         q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
-        rows = at["rows"][0, 0, :, here]
-        start, end, through = ends(rows, masks)
-        w = dot(k, q, TN) * decays(rows[:1], masks)
+        sums, start, end = between(at["g"][0, 0, :, here])
+        start, end, through = ends(start, end, masks)
+        w = dot(k, q, TN) * jnp.where(masks.pairs, jnp.exp(sums), 0)
         read = dot(state[...].astype(dtype), q, NN) * start
         y = how.scale * (dot(v, w.astype(dtype), NN) + read)
         at["y"][0, 0, :, here] = only(masks.valid, y).astype(at["y"].dtype)

@@ -12,36 +12,43 @@ decays of pairs, F and E the sums of log decays from the chunk's start and to it
 """
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import Seen, only
-from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between_gradient, decays, ends
+from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between, between_gradient, ends
+
+# A chunk's numbers per token, one chunk a row.
+ROWS = ("start", "end", "dstart", "dend", "dg_rows")
 
 
 def pairs(at, i, here, masks: Seen, scale: float, dtype):
     """What the pairs of a chunk give."""
-    del i
     q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
     dy = _scaled(at, here, masks, scale).astype(dtype)
-    p = decays(at["rows"][0, 0, :1, here], masks)
+    sums, start, end = between(at["g"][0, 0, :, here])
+    row = pl.ds(i, 1)
+    at["start"][row], at["end"][row] = start, end
+    p = jnp.where(masks.pairs, jnp.exp(sums), 0)
     dw = dot(v, dy, TN)
     w = dot(k, q, TN) * p
     dr = (dw * p).astype(dtype)
     at["dq_sum"][:, here] += dot(k, dr, NN)
     at["dk_sum"][:, here] += dot(q, dr, NT)
     at["dv_pairs"][:, here] = dot(dy, w.astype(dtype), NT)
-    at["drows"][0, 0, :1, here] = between_gradient(dw * w)
+    at["dg_rows"][row] = between_gradient(dw * w)
 
 
 def up(at, i, here, masks: Seen, scale: float, dtype):
     """What the state before a chunk gives, and the state after it."""
     q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
-    start, end, through = ends(at["rows"][0, 0, :, here], masks)
+    row = pl.ds(i, 1)
+    start, end, through = ends(at["start"][row], at["end"][row], masks)
     dy = (_scaled(at, here, masks, scale) * start).astype(dtype)
     states = at["states"]
     dq = dot(states[i].astype(dtype), dy, TN)
     at["dq_sum"][:, here] += dq
-    at["drows"][0, 0, 1:2, here] = jnp.sum(q.astype(jnp.float32) * dq, axis=0, keepdims=True)
+    at["dstart"][row] = jnp.sum(q.astype(jnp.float32) * dq, axis=0, keepdims=True)
     new = dot((v.astype(jnp.float32) * end).astype(dtype), k, NT)
     states[i + 1] = through * states[i] + new
 
@@ -49,16 +56,17 @@ def up(at, i, here, masks: Seen, scale: float, dtype):
 def down(at, i, here, masks: Seen, scale: float, dtype):
     """What the gradient of the state after a chunk gives, and that of the one before."""
     q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
-    start, end, through = ends(at["rows"][0, 0, :, here], masks)
+    row = pl.ds(i, 1)
+    start, end, through = ends(at["start"][row], at["end"][row], masks)
     dstate = at["dstate"]
     after = dstate[...].astype(dtype)
     dk = dot(after, (v.astype(jnp.float32) * end).astype(dtype), TN)
     at["dk_sum"][:, here] += dk
-    at["drows"][0, 0, 2:3, here] = jnp.sum(k.astype(jnp.float32) * dk, axis=0, keepdims=True)
+    at["dend"][row] = jnp.sum(k.astype(jnp.float32) * dk, axis=0, keepdims=True)
     dv = at["dv_pairs"][:, here] + dot(after, k, NN) * end
     at["dv"][0, 0, :, here] = only(masks.valid, dv).astype(at["dv"].dtype)
     product = jnp.sum(at["states"][i] * dstate[...], axis=0, keepdims=True)
-    at["drows"][0, 0, :1, here] += jnp.sum(product, axis=1, keepdims=True) * through
+    at["dg_rows"][row] += jnp.sum(product, axis=1, keepdims=True) * through
     dy = (_scaled(at, here, masks, scale) * start).astype(dtype)
     dstate[...] = through * dstate[...] + dot(dy, q, NT)
 
