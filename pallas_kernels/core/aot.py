@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.core import dispatch, hlo, schedule
@@ -93,7 +94,9 @@ def tpu_device(generation: str) -> Any:
 def compile_for(
     device: Any, function: Callable, *arguments: Any, dumps: pathlib.Path | None = None
 ) -> Compiled:
-    """Compiles a function for one device.
+    """Compiles a function for one device; arguments and results lie as the compiler likes best.
+
+    So do those of an operator in a model: the matrix products around it read and write any layout.
 
     Args:
         device: a compile-only one.
@@ -101,12 +104,10 @@ def compile_for(
         *arguments: ShapeDtypeStructs without shardings.
         dumps: the folder that `prepare` was given; what lies in it is deleted.
     """
-    sharding = SingleDeviceSharding(device)
-    on_it = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    anyhow = Format(Layout.AUTO, SingleDeviceSharding(device))
+    jitted = jax.jit(function, in_shardings=anyhow, out_shardings=anyhow)
     with dispatch.compiling_for(device.device_kind):
-        return compile_lowered(
-            lambda: jax.jit(function).lower(*jax.tree.map(on_it, arguments)), dumps=dumps
-        )
+        return compile_lowered(lambda: jitted.lower(*arguments), dumps=dumps)
 
 
 def compile_lowered(lower: Callable[[], Any], *, dumps: pathlib.Path | None = None) -> Compiled:

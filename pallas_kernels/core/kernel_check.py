@@ -5,6 +5,9 @@ it, without documents or a state before or after: "forward", which saves what th
 needs, and "backward". And a row "documents, state" with packed documents, a state before and after,
 and their gradients, or "documents" where the kernel takes no state: that it compiles.
 
+Programs take and give heads side by side (`[b t h*k]`), as projections make and take them: what an
+operator's form turns or regroups beyond that is its own cost.
+
 The bytes of a pass are those of its kernels by their BlockSpecs and those of XLA's own passes in
 the compiled program. The minimum: forward, every argument read and y written once; backward, the
 arguments, the cotangent of y and what was saved read, and the gradients written once.
@@ -92,8 +95,6 @@ def check(
     arrays = tuple(arguments(op, spec).values())
     forward = functools.partial(_y, op, spec, KERNEL)
     y = jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
-    given = (y, *arrays)
-    both = bench.forward_and_gradients(forward, has_state=False)
     try:
         with dispatch.compiling_for(kind):
             closed, back = trace_passes(forward, arrays)
@@ -101,20 +102,22 @@ def check(
     except Exception as error:  # a refusal, or a kernel that cannot be traced, is the finding
         yield blank._replace(part="forward", status=_short(error))
         return
+    flat, program = tuple(map(_flat, arrays)), functools.partial(_flat_y, op, spec, KERNEL)
     row = _counts(blank._replace(part="forward"), passes["forward"], kind)
-    ahead, row = _compiled(row, device, forward, arrays, dumps)
+    ahead, row = _compiled(row, device, program, flat, dumps)
     yield row
+    both = functools.partial(bench.forward_and_gradients, has_state=False)
     row = _counts(blank._replace(part="backward"), passes["backward"], kind)
-    _, row = _compiled(row, device, both, given, dumps, without=ahead)
+    _, row = _compiled(row, device, both(program), (_flat(y), *flat), dumps, without=ahead)
     if xla and row.status == "compiled":
-        other = functools.partial(_y, op, spec, "xla")
-        found = aot.compile_for(device, bench.forward_and_gradients(other, has_state=False), *given)
+        other = both(functools.partial(_flat_y, op, spec, "xla"))
+        found = aot.compile_for(device, other, _flat(y), *flat)
         row = row._replace(xla_temp=found.temp, xla_peak=found.peak)
     yield row
     if documents and "segment_ids" in inspect.signature(op).parameters:
         for part in ("documents, state", "documents"):
-            program, shapes = _with_documents(op, spec, arrays, has_state="state" in part)
-            _, row = _compiled(blank._replace(part=part), device, program, shapes, dumps)
+            packed, shapes = _with_documents(op, spec, arrays, has_state="state" in part)
+            _, row = _compiled(blank._replace(part=part), device, packed, shapes, dumps)
             if not row.status.startswith("refused"):
                 break
         yield row
@@ -129,6 +132,22 @@ def _call(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any, **more
 def _y(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any) -> Any:
     found = _call(op, spec, implementation, *arrays)
     return found[0] if op.axes.state else found  # type: ignore[attr-defined]
+
+
+def _flat(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """`[b t h k]` as `[b t h*k]`."""
+    if len(shape.shape) < 4:
+        return shape
+    sizes = (*shape.shape[:2], math.prod(shape.shape[2:]))
+    return jax.ShapeDtypeStruct(sizes, shape.dtype)
+
+
+def _flat_y(op: Callable, spec: ArgSpec, implementation: str, *arrays: jax.Array) -> jax.Array:
+    """y of a call whose arrays, and y itself, have heads side by side."""
+    shapes = arguments(op, spec).values()
+    given = (x.reshape(shape.shape) for x, shape in zip(arrays, shapes, strict=True))
+    y = _y(op, spec, implementation, *given)
+    return y.reshape(_flat(y).shape)
 
 
 class Pass(NamedTuple):
