@@ -19,9 +19,10 @@ from pallas_kernels.simple_gla.tpu_chunk import LOWEST, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How, forward
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
-_SHARE = 0.65
+_SHARE = 0.7
 _MOST = 0.8  # of the whole vector memory: what the limit is raised to
 _ROWS = 16  # of a bfloat16 register
+_SHORT = 1024  # tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,21 @@ class PallasTpuConfig(tpu.TpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasTpuConfig":
-        """Blocks as long as the vector memory allows."""
+        """Blocks as long as the vector memory allows.
+
+        Where large states leave room for short blocks only, the limit is raised: a state would be
+        saved so often that it costs more than the tokens.
+        """
         kind = tpu.generation(device_kind)
-        fits = lambda block: _bytes(sizes, block) <= _SHARE * kind.scoped_vmem
-        fit = [n for n in (128, 256, 512, 1024, 2048) if fits(n)]
+        room = lambda memory: _SHARE * memory
+        fit = [n for n in (128, 256, 512, 1024, 2048) if _bytes(sizes, n) <= room(kind.scoped_vmem)]
+        if max(fit, default=0) < _SHORT:
+            most = room(_MOST * kind.vmem)
+            fit = [n for n in (128, 256, 512, _SHORT) if _bytes(sizes, n) <= most]
         n_blocks = -(-sizes["t"] // max(fit, default=cls.chunk))  # of one length
         block = tpu.round_up(-(-sizes["t"] // n_blocks), cls.chunk)
-        raised = None if fit else int(_bytes(sizes, block) / _SHARE)
+        need = _bytes(sizes, block)
+        raised = None if need <= room(kind.scoped_vmem) else int(need / _SHARE)
         return cls(block=block, vmem_limit_bytes=raised, device_kind=device_kind)
 
 
@@ -65,7 +74,7 @@ def _bytes(sizes: Mapping[str, int], block: int) -> int:
     arrays = 2 * ((4 * k + 3 * v) * sizes["itemsize"] + 4 * 2 * tpu.SUBLANES)
     state = 4 * v * tpu.round_up(k, tpu.LANES)
     states = sizes["shared"] + block // PallasTpuConfig.chunk + 1 + 2 * 3 + 2
-    return block * (arrays + 4 * (2 * k + v)) + states * state
+    return block * (arrays + 4 * (2 * k + v + PallasTpuConfig.chunk)) + states * state
 
 
 def _sizes(q, k, v) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """simple_gla's backward kernel for TPUs: blocks of tokens from the last to the first.
 
-A block's arrays come into the vector memory once, and are walked three times (tpu_walks.py): for
+A block's arrays come into the vector memory once, and are walked several times (tpu_walks.py): for
 the pairs within chunks; forward from the state that was saved before the block; and backward with
 the gradient of the state. Heads that share q and k follow each other, and add to one dq and dk.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
 from pallas_kernels.simple_gla.tpu_chunk import ends_gradient, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How
-from pallas_kernels.simple_gla.tpu_walks import ROWS, down, pairs, up
+from pallas_kernels.simple_gla.tpu_walks import ROWS, down, gates, gates_gradient, pairs, up
 
 
 def backward(arrays, g, saved, places, dy, dlast, how: How):
@@ -75,6 +75,7 @@ def backward(arrays, g, saved, places, dy, dlast, how: How):
     scratch = dict(
         dstate=pltpu.VMEM((shared, v_width, width), jnp.float32),
         states=pltpu.VMEM((block // chunk + 1, v_width, width), jnp.float32),
+        by_pair=pltpu.VMEM((block // chunk, chunk, chunk), jnp.float32),
         dq_sum=pltpu.VMEM((width, block), jnp.float32),
         dk_sum=pltpu.VMEM((width, block), jnp.float32),
         dv_pairs=pltpu.VMEM((v_width, block), jnp.float32),
@@ -121,9 +122,8 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
 
         jax.lax.fori_loop(0, n_chunks, one_chunk, 0)
 
-    walk(pairs)
-    walk(up)
-    walk(down)
+    for one in (gates, pairs, gates_gradient, up, down):
+        walk(one)
 
     dg = at["dg_rows"][...] + ends_gradient(at["dstart"][...], at["dend"][...])
     for i in range(n_chunks):

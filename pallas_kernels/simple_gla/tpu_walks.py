@@ -1,14 +1,17 @@
-"""The three walks over a block's chunks that make simple_gla's backward TPU kernel.
+"""The walks over a block's chunks that make simple_gla's backward TPU kernel.
 
 With S the state before a chunk, dS the gradient of the state after it, dy scaled, r = k^T q, P the
 decays of pairs, F and E the sums of log decays from the chunk's start and to its end:
 
-    pairs:  dw = v^T dy,  dr = dw P;   dq += k dr,   dk += q dr^T,   dv = dy (r P)^T
-            dg <- dw r P, summed over the pairs that a token lies between
+    gates:  P, F, E
+    pairs:  dr = (v^T dy) P;   dq += k dr,   dk += q dr^T,   dv = dy (r P)^T
+    gates_gradient:            dg <- dr r, summed over the pairs that a token lies between
     up:     dq' = S^T (dy exp(F));     dq += dq',    dF = sum_k q dq'
             S <- exp(F_c) S + (v exp(E)) k^T
     down:   dk' = dS^T (v exp(E));     dk += dk',    dE = sum_k k dk',   dv += (dS k) exp(E)
             dg <- exp(F_c) <S, dS>;    dS <- exp(F_c) dS + (dy exp(F)) q^T
+
+Each is a loop of its own: fewer registers are held.
 """
 
 import jax.numpy as jnp
@@ -22,21 +25,31 @@ from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between, between_gra
 ROWS = ("start", "end", "dstart", "dend", "dg_rows")
 
 
+def gates(at, i, here, masks: Seen, scale: float, dtype):
+    """The decays of a chunk."""
+    del scale, dtype
+    sums, at["start"][pl.ds(i, 1)], at["end"][pl.ds(i, 1)] = between(at["g"][0, 0, :, here])
+    at["by_pair"][i] = jnp.where(masks.pairs, jnp.exp(sums), 0)
+
+
 def pairs(at, i, here, masks: Seen, scale: float, dtype):
     """What the pairs of a chunk give."""
     q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
     dy = _scaled(at, here, masks, scale).astype(dtype)
-    sums, start, end = between(at["g"][0, 0, :, here])
-    row = pl.ds(i, 1)
-    at["start"][row], at["end"][row] = start, end
-    p = jnp.where(masks.pairs, jnp.exp(sums), 0)
-    dw = dot(v, dy, TN)
-    w = dot(k, q, TN) * p
-    dr = (dw * p).astype(dtype)
+    p = at["by_pair"][i]
+    dr = dot(v, dy, TN) * p
+    r = dot(k, q, TN)
+    at["by_pair"][i] = dr * r
+    at["dv_pairs"][:, here] = dot(dy, (r * p).astype(dtype), NT)
+    dr = dr.astype(dtype)
     at["dq_sum"][:, here] += dot(k, dr, NN)
     at["dk_sum"][:, here] += dot(q, dr, NT)
-    at["dv_pairs"][:, here] = dot(dy, w.astype(dtype), NT)
-    at["dg_rows"][row] = between_gradient(dw * w)
+
+
+def gates_gradient(at, i, here, masks: Seen, scale: float, dtype):
+    """What pairs give to the gradient of the decays."""
+    del here, masks, scale, dtype
+    at["dg_rows"][pl.ds(i, 1)] = between_gradient(at["by_pair"][i])
 
 
 def up(at, i, here, masks: Seen, scale: float, dtype):
