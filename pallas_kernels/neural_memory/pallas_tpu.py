@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch, parts, tpu
-from pallas_kernels.core.tpu_parts import limit_for, most_room
 from pallas_kernels.neural_memory import tpu_backward, tpu_forward, tpu_sizes
 from pallas_kernels.neural_memory.memory import Weights
 from pallas_kernels.neural_memory.tpu_blocks import Cuts, Layout
@@ -50,7 +49,8 @@ def refuses(shapes, device_kind) -> str | None:
         layers = 2 + opening.w_hidden.shape[1]
         return f"the memory has {layers} layers (w_hidden); the kernel serves one and two"
     sizes = _sizes(q, v, opening, tpu_sizes.ROWS, aligned=False)
-    need, room = tpu_sizes.room_for(sizes, 1), most_room(device_kind)
+    need = max(tpu_sizes.need_forward(sizes), tpu_sizes.need_backward(sizes, 1))
+    room = tpu_sizes.most_room(device_kind)
     if need > room:
         return (
             f"weights, momenta and gradients of {sizes['heads']} heads take {need >> 20} MiB of "
@@ -82,13 +82,12 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     config = PallasTpuConfig.of(config, sizes, kind)
     blocks = -(-t // block)
     span = -(-blocks // -(-blocks // config.span))
-    if config.vmem_limit_bytes is None:
-        limit = limit_for(tpu_sizes.room_for(sizes, span), kind)
-        config = dataclasses.replace(config, vmem_limit_bytes=limit)
+    needs = tpu_sizes.need_forward(sizes), tpu_sizes.need_backward(sizes, span)
+    limits = [config.vmem_limit_bytes or tpu_sizes.limit_for(need, kind) for need in needs]
     heads, in_all = tpu_sizes.heads_per_step(h, q.shape[3], v.shape[3])
     form = Layout(
         how=how,
-        config=config,
+        configs=tuple(dataclasses.replace(config, vmem_limit_bytes=x) for x in limits),
         narrow=all(x.dtype == jnp.bfloat16 for x in tokens[:3]),
         aligned=aligned,
         b=b,

@@ -102,7 +102,7 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
     found = kernel_call(
         functools.partial(_body, form, (pull, advance), (tree, result_tree, scratch_tree)),
         name="neural_memory_backward",
-        config=form.config,
+        config=form.configs[1],
         grid=(form.b, form.groups, form.spans, form.span),
         in_specs=jax.tree.leaves(specs),
         out_specs=jax.tree.leaves(result_specs),

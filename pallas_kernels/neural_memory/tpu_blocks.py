@@ -20,7 +20,7 @@ class Layout(NamedTuple):
 
     Attributes:
         how: settings of the memory.
-        config: of the form.
+        configs: of the forward and the backward kernel.
         narrow: whether products take bfloat16.
         aligned: whether rows are one document each, and blocks its chunks.
         b, t, h: rows, tokens that are there, heads.
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     """
 
     how: Rule
-    config: TpuConfig
+    configs: tuple[TpuConfig, ...]
     narrow: bool
     aligned: bool
     b: int

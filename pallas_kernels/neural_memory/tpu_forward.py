@@ -88,7 +88,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
     found = kernel_call(
         functools.partial(_body, form, plan, (tree, result_tree, scratch_tree)),
         name="neural_memory_forward",
-        config=form.config,
+        config=form.configs[0],
         grid=(form.b, form.groups, form.last + 1),
         in_specs=jax.tree.leaves(specs),
         out_specs=jax.tree.leaves(result_specs),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import neural_memory
-from pallas_kernels.core import dispatch, testing
+from pallas_kernels.core import dispatch, testing, tpu
 from pallas_kernels.neural_memory import tpu_sizes
 from pallas_kernels.neural_memory.arg_specs import SPECS, named
 from pallas_kernels.neural_memory.pallas_tpu import PallasTpuConfig
@@ -39,23 +39,25 @@ def test_agrees(length):
     testing.check_agrees(neural_memory, WHOLE, length, documents=True, **HOW)
 
 
+@slow
 def test_agrees_for_one_token():
     testing.check_agrees(neural_memory, LINEAR, 1, **HOW)
 
 
+@slow
 def test_agrees_in_one_document():
     """Several spans, the last block not full."""
     testing.check_agrees(one_document, WHOLE, 130, **HOW)
 
 
-@pytest.mark.parametrize("length", [16, 70])
+@pytest.mark.parametrize("length", [1, 70])
 def test_two_lengths_in_one_process(length):
     """jax 0.11 keeps pl.num_programs of another grid; nothing here reads it."""
     testing.check_agrees(one_document, small(LINEAR), length, **HOW)
 
 
 def test_agrees_in_bfloat16():
-    testing.check_agrees(one_document, small(NORMALISE), 40, dtype="bfloat16", **HOW)
+    testing.check_agrees(one_document, small(CLIP), 40, dtype="bfloat16", **HOW)
 
 
 @slow
@@ -170,7 +172,7 @@ def test_what_is_refused():
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU7x"])
 @pytest.mark.parametrize("spec", [s for s in SPECS if "tpu" in s.tags], ids=lambda s: s.name)
 def test_what_is_kept_is_little(spec, kind):
-    """A fifth of what the forward pass moves at most."""
+    """About a sixth of what the forward pass moves at most."""
     sizes, itemsize = spec.sizes, 4 if spec.name.endswith("f32") else 2
     mlp = "m" in sizes
     found = tpu_sizes.sizes_of(
@@ -185,7 +187,10 @@ def test_what_is_kept_is_little(spec, kind):
     )
     span = PallasTpuConfig.heuristic(found, kind).span
     state = 2 * 4 * 64 * sizes["n"] * (2 if mlp else 1)
-    assert state / (span * 64 * 4 * 64 * itemsize) < 0.21 or span * 64 >= sizes["t"]
+    assert state / (span * 64 * 4 * 64 * itemsize) < 0.18 or span * 64 >= sizes["t"]
+    need = tpu_sizes.need_backward(found, span)
+    assert need <= tpu_sizes.most_room(kind)
+    assert need <= 0.76 * (tpu_sizes.limit_for(need, kind) or tpu.generation(kind).scoped_vmem)
 
 
 @pytest.mark.parametrize(
