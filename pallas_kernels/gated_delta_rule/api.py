@@ -111,6 +111,7 @@ def gated_delta_rule(
         implementation=implementation,
         config=config,
         scale=sizes["k"] ** -0.5 if scale is None else scale,
+        fresh=initial_state is None,
     )
     return y, GatedDeltaRuleState(s, last_id)
 

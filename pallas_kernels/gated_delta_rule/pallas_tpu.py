@@ -1,8 +1,7 @@
-"""gated_delta_rule as a Mosaic TPU kernel: one head's state stays in vector memory.
+"""gated_delta_rule as a Mosaic TPU kernel: states stay in vector memory.
 
 The grid goes over rows, heads, and spans of some hundred tokens; README.md ("On a TPU") says what
-is moved and kept. What the kernels need per token and head is made ready here, in XLA: sums of log
-decays inside chunks, masks, memories.
+is moved and kept.
 """
 
 import dataclasses
@@ -14,15 +13,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.core import chunks, dispatch, tpu
-from pallas_kernels.core.chunks import Plan, keep
+from pallas_kernels.core.chunks import Plan
 from pallas_kernels.core.tpu import TpuConfig
-from pallas_kernels.gated_delta_rule import tpu_tile
-from pallas_kernels.gated_delta_rule.tpu_backward import DBETA, DSUM, backward
+from pallas_kernels.gated_delta_rule.tpu_backward import backward
 from pallas_kernels.gated_delta_rule.tpu_forward import forward
-from pallas_kernels.gated_delta_rule.tpu_span import How
+from pallas_kernels.gated_delta_rule.tpu_span import ABSENT, How, Places
 from pallas_kernels.gated_delta_rule.tpu_tile import LOWEST, SQUARE, TILE
 
-_MOST = 1024  # tokens of a span
+_LONG = 512  # tokens of a span
+# Of the limit on vector memory, what blocks and scratch take; of the memory, what the limit may be.
+_SHARE, _MOST = 0.73, 0.85
 _CHUNKS = (16, 32, 64, 128)
 
 
@@ -34,10 +34,11 @@ class PallasTpuConfig(TpuConfig):
         chunk: tokens per state inside a span: 16, 32, 64 or 128; at most a block of memories.
         span: tokens per step of the grid, a multiple of 128. One state per span is kept for the
             backward pass.
+        vmem_limit_bytes: of both kernels; None = what each of them needs.
     """
 
     chunk: int = 64
-    span: int = 512
+    span: int = _LONG
 
     def __post_init__(self):
         if self.chunk not in _CHUNKS:
@@ -49,36 +50,62 @@ class PallasTpuConfig(TpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasTpuConfig":
-        """Chunks of 64; the longest spans that leave vector memory some room.
+        """Chunks of 64; spans of 512 tokens, or of what the vector memory can hold.
 
         Args:
-            sizes: t, k, v, m (memories) and itemsize (of q, k and v).
+            sizes: t, h, k, v, m (memories) and itemsize (of q, k and v).
             device_kind: jax's name of the device.
         """
-        room = 0.7 * tpu.generation(device_kind).scoped_vmem
-        fits = [n for n in range(TILE, _MOST + 1, TILE) if vmem(sizes, n, 64) <= room]
-        most = max(fits, default=TILE)
-        spans = pl.cdiv(sizes["t"], most)
-        span = tpu.round_up(pl.cdiv(sizes["t"], spans), TILE)  # the last one is not half empty
-        need = None if fits else int(1.3 * vmem(sizes, TILE, 64))
-        return cls(span=span, vmem_limit_bytes=need, device_kind=device_kind)
+        most = _SHARE * _MOST * tpu.generation(device_kind).vmem
+        spans = [
+            n for n in range(TILE, _LONG + 1, TILE) if vmem(sizes, n, 64, backward=True) <= most
+        ]
+        count = pl.cdiv(sizes["t"], max(spans, default=TILE))
+        span = tpu.round_up(pl.cdiv(sizes["t"], count), TILE)  # the last one is not half empty
+        return cls(span=span, device_kind=device_kind)
 
 
-def vmem(sizes: Mapping[str, int], span: int, chunk: int) -> int:
-    """Bytes that the backward kernel, the larger one, takes of vector memory."""
+def beside(h: int) -> int:
+    """How many heads of a token lie side by side in memory and are fetched together, or 0.
+
+    XLA lays heads of a token into one tile of memory where they fill it. Others it keeps apart, and
+    one is fetched at a time.
+    """
+    if h % tpu.SUBLANES == 0:
+        return tpu.SUBLANES
+    return h if h in (2, 4) else 0
+
+
+def vmem(sizes: Mapping[str, int], span: int, chunk: int, *, backward: bool) -> int:
+    """Bytes of vector memory that a kernel's blocks and scratch take.
+
+    Args:
+        sizes: as `PallasTpuConfig.heuristic` takes them.
+        span, chunk: tokens.
+        backward: which kernel.
+    """
     k, v = (tpu.round_up(sizes[x], tpu.LANES) for x in "kv")
-    m, item = sizes["m"], sizes["itemsize"]
-    tokens = 2 * span * (4 * k + 3 * v) * item + 4 * span * 32
-    states = 4 * k * v * ((3 * m if m > 1 else 2) + 1) + 2 * k * v * item
-    kept = span // chunk * k * v * item
-    work = span * (4 * v + (v + 3 * k) * item) + 5 * 4 * span * chunk
-    return tokens + states + kept + work + 4 * TILE * 3 * k
+    h, m, item = beside(sizes["h"]) or 1, sizes["m"], sizes["itemsize"]
+    state, token = k * v, (4 * k + 3 * v if backward else 2 * k + 2 * v) * item
+    blocks = 2 * span * (h * token + 4 * tpu.SUBLANES * (5 if backward else 3))
+    blocks += 2 * h * state * item + 4 * m * h * state * (3 if backward and m > 1 else 2)
+    copies = span * h * (2 * k + (2 if backward else 1) * v) * item
+    work = span * (4 * v + (v + 3 * k) * item) + 4 * (5 if backward else 4) * span * chunk
+    if backward:
+        work += span // chunk * state * item + 4 * state + 4 * TILE * (3 * k + 3 * TILE)
+        work += 4 * chunk * v * item
+    return blocks + work + (copies if m > 1 or beside(sizes["h"]) else 0)
 
 
-def _sizes(q, v, s, block_memory) -> dict[str, int]:
+def _sizes(q, v, s, block_memory, item: int) -> dict[str, int]:
     b, t, h, k = q.shape
-    m = 1 if block_memory is None else s.shape[1]
-    return dict(b=b, t=t, h=h, k=k, v=v.shape[-1], m=m, itemsize=q.dtype.itemsize)
+    m = 1 if s is None or block_memory is None else s.shape[1]
+    return dict(b=b, t=t, h=h, k=k, v=v.shape[-1], m=m, itemsize=item)
+
+
+def _operand(*arrays):
+    """What the matrix units are given: bfloat16 where all arrays are."""
+    return jnp.bfloat16 if all(x.dtype == jnp.bfloat16 for x in arrays) else jnp.float32
 
 
 def refuses(shapes, device_kind) -> str | None:
@@ -88,65 +115,92 @@ def refuses(shapes, device_kind) -> str | None:
         return reason
     if block_memory is not None and q.shape[1] // block_memory.shape[1] < SQUARE:
         return f"blocks of memories have fewer than {SQUARE} tokens"
-    need = vmem(_sizes(q, v, s, block_memory), TILE, 64)
-    if need > 0.7 * tpu.generation(device_kind).vmem:
+    item = jnp.dtype(_operand(q, k, v)).itemsize
+    need = vmem(_sizes(q, v, s, block_memory, item), TILE, 64, backward=True)
+    if need > _SHARE * _MOST * tpu.generation(device_kind).vmem:
         return f"its states and tokens take {need / tpu.MIB:.0f} MiB of vector memory"
     return None
 
 
-def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config):
-    """See `gated_delta_rule`; s in float32. Returns y, s, last_id."""
-    operand = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
-    one_memory, t = block_memory is None, q.shape[1]
-    y_dtype, sizes = v.dtype, _sizes(q.astype(operand), v, s, block_memory)
+def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config, fresh):
+    """See `gated_delta_rule`; s in float32, zeros if `fresh`. Returns y, s, last_id."""
+    operand, t, y_dtype = _operand(q, k, v), q.shape[1], v.dtype
+    sizes = _sizes(q, v, s, block_memory, jnp.dtype(operand).itemsize)
     config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
     chunk = min(chunks.fitting(config.chunk, t, block_memory), TILE)
     span = min(config.span, tpu.round_up(t, TILE))
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory, fill=span // chunk)
-    how = How(config, chunk, span, scale, masked=plan.valid is not None)
+    together = beside(sizes["h"])
+    masked = plan.valid is not None
+    how = How(config, chunk, span, scale, masked, together or 1, together > 0)
 
     keys, values = (tpu.round_up(sizes[x], tpu.LANES) for x in "kv")
     pad = lambda x, size: tpu.pad_to(x.astype(operand), 3, size)
-    states = s[:, None] if one_memory else s
-    states = tpu.pad_to(tpu.pad_to(states, 3, keys), 4, values)
+    states = None
+    if not fresh:
+        states = s[:, None] if block_memory is None else s
+        states = tpu.pad_to(tpu.pad_to(states, 3, keys), 4, values)
     y, states = _rule((pad(q, keys), pad(k, keys), pad(v, values), g, beta), states, plan, how)
     states = states[..., : sizes["k"], : sizes["v"]]
     y = y[..., : sizes["v"]].astype(y_dtype)
-    return y, states[:, 0] if one_memory else states, last_id
+    return y, states[:, 0] if block_memory is None else states, last_id
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _rule(inputs, s, plan: Plan, how: How):
-    """y `[b t h v]` and the last states `[b m h k v]`."""
+    """y `[b t h v]` and the last states `[b m h k v]`; s None = zeros, of one memory."""
+    return _forward(inputs, s, plan, how, keep=False)[:2]
+
+
+def _forward(inputs, s, plan, how, *, keep):
     q, k, v, g, beta = inputs
-    gates = _gates(g, beta, plan, how)
-    y, s, _ = forward(q, k, v, gates, s, _memory(plan), how, keep=False, cost=_cost(q, v))
-    return y, s
+    how = _with_room(how, q, v, s, plan, backward=False)
+    places = _places(g, beta, plan, how)
+    return forward(q, k, v, places, s, _memory(plan), how, keep=keep, cost=_cost(q, v))
 
 
 def _rule_forward(inputs, s, plan, how):
-    q, k, v, g, beta = inputs
-    gates = _gates(g, beta, plan, how)
-    y, after, starts = forward(q, k, v, gates, s, _memory(plan), how, keep=True, cost=_cost(q, v))
-    return (y, after), (inputs, None if plan.memory is None else s, starts, plan)
+    y, after, starts = _forward(inputs, s, plan, how, keep=True)
+    return (y, after), (inputs, None if plan.memory is None else s, starts, plan, s is None)
 
 
 def _rule_backward(how, residuals, cotangents):
-    (q, k, v, g, beta), s, starts, plan = residuals
+    (q, k, v, g, beta), s, starts, plan, fresh = residuals
     dy, ds = cotangents
-    gates = _gates(g, beta, plan, how)
-    dq, dk, dv, dgates, ds = backward(
-        *(q, k, v, gates, s, starts, _memory(plan), dy, ds, how), cost=_cost(q, v, backward=True)
+    how = _with_room(how, q, v, ds, plan, backward=True)
+    places, t = _places(g, beta, plan, how), g.shape[1]
+    *dinputs, dg, dbeta, ds = backward(
+        *(q, k, v, places, s, starts, _memory(plan), dy.astype(k.dtype), ds, how),
+        cost=_cost(q, v, backward=True),
     )
-    dsum, dbeta = (_by_chunk(dgates[:, :, :, row], how) for row in (DSUM, DBETA))
-    # A log decay acts on all that passes its token: sums over what comes after.
-    dg = jax.lax.cumsum(dsum, axis=3, reverse=True)
-    valid = None if plan.valid is None else plan.valid[:, :, None]
-    dg, dbeta = (chunks.join(keep(x, valid), g.shape[1]) for x in (dg, dbeta))
-    return (dq, dk, dv, dg.astype(g.dtype), dbeta.astype(beta.dtype)), ds, None
+    valid = _valid(plan, t)
+    for x, like in ((dg, g), (dbeta, beta)):
+        x = jnp.swapaxes(x.reshape(x.shape[0], -1, x.shape[3])[..., :t], 1, 2)
+        x = x if valid is None else jnp.where(valid, x, 0)
+        dinputs.append(x.astype(like.dtype))
+    return tuple(dinputs), None if fresh else ds, None
 
 
 _rule.defvjp(_rule_forward, _rule_backward)
+
+
+def _with_room(how: How, q, v, s, plan: Plan, *, backward: bool) -> How:
+    """With the limit that a kernel needs, where the config says none.
+
+    The forward kernel takes shorter spans where it needs no other limit then.
+    """
+    sizes = _sizes(q, v, s, plan.memory, q.dtype.itemsize)
+    room = _SHARE * tpu.generation(dispatch.device_kind(how.config)).scoped_vmem
+    need = functools.partial(vmem, sizes, chunk=how.chunk, backward=backward)
+    if not backward:
+        shorter = [n for n in range(TILE, how.span, TILE) if how.span % n == 0]
+        fits = [n for n in shorter if need(n) <= room]
+        if need(how.span) > room and fits:
+            how = how._replace(span=max(fits), stride=how.span // max(fits))
+    if how.config.vmem_limit_bytes is not None or need(how.span) <= room:
+        return how
+    limit = tpu.round_up(int(need(how.span) / _SHARE), tpu.MIB)
+    return how._replace(config=dataclasses.replace(how.config, vmem_limit_bytes=limit))
 
 
 def _cost(q, v, *, backward: bool = False) -> pl.CostEstimate:
@@ -165,25 +219,25 @@ def _memory(plan: Plan):
     return None if plan.memory is None else plan.memory.T
 
 
-def _gates(g, beta, plan: Plan, how: How):
-    """The numbers per token, float32 `[b h tiles 8 128]`; see tpu_tile."""
-    whole = tpu.round_up(g.shape[1], how.span)
-    g, beta = (chunks.cut(tpu.pad_to(x, 1, whole), how.chunk, plan, jnp.float32) for x in (g, beta))
-    n, b, h, c = g.shape
-    g = jnp.maximum(g, LOWEST)
-    start = keep(jnp.exp(jnp.cumsum(g, axis=3)), chunks.sees_start(plan))
-    after = jnp.pad(g[..., 1:], [(0, 0)] * 3 + [(0, 1)])
-    end = keep(jnp.exp(jax.lax.cumsum(after, axis=3, reverse=True)), chunks.reaches_end(plan))
-    document = jnp.zeros((n, b, c)) if plan.document is None else plan.document
-    valid = jnp.ones((n, b, c)) if plan.valid is None else plan.valid
-    rows = [g, beta, start, end, document[:, :, None], valid[:, :, None]]
-    rows += [0.0] * (tpu_tile.ROWS - len(rows))
-    x = jnp.stack([jnp.broadcast_to(x, g.shape).astype(jnp.float32) for x in rows], axis=3)
-    x = x.reshape(-1, how.parts, b, h, tpu_tile.ROWS, c)
-    return x.transpose(2, 3, 0, 4, 1, 5).reshape(b, h, -1, tpu_tile.ROWS, TILE)
+def _valid(plan: Plan, t: int):
+    """`[b t 1]`, or None = everywhere."""
+    if plan.valid is None:
+        return None
+    return jnp.swapaxes(plan.valid, 0, 1).reshape(plan.valid.shape[1], -1)[:, :t, None]
 
 
-def _by_chunk(x, how: How):
-    """`[b h tiles 128]` as `[n b h c]`."""
-    b, h, _, _ = x.shape
-    return jnp.moveaxis(x.reshape(b, h, -1, how.chunk), 2, 0)
+def _places(g, beta, plan: Plan, how: How) -> Places:
+    """g and beta, 0 where there is no token, and the documents of chunks; whole spans."""
+    valid, whole = _valid(plan, g.shape[1]), tpu.round_up(g.shape[1], how.span)
+    rows = []
+    for x in (g, beta):
+        x = x.astype(jnp.float32)
+        x = x if valid is None else jnp.where(valid, x, 0)
+        x = tpu.pad_to(jnp.swapaxes(x, 1, 2), 2, whole)
+        rows.append(x.reshape(x.shape[0], -1, how.heads, whole))
+    document = None
+    if how.masked:
+        document = jnp.zeros(plan.valid.shape) if plan.document is None else plan.document
+        document = (document + jnp.where(plan.valid, 0, ABSENT)).astype(jnp.float32)
+        document = jnp.swapaxes(document, 0, 1).reshape(document.shape[1], 1, -1)
+    return Places(jnp.maximum(rows[0], LOWEST), rows[1], document)

@@ -10,9 +10,9 @@ def refuses(shapes, device_kind) -> None:
     del shapes, device_kind
 
 
-def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config):
+def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config, fresh):
     """See `gated_delta_rule`; s in the dtype to compute in. Returns y, s, last_id."""
-    del config
+    del config, fresh
     dtype, out_dtype = s.dtype, v.dtype
     if segment_ids is None:
         reset, valid = jnp.zeros(g.shape[:2], bool), jnp.ones(g.shape[:2], bool)

@@ -1,89 +1,118 @@
-"""The forward kernel of the gated delta rule: a span of one head per step, states carried."""
+"""The forward kernel of the gated delta rule: a span of some heads per step, states carried."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
 from pallas_kernels.gated_delta_rule import tpu_span
-from pallas_kernels.gated_delta_rule.tpu_span import How
+from pallas_kernels.gated_delta_rule.tpu_span import How, Places
 from pallas_kernels.gated_delta_rule.tpu_tile import START, dot, interpreted
 
 
-def forward(q, k, v, gates, s, memory, how: How, *, keep: bool, cost):
-    """y and the last states; with `keep` the state before each span too (of its first memory).
+def forward(q, k, v, places: Places, s, memory, how: How, *, keep: bool, cost):
+    """y, the last states, and the states that the backward pass starts from.
 
     Args:
         q, k: `[b t h k]`.
         v: `[b t h v]`.
-        gates: float32 `[b h tiles 8 128]`, see tpu_tile.
-        s: float32 `[b m h k v]`.
+        places: of whole spans.
+        s: float32 `[b m h k v]`, or None = zeros `[b 1 h k v]`.
         memory: int32 `[b chunks]`, or None = there is one.
         how: what is fixed.
-        keep: for the backward pass.
+        keep: whether to give the state before each `stride`-th span (of the span's first memory).
         cost: pl.CostEstimate.
 
     Returns:
-        y `[b t h v]`, s `[b m h k v]`, starts `[b spans h k v]` in the dtype of k, or None.
+        y `[b t h v]`, s `[b m h k v]`, starts `[b spans/stride h k v]` in the dtype of k, or None.
     """
     b, t, h, width = k.shape
-    m, values = s.shape[1], v.shape[-1]
+    m, values = 1 if s is None else s.shape[1], v.shape[-1]
     spans = pl.cdiv(t, how.span)
-    blocks = tpu_span.specs(how, m, width, values, lambda n: n)
-    prefetched = () if memory is None else (memory,)
-    flat = lambda x: x.reshape(b, t, -1)
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    starts = jax.ShapeDtypeStruct((b, spans, h, width, values), k.dtype)
+    blocks = tpu_span.specs(how, (m, width, values), lambda n: n)
+    q, k, v = (tpu_span.turned(x, how) for x in (q, k, v))
+    last = jax.ShapeDtypeStruct((b, m, h, width, values), jnp.float32)
+    starts = jax.ShapeDtypeStruct((b, pl.cdiv(spans, how.stride), h, width, values), k.dtype)
+    copy = lambda size: pltpu.VMEM((how.heads, how.span, size), k.dtype)
     y, s, *starts = tpu.kernel_call(
-        functools.partial(_body, how=how, memories=memory is not None, keep=keep),
+        functools.partial(_body, how=how, fresh=s is None, memories=memory is not None, keep=keep),
         name="gated_delta_rule_forward",
         config=how.config,
-        grid=(b, h, spans),
-        in_specs=[blocks.gates, blocks.keys, blocks.keys, blocks.values, blocks.states],
+        grid=(b, h // how.heads, spans),
+        in_specs=[
+            *(blocks.gates, blocks.gates, *([blocks.document] if how.masked else [])),
+            *(blocks.keys, blocks.keys, blocks.values, *([] if s is None else [blocks.states])),
+        ],
         out_specs=[blocks.values, blocks.states, *([blocks.start] if keep else [])],
-        out_shape=[like(flat(v)), like(s), *([starts] if keep else [])],
+        out_shape=[
+            *(jax.ShapeDtypeStruct(v.shape, v.dtype), last),
+            *([starts] if keep else []),
+        ],
         semantics=("parallel", "parallel", "arbitrary"),
-        scratch_shapes=tpu_span.scratch(how, width, values, k.dtype, alike=False),
-        num_scalar_prefetch=len(prefetched),
+        scratch_shapes=[
+            *tpu_span.scratch(how, width, values, k.dtype, alike=False),
+            *([copy(width), copy(width), copy(values)] if how.copied else []),
+        ],
+        num_scalar_prefetch=0 if memory is None else 1,
         cost=cost,
-    )(*prefetched, gates, flat(q), flat(k), flat(v), s)
-    return y.reshape(v.shape), s, starts[0] if keep else None
+    )(*(x for x in (memory, *places, q, k, v, s) if x is not None))
+    return tpu_span.turned(y, how), s, starts[0] if keep else None
 
 
-def _body(*refs, how: How, memories: bool, keep: bool):
-    with interpreted(how.config.interpret):
-        _span(*refs, how=how, memories=memories, keep=keep)
-
-
-def _span(*refs, how: How, memories: bool, keep: bool):
-    memory, refs = (refs[0], refs[1:]) if memories else (None, refs)
-    gates, q, k, v, s_before, y, s, *refs = refs
-    starts, refs = (refs[0], refs[1:]) if keep else (None, refs)
-    x = tpu_span.work(refs, alike=False)
+def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
+    refs = list(refs)
+    memory = refs.pop(0) if memories else None
+    places = Places(refs.pop(0).at[0, 0], refs.pop(0).at[0, 0], None)
+    if how.masked:
+        places = places._replace(document=refs.pop(0).at[0])
+    given = [refs.pop(0) for _ in range(3)]
+    s_before = None if fresh else refs.pop(0)
+    y, s = refs.pop(0), refs.pop(0)
+    starts = refs.pop(0) if keep else None
+    x, copies = tpu_span.work(refs[:9], alike=False), refs[9:]
     row, step = pl.program_id(0), pl.program_id(2)
 
     def memory_of(place):
-        return 0 if memory is None else memory[row, step * (how.span // how.chunk) + place]
+        return 0 if memory is None else memory[row, step * how.chunks + place]
 
     @pl.when(step == 0)
     def _():
-        s[...] = s_before[...]
+        s[...] = jnp.zeros_like(s) if fresh else s_before[...]
 
-    if starts is not None:
-        starts[0, 0, 0] = s[0, memory_of(0), 0].astype(starts.dtype)
-    tpu_span.before_states(gates, q, k, v, x, how)
-    tpu_span.carry(
-        gates, lambda place, lane: s.at[0, memory_of(place), 0, :, lane], x, how, read=True
-    )
+    def head(n):
+        if starts is not None:
 
-    def read_out(i):
-        tile = tpu_span.tile_at(gates, i, how)
+            @pl.when(lax.rem(step, how.stride) == 0)
+            def _():
+                starts[0, 0, n] = s[0, memory_of(0), n].astype(starts.dtype)
+
+        q, k, v = (ref.at[n] for ref in heads)
+        tpu_span.before_states(n, places, q, k, v, x, how)
+        state = lambda place, lane: s.at[0, memory_of(place), n, :, lane]
+        tpu_span.carry(state, x, how, read=True)
+        _read_out(v if how.beside else y.at[0, n], x, how)
+
+    with interpreted(how.config.interpret):
+        heads = tpu_span.heads_of(given, copies, places, how)
+        tpu_span.loop(how.heads, head)
+        if how.beside:
+            tpu_span.give_heads(heads[2:], (y,), how)
+
+
+def _read_out(y: Any, x: tpu_span.Work, how: How) -> None:
+    """y `[span v]` of a head."""
+
+    def tile(i):
+        tile = tpu_span.tile_at(x, i, how)
         start = how.scale * tile.columns[START]
-        scores = tile.spread(x.scores[tile.packed, :]).astype(k.dtype)
-        for n in range(0, v.shape[2], tpu.LANES):
-            lane = slice(n, n + tpu.LANES)
+        scores = tile.spread(x.scores[tile.packed, :]).astype(y.dtype)
+        for lane in tpu_span.lane_blocks(y.shape[1]):
             out = start * x.values[tile.at, lane] + dot(scores, x.written[tile.at, lane])
-            y[0, tile.at, lane] = out.astype(y.dtype)
+            y[tile.at, lane] = out.astype(y.dtype)
 
-    tpu_span.over_tiles(read_out, how)
+    tpu_span.loop(how.tiles, tile)

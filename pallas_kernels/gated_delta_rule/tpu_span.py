@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: a span of one head, tile after tile.
+"""What the forward and the backward kernel share: a span of some heads, head after head.
 
 Each stage is a loop over the tiles whose intermediate results lie in vector memory: short loops
 keep what is alive within the registers.
@@ -26,7 +26,9 @@ from pallas_kernels.gated_delta_rule.tpu_tile import (
     dot_across,
 )
 
-_SIDE = 2  # columns of a state, in registers' lanes, that are worked on side by side
+_SIDE = 2  # blocks of a state's columns that are worked on side by side
+_PIECE = 32  # tokens whose heads are parted at a time
+ABSENT = 256  # added to the document of a place where there is no token
 
 
 class How(NamedTuple):
@@ -37,7 +39,10 @@ class How(NamedTuple):
         chunk: tokens per state.
         span: tokens per step of the grid, a multiple of 128.
         scale: of q.
-        masked: whether there may be places without a token.
+        masked: whether there are documents, or places without a token.
+        heads: per step of the grid.
+        beside: whether the heads of a token lie side by side in memory.
+        stride: of states that are kept: one in so many spans.
     """
 
     config: Any
@@ -45,10 +50,22 @@ class How(NamedTuple):
     span: int
     scale: float
     masked: bool
+    heads: int
+    beside: bool
+    stride: int = 1
+
+    @property
+    def copied(self) -> bool:
+        """Whether a step's heads are copied before they are read."""
+        return self.beside or self.masked
 
     @property
     def tiles(self) -> int:
         return self.span // TILE
+
+    @property
+    def chunks(self) -> int:
+        return self.span // self.chunk
 
     @property
     def parts(self) -> int:
@@ -56,20 +73,37 @@ class How(NamedTuple):
         return TILE // self.chunk
 
 
-class Work(NamedTuple):
-    """References to what is found about a span; README.md says what the letters are.
+class Places(NamedTuple):
+    """What tokens come with beside q, k and v, or references to it; all float32.
 
     Attributes:
-        pairs: packed pairs.
+        g, beta: `[b groups heads tokens]`, in a kernel `[heads span]`; g is 0 where there is no
+            token, and so is beta.
+        document: `[b 1 tokens]`, in a kernel `[1 span]`: of its chunk, 0 = the one of the state,
+            + ABSENT where there is no token; None = all are in one and there.
+    """
+
+    g: Any
+    beta: Any
+    document: Any
+
+
+class Work(NamedTuple):
+    """References to what is found about a head's span; README.md says what the letters are.
+
+    Attributes:
+        gates: numbers per token, `[tiles 8 128]`, see tpu_tile.
         scores: scale q_i . k_j D_ij, packed, float32.
+        pairs: packed pairs.
         values: U `[span v]` float32; each stage may put something else there.
         written: X `[span v]`.
         met: per chunk its W and q, `[2 span k]`: what meets the state before it.
         turned: per tile its keys, `[tiles k 128]`.
     """
 
-    pairs: Pairs
+    gates: Any
     scores: Any
+    pairs: Pairs
     values: Any
     written: Any
     met: Any
@@ -80,6 +114,7 @@ def scratch(how: How, k: int, v: int, dtype: Any, *, alike: bool) -> list[Any]:
     """What `work` makes a Work of."""
     packed = pltpu.VMEM((how.tiles * how.chunk, TILE), jnp.float32)
     return [
+        pltpu.VMEM((how.tiles, tpu_tile.ROWS, TILE), jnp.float32),
         *([packed] * (5 if alike else 4)),
         pltpu.VMEM((how.span, v), jnp.float32),
         pltpu.VMEM((how.span, v), dtype),
@@ -90,124 +125,220 @@ def scratch(how: How, k: int, v: int, dtype: Any, *, alike: bool) -> list[Any]:
 
 def work(refs: Sequence[Any], *, alike: bool) -> Work:
     """The references that `scratch` asked for, by name."""
-    scores, faded, lower, solved, *others = refs
+    gates, scores, faded, lower, solved, *others = refs
     pairs = Pairs(faded, lower, solved, others.pop(0) if alike else None)
-    return Work(pairs, scores, *others)
+    return Work(gates, scores, pairs, *others)
 
 
 class Specs(NamedTuple):
-    """BlockSpecs of one head's span."""
+    """BlockSpecs of a span of some heads."""
 
     gates: Any
+    document: Any
     keys: Any
     values: Any
     states: Any
     start: Any
 
 
-def specs(how: How, m: int, k: int, v: int, at: Callable[[Any], Any]) -> Specs:
-    """For a grid (b, h, spans); `at` makes of the number of a step that of a span."""
-    token = lambda width: pl.BlockSpec((1, how.span, width), lambda b, h, n, *_: (b, at(n), h))
+def specs(how: How, sizes: tuple[int, int, int], at: Callable[[Any], Any]) -> Specs:
+    """For a grid (b, groups of heads, spans) and m, k, v.
+
+    Args:
+        how: what is fixed.
+        sizes: m, k, v.
+        at: makes of the number of a step that of a span.
+    """
+    m, k, v = sizes
+
+    def token(width):
+        if how.beside:
+            shape = (1, how.span, how.heads, width)
+            return pl.BlockSpec(shape, lambda b, h, n, *_: (b, at(n), h, 0))
+        return pl.BlockSpec((1, how.heads, how.span, width), lambda b, h, n, *_: (b, h, at(n), 0))
+
     return Specs(
-        gates=pl.BlockSpec(
-            (1, 1, how.tiles, tpu_tile.ROWS, TILE), lambda b, h, n, *_: (b, h, at(n), 0, 0)
-        ),
+        gates=pl.BlockSpec((1, 1, how.heads, how.span), lambda b, h, n, *_: (b, h, 0, at(n))),
+        document=pl.BlockSpec((1, 1, how.span), lambda b, h, n, *_: (b, 0, at(n))),
         keys=token(k),
         values=token(v),
-        # They stay from a head's first step to its last: a second buffer would be of no use.
+        # They stay from a row's first step to its last: a second buffer would be of no use.
         states=pl.BlockSpec(
-            (1, m, 1, k, v), lambda b, h, n, *_: (b, 0, h, 0, 0), pipeline_mode=pl.Buffered(1)
+            (1, m, how.heads, k, v),
+            lambda b, h, n, *_: (b, 0, h, 0, 0),
+            pipeline_mode=pl.Buffered(1),
         ),
-        start=pl.BlockSpec((1, 1, 1, k, v), lambda b, h, n, *_: (b, at(n), h, 0, 0)),
+        start=pl.BlockSpec(
+            (1, 1, how.heads, k, v), lambda b, h, n, *_: (b, at(n) // how.stride, h, 0, 0)
+        ),
     )
 
 
-def tile_at(gates: Any, i: Any, how: How) -> Tile:
-    """The i-th tile of a span."""
-    at = pl.ds(pl.multiple_of(i * TILE, TILE), TILE)
-    packed = pl.ds(pl.multiple_of(i * how.chunk, how.chunk), how.chunk)
-    return Tile(at, packed, gates.at[0, 0, i], how.chunk)
+def turned(x: jax.Array, how: How) -> jax.Array:
+    """`[b t h ...]` as the kernels take it, and back."""
+    return x if how.beside else jnp.swapaxes(x, 1, 2)
 
 
-def over_tiles(stage: Callable[[Any], None], how: How) -> None:
-    """Calls `stage(i)` for each tile in a loop."""
-    lax.fori_loop(0, how.tiles, lambda i, _: stage(i) or 0, 0)
+# --- Loops -------------------------------------------------------------------------------------
 
 
-def before_states(gates: Any, q: Any, k: Any, v: Any, to: Work, how: How) -> None:
-    """Fills in all that does not depend on states: everything but `written`."""
-    c, operand = how.chunk, k.dtype
-
-    def inside(i):
-        tile = tile_at(gates, i, how)
-        tpu_tile.inside(tile, tile.read(k, how.masked), to.pairs)
-
-    def through(i):
-        tile = tile_at(gates, i, how)
-        read = lambda x: tile.read(x, how.masked)
-        beta, start = tile.rows[BETA : BETA + 1], tile.rows[START : START + 1]
-        solved = to.pairs.solved[tile.packed, :] * beta
-        spread = lambda x: tile.spread(x).astype(operand)
-        to.values[tile.at, :] = dot(spread(solved), read(v))
-        keys, queries = dot(spread(solved * start), read(k)).astype(operand), read(q)
-        for part in range(how.parts):
-            own = slice(part * c, (part + 1) * c)
-            both = jnp.concatenate([keys[own], queries[own]])
-            to.met[met_at(i * how.parts + part, how), :] = both
-
-    def scores(i):
-        tile = tile_at(gates, i, how)
-        queries, keys = (tile.read(x, how.masked) for x in (q, k))
-        found = tile.pack(dot_across(queries, keys))
-        to.scores[tile.packed, :] = how.scale * found * to.pairs.faded[tile.packed, :]
-        to.turned[i] = keys.T
-
-    over_tiles(inside, how)
-    over_tiles(lambda i: tpu_tile.solve(tile_at(gates, i, how), to.pairs), how)
-    over_tiles(through, how)
-    over_tiles(scores, how)
+def loop(count: int, stage: Callable[[Any], None]) -> None:
+    """Calls `stage(i)` for i = 0, 1, ... in a loop."""
+    lax.fori_loop(0, count, lambda i, _: stage(i) or 0, 0)
 
 
-def met_at(place: Any, how: How) -> Any:
-    """Where what meets the state before a chunk of the span stands."""
-    return pl.ds(pl.multiple_of(place * 2 * how.chunk, 2 * how.chunk), 2 * how.chunk)
-
-
-def lanes(width: int) -> list[Any]:
+def lane_blocks(width: int) -> list[Any]:
     """The blocks of 128 lanes of a width."""
     return [slice(n, n + tpu.LANES) for n in range(0, width, tpu.LANES)]
 
 
-def lane_at(n: Any) -> Any:
-    """The n-th block of 128 lanes, or rows."""
-    return pl.ds(pl.multiple_of(n * tpu.LANES, tpu.LANES), tpu.LANES)
+def block_at(n: Any, size: int = tpu.LANES) -> Any:
+    """The n-th block of so many lanes or rows."""
+    return pl.ds(pl.multiple_of(n * size, size), size)
 
 
-def over_lanes(stage: Callable[[Any], None], width: int) -> None:
-    """Calls `stage(n)` for each block of 128 lanes in a loop."""
-    lax.fori_loop(0, width // tpu.LANES, lambda n, _: stage(n) or 0, 0)
+def rows_of(at: Any, part: int, c: int) -> Any:
+    """The rows of a part of a tile."""
+    return pl.ds(pl.multiple_of(at.start + part * c, c), c)
 
 
-def carry(gates: Any, state: Callable[[Any, Any], Any], to: Work, how: How, *, read: bool) -> None:
-    """Takes the state through the chunks; fills in `written`.
+def tile_at(x: Work, i: Any, how: How) -> Tile:
+    """The i-th tile of a span."""
+    return Tile(block_at(i, TILE), block_at(i, how.chunk), x.gates.at[i], how.chunk)
+
+
+# --- Heads ---------------------------------------------------------------------------------------
+
+
+def heads_of(blocks: Sequence[Any], copies: Sequence[Any], places: Places, how: How) -> list[Any]:
+    """References `[heads span width]` to blocks, with 0 where there is no token.
 
     Args:
-        gates: numbers per token.
+        blocks: as they were fetched.
+        copies: scratch for them, if they are to be copied.
+        places: of the step.
+        how: what is fixed.
+    """
+    if not how.copied:
+        return [block.at[0] for block in blocks]
+    for block, copy in zip(blocks, copies, strict=True):
+
+        def part(i, block=block, copy=copy):
+            at = block_at(i, _PIECE)
+            copy[:, at, :] = jnp.swapaxes(block[0, at], 0, 1)
+
+        def clear(i, source=copy if how.beside else block.at[0], copy=copy):
+            at = block_at(i, TILE)
+            there = jnp.broadcast_to(places.document[:, at], (tpu.SUBLANES, TILE)).T
+            there = there[:, :1] < ABSENT
+
+            def head(n):
+                x = source[n, at, :]
+                copy[n, at, :] = jnp.where(there, x, jnp.zeros_like(x))
+
+            loop(how.heads, head)
+
+        if how.beside:
+            loop(how.span // _PIECE, part)
+        if how.masked:
+            loop(how.tiles, clear)
+    return list(copies)
+
+
+def give_heads(heads: Sequence[Any], to: Sequence[Any], how: How) -> None:
+    """Copies `[heads span width]` to blocks where heads lie side by side."""
+    for one, block in zip(heads, to, strict=True):
+
+        def join(i, one=one, block=block):
+            at = block_at(i, _PIECE)
+            block[0, at] = jnp.swapaxes(one[:, at, :], 0, 1)
+
+        loop(how.span // _PIECE, join)
+
+
+def row_of(x: jax.Array, head: Any) -> jax.Array:
+    """Row `head` of `[heads 128]`, as `[1 128]`."""
+    own = lax.broadcasted_iota(jnp.int32, x.shape, 0) == head
+    return jnp.sum(jnp.where(own, x, 0.0), axis=0, keepdims=True)
+
+
+def put_row(ref: Any, at: Any, head: Any, x: jax.Array) -> None:
+    """Puts `[1 128]` into row `head` of `[heads ...]` at some lanes."""
+    old = ref[:, at]
+    own = lax.broadcasted_iota(jnp.int32, old.shape, 0) == head
+    ref[:, at] = jnp.where(own, x, old)
+
+
+# --- A head --------------------------------------------------------------------------------------
+
+
+def before_states(head: Any, places: Places, q: Any, k: Any, v: Any, to: Work, how: How) -> None:
+    """Fills in all of a head that does not depend on states: everything but `written`.
+
+    Args:
+        head: its number.
+        places: of all heads.
+        q, k, v: references `[span width]`, of the head.
+        to: what is filled.
+        how: what is fixed.
+    """
+    c, operand = how.chunk, k.dtype
+
+    def number(i):
+        at = block_at(i, TILE)
+        row = lambda ref: row_of(ref[:, at], head)
+        document = None
+        if how.masked:
+            document = places.document[:, at]
+            document = jnp.where(document < ABSENT, document, document - ABSENT)
+        tpu_tile.number(tile_at(to, i, how), row(places.g), row(places.beta), document)
+
+    def inside(i):
+        tile = tile_at(to, i, how)
+        tpu_tile.inside(tile, k[tile.at, :], to.pairs, how.masked)
+
+    def through(i):
+        tile = tile_at(to, i, how)
+        beta, start = tile.rows[BETA : BETA + 1], tile.rows[START : START + 1]
+        solved = to.pairs.solved[tile.packed, :] * beta
+        spread = lambda x: tile.spread(x).astype(operand)
+        to.values[tile.at, :] = dot(spread(solved), v[tile.at, :])
+        keys, queries = dot(spread(solved * start), k[tile.at, :]).astype(operand), q[tile.at, :]
+        for part in range(how.parts):
+            own = slice(part * c, (part + 1) * c)
+            both = jnp.concatenate([keys[own], queries[own]])
+            to.met[block_at(i * how.parts + part, 2 * c), :] = both
+
+    def scores(i):
+        tile = tile_at(to, i, how)
+        found = tile.pack(dot_across(q[tile.at, :], k[tile.at, :]))
+        to.scores[tile.packed, :] = how.scale * found * to.pairs.faded[tile.packed, :]
+        to.turned[i] = k[tile.at, :].T
+
+    loop(how.tiles, number)
+    loop(how.tiles, inside)
+    loop(how.tiles, lambda i: tpu_tile.solve(tile_at(to, i, how), to.pairs))
+    loop(how.tiles, through)
+    loop(how.tiles, scores)
+
+
+def carry(state: Callable[[Any, Any], Any], to: Work, how: How, *, read: bool) -> None:
+    """Takes a head's state through the chunks; fills in `written`.
+
+    Args:
         state: gives, of the number of a chunk in the span and some lanes, a reference to those
             columns of the state before it; the state after it is left there.
         to: what `before_states` found.
         how: what is fixed.
         read: leaves in `values` what queries read of the states before their chunks.
     """
-    c, operand = how.chunk, to.written.dtype
-    width = to.values.shape[1]
-    rows = 2 * c if read else c
+    c, operand, width = how.chunk, to.written.dtype, to.values.shape[1]
 
-    def chunk(i, tile, part, blocks):
-        own = slice(part * c, (part + 1) * c)
-        own_at = tpu_tile.rows_of(tile.at, part * c, c)
-        refs = [state(i * how.parts + part, lane) for lane in blocks]
-        met = pl.ds(met_at(i * how.parts + part, how).start, rows)
+    def chunk(i, part, blocks):
+        tile, place = tile_at(to, i, how), i * how.parts + part
+        own, own_at = slice(part * c, (part + 1) * c), rows_of(tile.at, part, c)
+        refs = [state(place, lane) for lane in blocks]
+        met = pl.ds(block_at(place, 2 * c).start, 2 * c if read else c)
         both = [dot(to.met[met, :], ref[...].astype(operand)) for ref in refs]
         through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
         end = tile.columns[END][own]
@@ -221,14 +352,13 @@ def carry(gates: Any, state: Callable[[Any, Any], Any], to: Work, how: How, *, r
         for ref, x in zip(refs, ends, strict=True):
             ref[...] = through * ref[...] + dot(to.turned[i], x)
 
-    def one(i):
-        tile = tile_at(gates, i, how)
-        blocks = lanes(width)
+    def tile(i):
+        blocks = lane_blocks(width)
         for n in range(0, len(blocks), _SIDE):
             for part in range(how.parts):
-                chunk(i, tile, part, blocks[n : n + _SIDE])
+                chunk(i, part, blocks[n : n + _SIDE])
 
-    over_tiles(one, how)
+    loop(how.tiles, tile)
 
 
 def in_its_place(x: jax.Array, part: int, how: How) -> jax.Array:

@@ -20,8 +20,10 @@ from pallas_kernels.core import tpu_parts
 
 TILE = 128
 SQUARE = 16  # rows that are solved by substitution
-# What stands where in the numbers per token, `[8 128]` per head and tile.
-G, BETA, START, END, DOCUMENT, VALID, ZERO = range(7)
+# What stands where in the numbers per token, `[8 128]` per head and tile: log decays, what is left
+# at the token of the state before its chunk, what is left at the end of the chunk of what the token
+# brought, which document of its chunk it is in (0 = the one of the state).
+G, BETA, START, END, DOCUMENT, ZERO = range(6)
 ROWS = 8
 # exp of it is 0, and sums of it are finite.
 LOWEST = -1e30
@@ -63,6 +65,12 @@ class Tile(NamedTuple):
         """A 0 from memory, `[1 128]`: of what it is in the compiler makes no constant."""
         return self.gates[ZERO : ZERO + 1].astype(jnp.int32)
 
+    def squares(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """i and j of spread pairs, int32 `[128 128]`, and whether they are of one chunk."""
+        i = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0) + self._zero
+        j = self.lanes(TILE)
+        return i, j, (i ^ j) < self.c
+
     def places(self) -> tuple[jax.Array, jax.Array]:
         """i and j of packed pairs, int32 `[c 128]`."""
         i = lax.broadcasted_iota(jnp.int32, (self.c, TILE), 0) + self._zero
@@ -86,13 +94,6 @@ class Tile(NamedTuple):
         return jnp.concatenate(
             [jnp.where(lanes == first, x, 0.0) for first in range(0, TILE, size)]
         )
-
-    def read(self, ref: Any, masked: bool, lanes: Any = slice(None)) -> jax.Array:
-        """Its tokens of a block `[1 tokens width]`; 0 where there is none, if so masked."""
-        x = ref[0, self.at, lanes]
-        if not masked:
-            return x
-        return jnp.where(self.columns[VALID] > 0, x, jnp.zeros_like(x))
 
 
 class Pairs(NamedTuple):
@@ -158,10 +159,20 @@ def _parts(x: jax.Array) -> list[jax.Array]:
     return parts
 
 
-def _sum_exactly(ones: jax.Array, x: jax.Array) -> jax.Array:
-    """ones x in full precision, for a matrix of zeros and ones."""
-    ones = ones.astype(jnp.bfloat16)
-    return sum(dot(ones, part.astype(jnp.bfloat16)) for part in _parts(x))
+def _sums_down(ones: jax.Array, x: jax.Array) -> jax.Array:
+    """ones x in full precision, for a matrix of truths."""
+    return sum(dot(_ones(ones), part.astype(jnp.bfloat16)) for part in _parts(x))
+
+
+def sums_along(row: jax.Array, ones: jax.Array) -> jax.Array:
+    """row ones in full precision, `[1 128]`, for a matrix `[128 128]` of truths."""
+    parts = [jnp.broadcast_to(x, (SQUARE, TILE)) for x in _parts(row)]
+    found = dot(jnp.concatenate(parts).astype(jnp.bfloat16), _ones(ones))
+    return found[:1] + found[SQUARE : SQUARE + 1] + found[2 * SQUARE : 2 * SQUARE + 1]
+
+
+def _ones(truths: jax.Array) -> jax.Array:
+    return jnp.where(truths, 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def _dot_spread(a: jax.Array, b: jax.Array, tile: Tile) -> jax.Array:
@@ -179,32 +190,44 @@ def _dot_spread(a: jax.Array, b: jax.Array, tile: Tile) -> jax.Array:
     return total
 
 
-def rows_of(at: Any, first: int, size: int) -> Any:
-    """Rows of a tile, from the first-th on."""
-    return pl.ds(pl.multiple_of(at.start + first, SQUARE), size)
-
-
 # --- Pairs -------------------------------------------------------------------------------------
 
 
-def inside(tile: Tile, keys: jax.Array, to: Pairs) -> None:
+def number(tile: Tile, g: jax.Array, beta: jax.Array, document: jax.Array | None) -> None:
+    """Fills in the numbers per token from rows `[1 128]`; document None = all are in one."""
+    tile.gates[...] = jnp.zeros_like(tile.gates)
+    tile.gates[G : G + 1], tile.gates[BETA : BETA + 1] = g, beta
+    # Sums of their own terms alone, so that no digit is lost where decays are strong.
+    i, j, together = tile.squares()
+    start = jnp.exp(sums_along(g, together & (i <= j)))
+    end = jnp.exp(sums_along(g, together & (i > j)))
+    if document is not None:
+        tile.gates[DOCUMENT : DOCUMENT + 1] = document
+        last, chunk = document[:, tile.c - 1 : tile.c], tile.lanes(1) & -tile.c
+        for first in range(tile.c, TILE, tile.c):
+            own = document[:, first + tile.c - 1 : first + tile.c]
+            last = jnp.where(chunk == first, own, last)
+        start, end = jnp.where(document == 0, start, 0.0), jnp.where(document == last, end, 0.0)
+    tile.gates[START : START + 1], tile.gates[END : END + 1] = start, end
+
+
+def inside(tile: Tile, keys: jax.Array, to: Pairs, masked: bool) -> None:
     """Fills in what the tokens of a tile are to each other, but for T.
 
     Args:
-        tile: where it stands.
+        tile: where it stands; its numbers are there.
         keys: `[128 k]`.
         to: what is filled.
+        masked: whether there may be several documents.
     """
-    c, columns, (i, j) = tile.c, tile.columns, tile.places()
-    # Sums of log decays over the tokens after j up to i: of their own terms alone, so that no digit
-    # is lost where decays are strong.
-    lower = jnp.where(
-        lax.broadcasted_iota(jnp.int32, (c, c), 0) >= lax.broadcasted_iota(jnp.int32, (c, c), 1),
-        1.0,
-        0.0,
+    columns, (i, j) = tile.columns, tile.places()
+    lower = lax.broadcasted_iota(jnp.int32, (tile.c, tile.c), 0) >= (
+        lax.broadcasted_iota(jnp.int32, (tile.c, tile.c), 1)
     )
-    sums = _sum_exactly(lower, jnp.where(i > j, tile.pack(columns[G]), 0.0))
-    sees = (i >= j) & (tile.pack(columns[DOCUMENT]) == tile.rows[DOCUMENT : DOCUMENT + 1])
+    sums = _sums_down(lower, jnp.where(i > j, tile.pack(columns[G]), 0.0))
+    sees = i >= j
+    if masked:
+        sees &= tile.pack(columns[DOCUMENT]) == tile.rows[DOCUMENT : DOCUMENT + 1]
     faded = jnp.exp(jnp.where(sees, sums, LOWEST))
     to.faded[tile.packed, :] = faded
     alike = jnp.where(i > j, tile.pack(dot_across(keys, keys)) * faded, 0.0)
@@ -237,10 +260,14 @@ def solve(tile: Tile, pairs: Pairs) -> None:
 def _squares(lower: Any, tile: Tile) -> jax.Array:
     """The squares of 16 on the diagonals of a tile's packed pairs, packed."""
     lane = tile.lanes(SQUARE) & (tile.c - SQUARE)
-    out = lower[rows_of(tile.packed, 0, SQUARE), :]
+    out = lower[_part(tile.packed, 0), :]
     for first in range(SQUARE, tile.c, SQUARE):
-        out = jnp.where(lane == first, lower[rows_of(tile.packed, first, SQUARE), :], out)
+        out = jnp.where(lane == first, lower[_part(tile.packed, first), :], out)
     return out
+
+
+def _part(at: Any, first: int) -> Any:
+    return pl.ds(pl.multiple_of(at.start + first, SQUARE), SQUARE)
 
 
 def _substitute(lower: jax.Array, tile: Tile) -> jax.Array:

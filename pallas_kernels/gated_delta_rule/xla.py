@@ -63,8 +63,9 @@ def refuses(shapes, device_kind) -> None:
     del shapes, device_kind
 
 
-def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config):
+def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config, fresh):
     """See `gated_delta_rule`; s in the dtype to compute in. Returns y, s, last_id."""
+    del fresh
     b, t, h, width = q.shape
     sizes = dict(b=b, h=h, k=width, v=v.shape[-1])
     config = XlaConfig.of(config, sizes, dispatch.device_kind(config))
