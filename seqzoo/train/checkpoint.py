@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from seqzoo.errors import CheckpointError
-from seqzoo.train import manifest
+from seqzoo.train import manifest, processes
 from seqzoo.train.folder import write_text
 
 _LOG = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ class Checkpointer:
             except Damaged as error:
                 self._manager.close()
                 self._set_aside(number, error)
+                processes.barrier(f"set aside {number}")  # or others would still find it
                 self._open()
                 if isinstance(step, int):
                     raise CheckpointError(self.damaged[-1]) from error
@@ -248,7 +249,8 @@ class Checkpointer:
         self.damaged.append(
             f"checkpoint {step} in {self.directory} is damaged ({error}); renamed {aside.name}"
         )
-        _LOG.warning(self.damaged[-1])
+        if jax.process_index() == 0:
+            _LOG.warning(self.damaged[-1])
 
 
 def list_steps(directory: pathlib.Path) -> list[int]:
@@ -354,10 +356,14 @@ def read_step(path: pathlib.Path, abstract_state: Any, *, partial: bool = False)
             "it was saved with (config.yaml of its run)"
         )
     targets = {name: _target(leaf) for name, leaf in wanted.items()}
+    arrays, failed = {}, []
     try:
         arrays = _read_arrays(path / _STATE, targets, partial)
     except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
-        raise Damaged(_first_cause(error)) from error
+        failed = [_first_cause(error)]
+    failed = manifest.gather(failed)  # one process may miss a part that the others did not read
+    if failed:
+        raise Damaged(failed[0])
     found = manifest.damage(stored, arrays)
     if found:
         raise Damaged(found)

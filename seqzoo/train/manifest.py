@@ -51,7 +51,7 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         name: {"shape": list(np.shape(array)), "dtype": str(array.dtype), "shards": []}
         for name, array in arrays.items()
     }
-    for name, bounds, crc in _gather(local):
+    for name, bounds, crc in gather(local):
         table[name]["shards"].append([bounds, crc])
     return table
 
@@ -91,7 +91,7 @@ def damage(stored: Mapping[str, Mapping[str, Any]], arrays: Mapping[str, Any]) -
     # Cutting across shards is a collective: then one after the other, the same on every process.
     with ThreadPoolExecutor(None if jax.process_count() == 1 else 1) as pool:
         found = [text for text in pool.map(check, jobs) if text]
-    found = _gather(found)
+    found = gather(found)
     return found[0] if found else None
 
 
@@ -163,7 +163,7 @@ def _crc32(data: Any) -> int:
     return zlib.crc32(data.reshape(-1).view(np.uint8)) if data.size else 0
 
 
-def _gather(local: list) -> list:
+def gather(local: list) -> list:
     """Returns the lists of all processes joined, in the order of the processes."""
     if jax.process_count() == 1:
         return local

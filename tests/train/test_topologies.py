@@ -86,3 +86,23 @@ def test_two_processes_then_one_then_two(train, fit, run_folder, tmp_path):
     # What two processes saved is evaluated by one, on one device.
     values = evaluate_run(load(run), split="test")["metrics"]
     assert values == pytest.approx(status["test"], rel=1e-5)
+
+
+@pytest.mark.slow  # step 15 was the best so far and is saved too
+@pytest.mark.parametrize("harm", ["flip", "lose"])
+def test_two_processes_pass_over_a_damaged_step(train, fit, run_folder, tmp_path, harm):
+    assert train(2, "mesh.fsdp=2", "trainer.save_every=10", stop_at=20) == [75, 75]
+    run = run_folder(tmp_path / "runs")
+    files = [f for f in (run / "checkpoints/20/state").rglob("*") if f.is_file() and "d" in f.parts]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    if harm == "lose":
+        largest.unlink()
+    else:
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 1
+        largest.write_bytes(data)
+    assert train(2, "mesh.fsdp=2") == [0, 0]
+    assert "going on from step 15" in (run / "train.log").read_text()
+    assert (run / "checkpoints/damaged-20").is_dir()
+    whole = fit(*WORDS, "mesh.data=1", root=tmp_path / "whole")
+    assert losses(run) == pytest.approx(losses(whole.path), rel=1e-6)
