@@ -114,17 +114,15 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _memory(form: Layout, opening, carry, tokens, cuts):
     """y `[b t h v]` and the last (start, now, momentum)."""
-    y, last, _ = tpu_forward.forward(
-        form, opening, carry, *_operands(form, tokens), cuts, keep=False
-    )
+    q, k, v, gates = _operands(form, tokens)
+    y, last, _ = tpu_forward.forward(form, opening, carry, q, k, v, gates, cuts, keep=False)
     return _split(form, y, tokens[2]), last
 
 
 def _forward(form, *given):
     opening, carry, tokens, cuts = jax.tree.map(lambda x: x.value, given)
-    y, last, kept = tpu_forward.forward(
-        form, opening, carry, *_operands(form, tokens), cuts, keep=True
-    )
+    q, k, v, gates = _operands(form, tokens)
+    y, last, kept = tpu_forward.forward(form, opening, carry, q, k, v, gates, cuts, keep=True)
     return (_split(form, y, tokens[2]), last), (opening, carry, kept, tokens, cuts)
 
 
@@ -140,8 +138,9 @@ def _backward(form, residuals, cotangents):
         dlast = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype) if nothing(x) else x, dlast, is_leaf=nothing
         )
+    q, k, v, gates = _operands(form, tokens)
     dopening, dcarry, dtokens, dgates = tpu_backward.backward(
-        form, opening, carry, kept, *_operands(form, tokens), cuts, _merged(form, dy), dlast
+        form, opening, carry, kept, q, k, v, gates, cuts, _merged(form, dy), dlast
     )
     dopening = jax.tree.map(lambda x: jnp.sum(x, axis=0), dopening)
     dcarry = tuple(d if x else None for d, x in zip(dcarry, carry, strict=True))
@@ -213,6 +212,7 @@ def _split(form: Layout, x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _cuts(form: Layout, place: jax.Array, valid: jax.Array | None) -> Cuts:
     part = parts.cut(place, valid, form.block, form.how.chunk).part
+    assert part is not None
     marks = ((part, -1), (place == 0, 0), (place % form.how.chunk == 0, 0))
     whole = form.blocks * form.block
     rows = [tpu.pad_to(x.astype(jnp.float32), 1, whole, value) for x, value in marks]

@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Marks of a part of a block, float32.
+    """Marks of a part of a block, float32, or their shapes or views.
 
     Attributes:
         part: the part that each token is in, `[1 c]`.
@@ -65,14 +65,14 @@ class Part(NamedTuple):
         number: of the part that is at work, `[1 1]`.
     """
 
-    part: jax.Array
-    documents: jax.Array
-    chunks: jax.Array
-    number: jax.Array
+    part: Any
+    documents: Any
+    chunks: Any
+    number: Any
 
 
 class Cuts(NamedTuple):
-    """Where documents begin, for rows that are not one document each.
+    """Where documents begin, for rows that are not one document each; or their BlockSpecs.
 
     Attributes:
         tokens: float32 `[b n 3 c]`: the part of its block that a token is in (-1: none), 1 where a
@@ -80,8 +80,8 @@ class Cuts(NamedTuple):
         parts: int32 `[b 1 n]`, parts of each block.
     """
 
-    tokens: jax.Array
-    parts: jax.Array
+    tokens: Any
+    parts: Any
 
 
 def tokens_spec(form: Layout, array: Any, at: Callable, n: int = 1) -> pl.BlockSpec:

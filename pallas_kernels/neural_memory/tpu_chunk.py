@@ -7,7 +7,7 @@ come as rows `[1 c]`, which is how they lie in memory without padding.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,17 @@ from pallas_kernels.neural_memory.tpu_shares import Mix, column, mixed
 
 
 class Tokens(NamedTuple):
-    """Of one head and chunk: q, k `[c k]` and v `[c v]` in float32, alpha, eta, theta `[1 c]`."""
+    """Of one head and chunk: q, k `[c k]` and v `[c v]` in float32, alpha, eta, theta `[1 c]`.
 
-    q: jax.Array | None
-    k: jax.Array
-    v: jax.Array
-    alpha: jax.Array
-    eta: jax.Array
-    theta: jax.Array
+    Or their shapes, or views of them in memory.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    alpha: Any
+    eta: Any
+    theta: Any
 
 
 def read_and_write(how: Rule, narrow: bool, start, now, momentum, tokens: Tokens, mine=None):
@@ -77,7 +80,7 @@ class _Found(NamedTuple):
 
     inputs: list[jax.Array]
     errors: list[jax.Array]
-    by_gamma: jax.Array | None
+    by_gamma: Any  # None without gamma
 
 
 def _gradients(how: Rule, dot, start: Weights, k, v) -> _Found:
@@ -106,7 +109,7 @@ def _gradients(how: Rule, dot, start: Weights, k, v) -> _Found:
     return _Found(inputs, errors, by_gamma)
 
 
-def _written(dot, mix: Mix, now: Weights, momentum: Weights, found: _Found):
+def _written(dot, mix: Mix, now: Weights, momentum: Any, found: _Found):
     by, by_momentum = column(mix.last), column(mix.momenta_of_last)
     (first, *_), (first_error, *_) = found.inputs, found.errors
     keep = lambda w, s: mix.keep_weights * w + mix.add_momentum * s
@@ -123,7 +126,7 @@ def _written(dot, mix: Mix, now: Weights, momentum: Weights, found: _Found):
     return Weights(w_out, w_in, None, gamma), Weights(s_out, s_in, None, s_gamma)
 
 
-def _read(how: Rule, dot, mix: Mix, now: Weights, momentum: Weights, q, found: _Found):
+def _read(how: Rule, dot, mix: Mix, now: Weights, momentum: Any, q, found: _Found):
     x = q
     if now.w_in is not None:
         z = mix.weights * dot("nn", x, now.w_in, "a")

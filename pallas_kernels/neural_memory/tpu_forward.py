@@ -110,21 +110,13 @@ def _body(form: Layout, plan, trees, *refs):
     i = pl.program_id(2)
     held = last[1:] if form.aligned else last
 
-    @pl.when(i == 0)
-    def _():
-        put_or_clear(held, carry, ...)
-
+    pl.when(i == 0)(lambda: put_or_clear(held, carry, ...))
     if kept is not None:
-
-        @pl.when((i > 0) & (i % form.span == 0))
-        def _():
-            put(kept, get(held, slice(None)), slice(None), 0)
+        begins = (i > 0) & (i % form.span == 0)
+        pl.when(begins)(lambda: put(kept, get(held, slice(None)), slice(None), 0))
 
     if form.aligned:
-
-        @pl.when(i == form.last)
-        def _():
-            put(last[0], get(last[1], ...), ...)
+        pl.when(i == form.last)(lambda: put(last[0], get(last[1], ...), ...))
 
     marks = marks_of(form, cuts, row, 0, i)
 

@@ -73,7 +73,7 @@ def by_rows(node: Node, shapes: dict[int, Key]) -> bool:
 
 def _stages(nodes: list[Node], free: dict[int, Node], shapes: dict[int, Key], inputs: int):
     def needs(node: Node) -> set[int]:
-        found = set()
+        found: set[int] = set()
         for x in node.inputs:
             if not isinstance(x, list):
                 found |= needs(free[x]) if x in free else {x}
@@ -114,8 +114,9 @@ def _sum_with(alone: Node, nodes: list[Node], wants: dict[int, set[int]], done: 
         ):
             continue
         new = [x for x in node.inputs if isinstance(x, list) or x not in have]
-        others = [None if isinstance(x, list) else by_output.get(x) for x in new]
-        if all(n and n.name == "dot_general" and wants[n.output] <= done for n in others):
+        others = [by_output[x] for x in new if not isinstance(x, list) and x in by_output]
+        ready = all(n.name == "dot_general" and wants[n.output] <= done for n in others)
+        if ready and len(others) == len(new):
             stage += [*others, node]
             have |= {n.output for n in (*others, node)}
     return stage

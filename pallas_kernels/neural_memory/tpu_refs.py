@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.neural_memory.tpu_blocks import Cuts, Layout, Part
+from pallas_kernels.neural_memory.tpu_blocks import Layout, Part
 from pallas_kernels.neural_memory.tpu_chunk import Tokens
 from pallas_kernels.neural_memory.tpu_stages import View
 
@@ -78,19 +78,19 @@ def gate_rows(gates: Any, head: Any, block: Any) -> tuple[View, ...]:
     return tuple(View(gates, (0, head, block, pl.ds(i, 1))) for i in range(3))
 
 
-def marks_of(form: Layout, cuts: Cuts | None, scratch: Any, block: Any, number: Any) -> Any:
+def marks_of(form: Layout, cuts: Any, scratch: Any, block: Any, number: Any) -> Any:
     """What tpu_rules.py takes as marks, for the block of that number in the row.
 
     Args:
         form: sizes.
-        cuts: references.
+        cuts: references, as `Cuts`.
         scratch: a row, or for parts one number, to write to.
         block: the block's number in what `cuts` refers to.
         number: its number in the row.
     """
     if not form.aligned:
-        rows = (View(cuts.tokens, (0, block, pl.ds(i, 1))) for i in range(3))
-        return Part(*rows, View(scratch))
+        part, documents, chunks = (View(cuts.tokens, (0, block, pl.ds(i, 1))) for i in range(3))
+        return Part(part, documents, chunks, View(scratch))
     if form.t % form.block == 0:
         return None
     lane = jax.lax.broadcasted_iota(jnp.int32, scratch.shape, 1)

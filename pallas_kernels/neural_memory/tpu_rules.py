@@ -17,14 +17,17 @@ from pallas_kernels.neural_memory.tpu_chunk import Tokens, read_and_write, write
 def forward(form: Layout, opening, carry, marks, tokens: Tokens):
     """The carry after the tokens, and y."""
     before, mine = _before(form, opening, carry, marks)
-    *after, y = read_and_write(form.how, form.narrow, *before, tokens, mine)
+    start, now, momentum = before
+    *after, y = read_and_write(form.how, form.narrow, start, now, momentum, tokens, mine)
     return _after(form, before, after), y
 
 
 def again(form: Layout, opening, carry, marks, tokens: Tokens):
     """The carry after the tokens."""
     before, mine = _before(form, opening, carry, marks)
-    return _after(form, before, write(form.how, form.narrow, *before, tokens, mine))
+    start, now, momentum = before
+    after = write(form.how, form.narrow, start, now, momentum, tokens, mine)
+    return _after(form, before, after)
 
 
 def backward(form: Layout, opening, carry, marks, tokens: Tokens, dcarry, dy, dopening):

@@ -50,7 +50,8 @@ def scratch(*plans: Plan) -> dict[Key, Any]:
     for plan in plans:
         for key, count in plan.counts.items():
             counts[key] = max(counts.get(key, 0), count)
-    return {key: [pltpu.VMEM(key[:2], key[2])] * count for key, count in sorted(counts.items())}
+    one = lambda key: pltpu.VMEM(key[:2], jnp.dtype(key[2]))
+    return {key: [one(key)] * count for key, count in sorted(counts.items())}
 
 
 def run(plan: Plan, inputs: Any, places: dict[Key, Any], outputs: Any) -> None:

@@ -33,10 +33,10 @@ def small(spec, **changes):
     return dataclasses.replace(spec, sizes={**spec.sizes, "b": 1, **changes})
 
 
-@pytest.mark.parametrize("length", [pytest.param(1, marks=slow), 130])
-def test_agrees(length):
+@pytest.mark.parametrize("spec", [LINEAR, pytest.param(WHOLE, marks=slow)], ids=lambda s: s.name)
+def test_agrees(spec):
     """Documents that begin anywhere, several parts in a block, a state inside a chunk."""
-    testing.check_agrees(neural_memory, WHOLE, length, documents=True, **HOW)
+    testing.check_agrees(neural_memory, spec, 130, documents=True, **HOW)
 
 
 @slow
@@ -57,6 +57,7 @@ def test_two_lengths_in_one_process(length):
 
 
 def test_agrees_in_bfloat16():
+    """Two layers and gamma."""
     testing.check_agrees(one_document, small(CLIP), 40, dtype="bfloat16", **HOW)
 
 
