@@ -33,7 +33,7 @@ class PallasTpuConfig(tpu.TpuConfig):
         tokens: of them, those written out in the program: 8 or 16 (bfloat16 needs 16 on a TPU).
         lanes: channels whose states are in registers at a time, forward; a multiple of 128.
         channels: per step, forward; a multiple of `lanes`.
-        lanes_backward: as `lanes`, backward, where a channel needs more registers.
+        lanes_backward: as `lanes`, backward.
         channels_backward: as `channels`, backward; a multiple of `lanes_backward`.
     """
 
@@ -72,17 +72,15 @@ class PallasTpuConfig(tpu.TpuConfig):
         chunk = tpu.LANES
         while chunk > _SHORTEST and not fits(chunk, tpu.LANES, True):
             chunk //= 2
-        lanes = 2 * tpu.LANES if e % (2 * tpu.LANES) == 0 and n <= 16 else tpu.LANES
-
-        def channels(lanes: int, backward: bool) -> int:
-            some = [x for x in range(lanes, min(e, _MOST_CHANNELS) + 1, lanes) if e % x == 0]
-            return max((x for x in some if fits(chunk, x, backward)), default=lanes)
-
+        some = [x for x in range(tpu.LANES, min(e, _MOST_CHANNELS) + 1, tpu.LANES) if e % x == 0]
+        channels, channels_backward = (
+            max((x for x in some if fits(chunk, x, backward)), default=tpu.LANES)
+            for backward in (False, True)
+        )
         return cls(
             chunk=chunk,
-            lanes=lanes,
-            channels=channels(lanes, False),
-            channels_backward=channels(tpu.LANES, True),
+            channels=channels,
+            channels_backward=channels_backward,
             device_kind=device_kind,
         )
 

@@ -58,7 +58,7 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
                 lam=pltpu.VMEM((n, how.channels), F32),
                 **dict(B=columns, C=columns, dB=columns, dC=columns),
                 before=pltpu.VMEM((how.chunk, n, how.lanes), F32),
-                **dict(d=rows, g=rows, there=pltpu.VMEM((how.chunk, LANES), F32)),
+                **dict(d=rows, du=rows, g=rows, there=pltpu.VMEM((how.chunk, LANES), F32)),
             )
         ],
         cost=pl.CostEstimate(int(work.flops), int(work.transcendentals), int(work.bytes)),
@@ -135,6 +135,7 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Arr
         outs["z"][rows, here] = (g * y * s * (1 + z * (1 - s))).astype(outs["z"].dtype)
         g = g * z * s
     own["d"][rows, :] = d
+    own["du"][rows, :] = du
     own["g"][rows, :] = g
     return h
 
@@ -144,31 +145,30 @@ def _back(ins: Refs, outs: Refs, own: Refs, carry, part: Part, how: How):
     lam, h, dA = carry
     rows, here = part.rows(how), part.lanes(how)
     there = parts.there_of(ins, own, part, how)
-    u_of = lambda: parts.only(there, ins["u"][rows, here].astype(F32))
-    d, g, rates = own["d"][rows, :], own["g"][rows, :], ins["A"][:, here] * LOG2_E
-    du = d * u_of()
+    rates = ins["A"][:, here] * LOG2_E
     Bs, Cs, states = own["B"][rows], own["C"][rows], own["before"][rows]
     inputs, sizes = [], []
     for eight in reversed(range(0, how.tokens, SUBLANES)):
         for_input, for_size = [], []
         for j in reversed(range(eight, eight + SUBLANES)):
-            d_t, g_t, du_t = d[j : j + 1], g[j : j + 1], du[j : j + 1]
+            row = pl.ds(part.first + j, 1)
+            d, du, g = (own[name][row, :] for name in ("d", "du", "g"))
             B, C = parts.wide(Bs[j], how.lanes), parts.wide(Cs[j], how.lanes)
-            lam = lam + g_t * C
-            own["dC"][part.first + j] += parts.fold_lanes(h * g_t)
-            own["dB"][part.first + j] += parts.fold_lanes(lam * du_t)
+            lam = lam + g * C
+            own["dC"][part.first + j] += parts.fold_lanes(h * g)
+            own["dB"][part.first + j] += parts.fold_lanes(lam * du)
             for_input.append(parts.fold(lam * B))
-            lam = lam * parts.decays(d_t, rates, ins, part, j)
+            lam = lam * parts.decays(d, rates, ins, part, j)
             h = states[j]
-            by_decay = lam * h  # lam_t times exp(d_t A) h_{t-1}
-            dA = dA + by_decay * d_t
+            by_decay = lam * h  # lam_t times exp(d A) h_{t-1}
+            dA = dA + by_decay * d
             for_size.append(parts.fold(by_decay * rates))
         inputs.append(parts.sums(for_input[::-1]))
         sizes.append(parts.sums(for_size[::-1]))
     by_input = jnp.concatenate(inputs[::-1], axis=0)
     by_size = jnp.concatenate(sizes[::-1], axis=0) / LOG2_E
-    # Read again: kept in registers through the walk, they would crowd it.
-    d, g, u = own["d"][rows, :], own["g"][rows, :], u_of()
+    d, g = own["d"][rows, :], own["g"][rows, :]
+    u = parts.only(there, ins["u"][rows, here].astype(F32))
     du = d * by_input
     ddelta = u * by_input + by_size
     if "D" in ins:
