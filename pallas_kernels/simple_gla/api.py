@@ -113,6 +113,7 @@ def simple_gla(
         implementation=implementation,
         config=config,
         scale=sizes["k"] ** -0.5 if scale is None else scale,
+        fresh=initial_state is None,
     )
     return y, SimpleGLAState(s, last_id)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
@@ -96,7 +97,7 @@ def refuses(shapes, device_kind) -> str | None:
     return None
 
 
-def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
+def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, fresh, config):
     """See `simple_gla`; s `[b h k v]` float32. Returns y, s, last_id."""
     del block_memory
     b, t = q.shape[:2]
@@ -111,37 +112,50 @@ def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, config):
         places = pack(document, valid, config.chunk, padded)
     if valid is not None:
         g = jnp.where(valid[..., None], g, 0)
-    y, s = _simple_gla(q, k, v, g, s, places, How(float(scale), config))
+    y, s = _simple_gla(q, k, v, g, None if fresh else s, places, How(float(scale), config))
     return y, s, last_id
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _simple_gla(q, k, v, g, s, places, how: How):
-    """y `[b t h v]` and the state after `[b h k v]`."""
-    return _forward(q, k, v, g, s, places, how, save=False)[0]
+    """y `[b t h v]` and the state after `[b h k v]`; the one before is that, or None for zeros."""
+    return _run(q, k, v, g, s, places, how, save=False)[0]
 
 
-def _forward(q, k, v, g, s, places, how: How, *, save: bool = True):
+def _run(q, k, v, g, s, places, how: How, *, save: bool):
     arrays = [_tokens_last(x, how) for x in (q, k, v)]
-    state = _padded(s)
-    save = save and how.config.block < arrays[0].shape[3]
-    y, last, saved = forward(arrays, _by_head(g, how), state, places, how, save=save)
-    saved = state[:, :, None] if saved is None else saved
-    return (_tokens_first(y, v), _unpadded(last, s)), (q, k, v, g, saved, places)
+    state = None if s is None else _padded(s)
+    several = how.config.block < arrays[0].shape[3]
+    y, last, saved = forward(arrays, _by_head(g, how), state, places, how, save=save and several)
+    if saved is None and state is not None:
+        saved = state[:, :, None]
+    s = jnp.swapaxes(last, 2, 3)[:, :, : q.shape[3], : v.shape[3]]
+    return (_tokens_first(y, v), s), saved
+
+
+def _forward(q, k, v, g, s, places, how: How):
+    q, k, v, g, s, places = jax.tree.map(lambda x: x.value, (q, k, v, g, s, places))
+    results, saved = _run(q, k, v, g, s, places, how, save=True)
+    return results, (q, k, v, g, saved, places, None if s is None else ())
 
 
 def _backward(how: How, residuals, cotangents):
-    q, k, v, g, saved, places = residuals
+    q, k, v, g, saved, places, given = residuals
     dy, dlast = cotangents
+    # Where nobody asked for the state, there is no gradient to make and read.
+    dlast = None if isinstance(dlast, SymbolicZero) else _padded(dlast)
+    dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
     arrays = [_tokens_last(x, how) for x in (q, k, v)]
     gates, dy = _by_head(g, how), _tokens_last(dy, how)
-    dq, dk, dv, dg, ds = backward(arrays, gates, saved, places, dy, _padded(dlast), how)
+    dq, dk, dv, dg, ds = backward(arrays, gates, saved, places, dy, dlast, how, fresh=given is None)
     gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
     dg = jnp.swapaxes(dg[:, :, 0, : g.shape[1]], 1, 2).astype(g.dtype)
-    return *gradients, dg, _unpadded(ds, dlast), None
+    if ds is not None:
+        ds = jnp.swapaxes(ds, 2, 3)[:, :, : q.shape[3], : v.shape[3]]
+    return *gradients, dg, ds, None
 
 
-_simple_gla.defvjp(_forward, _backward)
+_simple_gla.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _by_head(g, how: How):
@@ -167,7 +181,3 @@ def _padded(s):
     s = jnp.swapaxes(s, 2, 3)
     s = tpu.pad_to(s, 2, tpu.round_up(s.shape[2], _ROWS))
     return tpu.pad_to(s, 3, tpu.round_up(s.shape[3], _ROWS))
-
-
-def _unpadded(s, like):
-    return jnp.swapaxes(s, 2, 3)[:, :, : like.shape[2], : like.shape[3]]

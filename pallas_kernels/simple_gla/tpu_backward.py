@@ -19,20 +19,21 @@ from pallas_kernels.simple_gla.tpu_forward import How
 from pallas_kernels.simple_gla.tpu_walks import ROWS, down, gates, gates_gradient, pairs, up
 
 
-def backward(arrays, g, saved, places, dy, dlast, how: How):
+def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
     """The kernel's call.
 
     Args:
         arrays: q and k `[b g k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
         g: `[b h 1 t]` float32, finite.
-        saved: the states before each block `[b h n v k]`.
+        saved: the states before each block `[b h n v k]`, or None for a single one after zeros.
         places: `[b 1 t]` or None.
         dy: `[b h v t]`.
-        dlast: gradient of the state after, `[b h v k]` float32.
+        dlast: gradient of the state after, `[b h v k]` float32, or None for zeros.
         how: settings.
+        fresh: whether nobody asks for the gradient of the state before.
 
     Returns:
-        Gradients of q, k, v, g and of the state before.
+        Gradients of q, k, v, g and of the state before (or None).
     """
     q, k, v = arrays
     (b, groups, width, t), (_, h, v_width, _) = q.shape, v.shape
@@ -70,8 +71,10 @@ def backward(arrays, g, saved, places, dy, dlast, how: How):
         dk=(jax.ShapeDtypeStruct(k.shape, k.dtype), by_group),
         dv=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
         dg=(jax.ShapeDtypeStruct(g.shape, jnp.float32), along(1)),
-        dinitial=(jax.ShapeDtypeStruct(dlast.shape, jnp.float32), at(last, 0)),
     )
+    if not fresh:
+        shape = jax.ShapeDtypeStruct((b, h, v_width, width), jnp.float32)
+        outputs["dinitial"] = (shape, at(last, 0))
     scratch = dict(
         dstate=pltpu.VMEM((shared, v_width, width), jnp.float32),
         states=pltpu.VMEM((block // chunk + 1, v_width, width), jnp.float32),
@@ -82,7 +85,7 @@ def backward(arrays, g, saved, places, dy, dlast, how: How):
         **{name: pltpu.VMEM((block // chunk, chunk), jnp.float32) for name in ROWS},
     )
     names = (*inputs, *outputs, *scratch)
-    return kernel_call(
+    results = kernel_call(
         functools.partial(_body, names=names, how=how, grid=(steps, shared), dtype=dtype),
         name="simple_gla_backward",
         config=how.config,
@@ -93,6 +96,7 @@ def backward(arrays, g, saved, places, dy, dlast, how: How):
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
         scratch_shapes=list(scratch.values()),
     )(*(x for x, _ in inputs.values()))
+    return (*results, None) if fresh else tuple(results)
 
 
 def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
@@ -103,14 +107,16 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
 
     @pl.when(step == 0)
     def _():
-        at["dstate"][...] = at["dlast"][0, 0]
+        dstate = at["dstate"]
+        dstate[...] = at["dlast"][0, 0] if "dlast" in at else jnp.zeros_like(dstate)
 
     @pl.when(head == 0)
     def _():
         at["dq_sum"][...] = jnp.zeros_like(at["dq_sum"])
         at["dk_sum"][...] = jnp.zeros_like(at["dk_sum"])
 
-    at["states"][0] = at["saved"][0, 0, 0]
+    first = at["states"].at[0]
+    first[...] = at["saved"][0, 0, 0] if "saved" in at else jnp.zeros_like(first)
 
     def walk(one):
         def one_chunk(i, carry):
@@ -134,6 +140,8 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
         at["dq"][0, 0] = at["dq_sum"][...].astype(at["dq"].dtype)
         at["dk"][0, 0] = at["dk_sum"][...].astype(at["dk"].dtype)
 
-    @pl.when(step == steps - 1)
-    def _():
-        at["dinitial"][0, 0] = at["dstate"][...]
+    if "dinitial" in at:
+
+        @pl.when(step == steps - 1)
+        def _():
+            at["dinitial"][0, 0] = at["dstate"][...]

@@ -33,7 +33,7 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
     Args:
         arrays: q and k `[b g k t]`, v `[b h v t]`; k and v multiples of 16, t of the block.
         g: `[b h 1 t]` float32, finite.
-        s: `[b h v k]` float32.
+        s: `[b h v k]` float32, or None for zeros.
         places: `[b 1 t]` or None.
         how: settings.
         save: whether to give out the state before each block.
@@ -68,7 +68,7 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
     inputs = {name: pair for name, pair in inputs.items() if pair[0] is not None}
     outputs = dict(
         y=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
-        last=(jax.ShapeDtypeStruct(s.shape, jnp.float32), at(last, 0)),
+        last=(jax.ShapeDtypeStruct((b, h, v_width, width), jnp.float32), at(last, 0)),
     )
     if save:
         outputs["saved"] = (
@@ -99,7 +99,7 @@ def _body(*refs, names, how: How, steps: int, dtype):
 
     @pl.when(step == 0)
     def _():
-        state[...] = at["initial"][0, 0]
+        state[...] = at["initial"][0, 0] if "initial" in at else jnp.zeros_like(state)
 
     if "saved" in at:
         at["saved"][0, 0, 0] = state[...]
