@@ -118,7 +118,8 @@ def compile_lowered(lower: Callable[[], Any], *, dumps: pathlib.Path | None = No
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kernels = tuple(
-        schedule.read(dumps, name, hlo.vmem_bytes(line)) for name, line in hlo.custom_calls(text)
+        schedule.read(dumps, name, hlo.vmem_bytes(line), hlo.vmem_limit(line))
+        for name, line in hlo.custom_calls(text)
     )
     schedule.clear(dumps)
     return Compiled(

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.core.index_maps import UnknownIndex, block_indices
 
 
 class Kernel(NamedTuple):
@@ -23,7 +23,6 @@ class Kernel(NamedTuple):
         read: bytes from memory.
         written: bytes to memory.
         times: how often it runs (in a loop).
-        vmem_limit: the limit on vector memory that it asks for; None = the generation's default.
     """
 
     name: str
@@ -31,15 +30,10 @@ class Kernel(NamedTuple):
     read: float
     written: float
     times: int = 1
-    vmem_limit: int | None = None
 
     @property
     def bytes(self) -> float:
         return self.times * (self.read + self.written)
-
-
-class UnknownIndex(ValueError):
-    """An index map reads numbers that nobody gave."""
 
 
 def of_call(equation: Any, prefetched: Sequence[np.ndarray | None]) -> Kernel:
@@ -69,9 +63,7 @@ def of_call(equation: Any, prefetched: Sequence[np.ndarray | None]) -> Kernel:
             read += moved
         else:
             written += moved
-    asked = equation.params["compiler_params"]
-    limit = getattr(asked, "vmem_limit_bytes", None)
-    return Kernel(name, grid, read, written, vmem_limit=limit)
+    return Kernel(name, grid, read, written)
 
 
 def _moved(mapping: Any, grid: tuple[int, ...], prefetched: Sequence[np.ndarray | None]) -> float:
@@ -92,58 +84,6 @@ def _moved(mapping: Any, grid: tuple[int, ...], prefetched: Sequence[np.ndarray 
         # A block that hangs over the end moves what is there.
         numbers *= np.clip(size - begin, 0, extent)
     return float(numbers.sum()) * array.dtype.itemsize
-
-
-def block_indices(
-    mapping: Any, grid: tuple[int, ...], prefetched: Sequence[np.ndarray | None] = ()
-) -> np.ndarray:
-    """The index of the block at each step, int `[steps, axes]`; the last axis of the grid is inner.
-
-    Args:
-        mapping: BlockMapping of a pallas_call.
-        grid: its steps.
-        prefetched: what index maps may read.
-    """
-    steps = np.indices(grid).reshape(len(grid), -1).astype(np.int32)
-    closed = mapping.index_map_jaxpr
-
-    def one(*at):
-        return _run(closed.jaxpr, closed.consts, (*at, *prefetched))
-
-    found = jax.vmap(one, axis_size=steps.shape[1])(*map(jnp.asarray, steps))
-    return np.stack([np.asarray(x) for x in found], axis=1)
-
-
-def _run(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list:
-    """Evaluates a jaxpr whose references are given as arrays."""
-    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    value = lambda v: v.val if hasattr(v, "val") else values[v]
-    for equation in jaxpr.eqns:
-        inputs = [value(v) for v in equation.invars]
-        params = equation.params
-        if equation.primitive.name == "get":
-            results = [_get(inputs, params)]
-        elif "jaxpr" in params:
-            results = _run(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
-        else:
-            if any(x is None for x in inputs):
-                raise UnknownIndex("its index map computes with unknown numbers")
-            bound = equation.primitive.get_bind_params(params)
-            results = equation.primitive.bind(*inputs, **bound)
-            results = results if equation.primitive.multiple_results else [results]
-        values.update(zip(equation.outvars, results, strict=True))
-    return [value(v) for v in jaxpr.outvars]
-
-
-def _get(inputs: list, params: dict[str, Any]) -> Any:
-    """ref[indices], the reference being an array."""
-    array, *leaves = inputs
-    if array is None:
-        raise UnknownIndex("its index map reads prefetched numbers; give them as an array")
-    array = jnp.asarray(array)
-    for indexer in jax.tree.unflatten(params["tree"], leaves):
-        array = array[tuple(getattr(indexer, "indices", indexer))]
-    return array
 
 
 def _extent(block: Any) -> tuple[int, bool]:

@@ -30,7 +30,16 @@ def custom_calls(text: str) -> list[tuple[str, str]]:
 
 def vmem_bytes(line: str) -> int:
     """Vector memory of a custom call, by the line that calls it."""
-    told = re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', line)
+    return _vmem(line, "used_scoped_memory_configs")
+
+
+def vmem_limit(line: str) -> int | None:
+    """The limit on vector memory that a custom call asks for; None = the default."""
+    return _vmem(line, "scoped_memory_configs") or None
+
+
+def _vmem(line: str, name: str) -> int:
+    told = re.search(rf'"{name}":\[([^\]]*)\]', line)
     sizes = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', told[1] if told else "")
     return sum(map(int, sizes))
 

@@ -26,13 +26,16 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import aot, bench, dispatch, unwritten
+from pallas_kernels.core.blocks import Kernel
 from pallas_kernels.core.kernel_table import Row
 from pallas_kernels.core.testing import ArgSpec, letters_of, required
 from pallas_kernels.core.tpu import generation
-from pallas_kernels.core.traffic import Traffic, made_by_kernels, of_jaxpr
+from pallas_kernels.core.traffic import made_by_kernels, of_jaxpr
 
 KERNEL = "pallas_tpu"
 TAG, PRIMARY = "tpu", "primary"
+# Names of kernels of a backward pass: ours, and those of jax's own attention.
+_BACKWARD = re.compile("backward|_bwd|_dkv|_dq")
 
 
 def has_kernel(op: Callable) -> bool:
@@ -97,17 +100,17 @@ def check(
     y = jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
     try:
         with dispatch.compiling_for(kind):
-            closed, back = trace_passes(forward, arrays)
-        passes = count_passes(closed, back, arrays, y)
+            traced = trace_passes(forward, arrays)
+        passes = count_passes(*traced, arrays, y)
     except Exception as error:  # a refusal, or a kernel that cannot be traced, is the finding
         yield blank._replace(part="forward", status=_short(error))
         return
     flat, program = tuple(map(_flat, arrays)), functools.partial(_flat_y, op, spec, KERNEL)
-    row = _counts(blank._replace(part="forward"), passes["forward"], kind)
+    row = _counts(blank._replace(part="forward"), passes["forward"])
     ahead, row = _compiled(row, device, program, flat, dumps)
     yield row
     both = functools.partial(bench.forward_and_gradients, has_state=False)
-    row = _counts(blank._replace(part="backward"), passes["backward"], kind)
+    row = _counts(blank._replace(part="backward"), passes["backward"])
     _, row = _compiled(row, device, both(program), (_flat(y), *flat), dumps, without=ahead)
     if xla and row.status == "compiled":
         other = both(functools.partial(_flat_y, op, spec, "xla"))
@@ -151,27 +154,37 @@ def _flat_y(op: Callable, spec: ArgSpec, implementation: str, *arrays: jax.Array
 
 
 class Pass(NamedTuple):
-    """What a pass moves by its kernels, the least it could move, and what is saved for it."""
+    """The kernels of a pass, the least that it could move, and what is saved for it."""
 
-    traffic: Traffic
+    kernels: tuple[Kernel, ...]
     least: float
     saved: float
 
+    @property
+    def bytes(self) -> float:
+        return sum(one.bytes for one in self.kernels)
+
 
 def trace_passes(forward: Callable, arrays: tuple) -> tuple[Any, Any]:
-    """The jaxprs of the forward pass, with what it saves behind y, and of the backward pass."""
-    closed = jax.make_jaxpr(lambda *a: jax.vjp(forward, *a))(*arrays)
-    y, pull = jax.eval_shape(lambda *a: jax.vjp(forward, *a), *arrays)
-    return closed, jax.make_jaxpr(lambda pull, dy: pull(dy))(pull, y)
+    """The jaxprs of the forward pass, with what it saves behind y, and of both passes."""
+    y = jax.eval_shape(forward, *arrays)
+
+    def both(dy, *arrays):
+        y, pull = jax.vjp(forward, *arrays)
+        return y, pull(dy)
+
+    ahead = jax.make_jaxpr(lambda *a: jax.vjp(forward, *a))(*arrays)
+    return ahead, jax.make_jaxpr(both)(y, *arrays)
 
 
-def count_passes(closed: Any, back: Any, arrays: tuple, y: Any) -> dict[str, Pass]:
-    """Counts both passes as `trace_passes` gave them."""
-    moved = sum(map(_bytes, arrays))
-    saved = _saved(closed)
+def count_passes(ahead: Any, both: Any, arrays: tuple, y: Any) -> dict[str, Pass]:
+    """Counts both passes as `trace_passes` gave them: kernels of the forward pass come first."""
+    moved, saved = sum(map(_bytes, arrays)), _saved(ahead)
+    first = of_jaxpr(ahead).kernels
+    back = of_jaxpr(both).kernels[len(first) :]
     return {
-        "forward": Pass(of_jaxpr(closed), moved + _bytes(y), saved),
-        "backward": Pass(of_jaxpr(back), 2 * moved + _bytes(y) + saved, saved),
+        "forward": Pass(first, moved + _bytes(y), saved),
+        "backward": Pass(back, 2 * moved + _bytes(y) + saved, saved),
     }
 
 
@@ -216,16 +229,8 @@ def _with_documents(
     return program, (cotangents, ids, state, *arrays)
 
 
-def _counts(row: Row, one: Pass, kind: str) -> Row:
-    default = generation(kind).scoped_vmem
-    asked = [k.vmem_limit for k in one.traffic.kernels if k.vmem_limit is not None]
-    return row._replace(
-        bytes=int(one.traffic.by_kernels),
-        minimum=int(one.least),
-        saved=int(one.saved),
-        limit=max([default, *asked]),
-        raised=int(max([default, *asked]) > default),
-    )
+def _counts(row: Row, one: Pass) -> Row:
+    return row._replace(bytes=int(one.bytes), minimum=int(one.least), saved=int(one.saved))
 
 
 def _compiled(
@@ -245,7 +250,10 @@ def _compiled(
     if not kernels:
         return None, row._replace(status="no Pallas call in the program")
     if row.part == "backward":  # the forward pass has a row of its own
-        kernels = tuple(k for k in kernels if "backward" in k.name) or kernels
+        kernels = tuple(k for k in kernels if _BACKWARD.search(k.name)) or kernels
+    default = generation(device.device_kind).scoped_vmem
+    limits = [k.limit or default for k in kernels]
+    tightest = max(range(len(kernels)), key=lambda i: kernels[i].vmem / limits[i])
     told = all(k.bundles is not None for k in kernels)
     total = lambda field: sum(getattr(k, field) for k in kernels) if told else None
     around = max(0, int(found.around - (without.around if without else 0)))
@@ -254,8 +262,9 @@ def _compiled(
         bytes=None if row.bytes is None else row.bytes + around,
         around=around,
         kernels=" ".join(k.name for k in kernels),
-        vmem=max(k.vmem for k in kernels),
-        limit=row.limit or generation(device.device_kind).scoped_vmem,
+        vmem=kernels[tightest].vmem,
+        limit=limits[tightest],
+        raised=int(limits[tightest] > default),
         temp=found.temp,
         peak=found.peak,
         bundles=total("bundles"),

@@ -12,6 +12,7 @@ class Code(NamedTuple):
     Attributes:
         name: the kernel's.
         vmem: bytes of vector memory.
+        limit: bytes that it may take; None = the generation's default.
         bundles: instruction words; None = no dump.
         fills: loads of spilled registers (the column VLOAD:FILL).
         spills: stores of registers for want of them (VSTORE:SPILL).
@@ -21,29 +22,31 @@ class Code(NamedTuple):
 
     name: str
     vmem: int
+    limit: int | None = None
     bundles: int | None = None
     fills: int | None = None
     spills: int | None = None
     inner: int | None = None
 
 
-def read(dumps: pathlib.Path | None, instruction: str, vmem: int) -> Code:
+def read(dumps: pathlib.Path | None, instruction: str, vmem: int, limit: int | None = None) -> Code:
     """Reads the dump of one custom call.
 
     Args:
         dumps: where libtpu wrote; None = it did not.
         instruction: its name in the compiled text, "toy_forward.1".
         vmem: its vector memory.
+        limit: what it may take, where it asks for more.
     """
     name = re.sub(r"(\.\d+)+$", "", instruction)
     if dumps is None:
-        return Code(name, vmem)
+        return Code(name, vmem, limit)
     table = _file(dumps, instruction, "final_hlo-static-per-bundle-utilization")
     listing = _file(dumps, instruction, "final_bundles")
     if table is None or listing is None:
-        return Code(name, vmem)
+        return Code(name, vmem, limit)
     bundles, fills, spills = utilization(table)
-    return Code(name, vmem, bundles, fills, spills, inner_spills(listing))
+    return Code(name, vmem, limit, bundles, fills, spills, inner_spills(listing))
 
 
 def clear(dumps: pathlib.Path | None) -> None:

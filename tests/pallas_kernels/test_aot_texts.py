@@ -22,7 +22,7 @@ ENTRY %main.1 (x.1: f32[16,128], y.1: f32[64,128]) -> f32[16,128] {
   %y.1 = f32[64,128]{1,0:T(8,128)} parameter(1), sharding={replicated}
   %small = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%x.1), kind=kLoop, calls=%fused_computation
   %turned = bf16[128,16]{0,1:T(8,128)(2,1)} bitcast(%small)
-  %toy_forward.1 = (f32[16,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(1,128)}) custom-call(%turned, %x.1), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv(= %none"},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"835584"},{"memory_space":"2","offset":"0","size":"64"}]}
+  %toy_forward.1 = (f32[16,128]{1,0:T(8,128)}, f32[1,128]{1,0:T(1,128)}) custom-call(%turned, %x.1), custom_call_target="tpu_custom_call", backend_config={"scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"52428800"}],"custom_call_config":{"body":"TUzv(= %none"},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"835584"},{"memory_space":"2","offset":"0","size":"64"}]}
   %first = f32[16,128]{1,0:T(8,128)} get-tuple-element(%toy_forward.1), index=0
   %part = f32[8,128]{1,0:T(8,128)} slice(%y.1), slice={[0:8], [0:128]}
   %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%part), condition=%no, body=%body, backend_config={"known_trip_count":{"n":"5"}}
@@ -36,6 +36,8 @@ def test_kernels_and_their_vector_memory():
     ((name, line),) = hlo.custom_calls(PROGRAM)
     assert name == "toy_forward.1"
     assert hlo.vmem_bytes(line) == 835_584
+    assert hlo.vmem_limit(line) == 50 * 2**20
+    assert hlo.vmem_limit(line.replace("52428800", "x")) is None
 
 
 def test_passes_count_operands_and_results_and_loops_as_often_as_they_run():
@@ -91,7 +93,7 @@ def test_a_dump_is_found_by_its_instruction(tmp_path):
         (tmp_path / f"17956-toy_forward.1-01-{what[name]}.txt").write_text(text)
         (tmp_path / f"17956-toy_forward.12-01-{what[name]}.txt").write_text("another kernel's")
     code = schedule.read(tmp_path, "toy_forward.1", 835_584)
-    assert code == schedule.Code("toy_forward", 835_584, 3, 3, 1, 2)
+    assert code == schedule.Code("toy_forward", 835_584, None, 3, 3, 1, 2)
     assert schedule.read(tmp_path, "other.1", 7) == schedule.Code("other", 7)
     schedule.clear(tmp_path)
     assert not list(tmp_path.iterdir())
