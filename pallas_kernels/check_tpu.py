@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     table = kernel_table.read(args.table)
     wrong = kernel_table.regressions(table, found) if args.check else failures(found)
     if args.write:
-        kept = kernel_table.merged(table, found, whole=args.full and not args.devices)
+        well = [row for row in found if not kernel_table.failed(row)]
+        kept = kernel_table.merged(table, well, whole=args.full and not args.devices)
         kernel_table.write(args.table, kept)
         kernel_report.write(args.table.with_suffix(".md"), kept)
         print(f"wrote {args.table} and {args.table.with_suffix('.md')}")
