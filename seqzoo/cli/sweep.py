@@ -55,17 +55,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace) -> int:
-    from seqzoo.sweep import devices, sampler, slurm
+    from seqzoo.sweep import devices, slurm
     from seqzoo.sweep.settings import split
-    from seqzoo.sweep.space import Space
     from seqzoo.sweep.study import Study
 
     settings = split(args.overrides, config_dir=args.config_dir)
     if args.dry_run:
-        space = Space(settings.words, config_dir=args.config_dir)
-        points = sampler.points(space, settings.sweep)
-        space.check()
-        return _show(settings, space, points, args)
+        return _show(settings, args)
     study = Study.create(
         settings,
         root=args.runs,
@@ -80,15 +76,20 @@ def _create(args: argparse.Namespace) -> int:
     return _work(study, settings.launcher)
 
 
-def _show(settings, space, points, args) -> int:
-    from seqzoo.sweep import slurm
+def _show(settings, args: argparse.Namespace) -> int:
+    """What the command would do: the script of SLURM, or the trials."""
+    from seqzoo.sweep import definition, sampler, slurm
+    from seqzoo.sweep.space import Space
     from seqzoo.sweep.study import FOLDER
 
+    space = Space(settings.words, config_dir=args.config_dir)
+    points = sampler.points(space, settings.sweep)
+    told = definition.define(settings, space, config_dir=args.config_dir, url=None, threads=1)
+    path = pathlib.Path(args.runs).resolve() / FOLDER / told.name
     if settings.launcher.kind == "slurm":
-        name = settings.sweep.name or "STUDY"
-        path = pathlib.Path(args.runs).resolve() / FOLDER / name
-        print(slurm.script(name, path, settings.launcher), end="")
+        print(slurm.script(told.name, path, settings.launcher), end="")
         return 0
+    print(f"study {path}")
     print(f"{len(points)} trials, {settings.sweep.seeds} seeds each, {settings.sweep.sampler}")
     for name, values in space.shown.items():
         print(f"  {name}={values}")

@@ -1,12 +1,16 @@
 """Sweeps: a search space, an Optuna study of it, and workers that train its trials.
 
-space.py     what the words of a command line search, by Hydra's override grammar
-settings.py  the sections `sweep` and `launcher`
-storage.py   where a study lies: a journal file or a database, with patience
-study.py     the study: its trials, who holds which, when it is done
-trial.py     one trial: its run folders, its value
-worker.py    a process that takes one trial after another
-pool.py      the workers of this machine, one per device
-slurm.py     the same under SLURM
-table.py     what the user sees
+grammar.py     a word of the command line, by Hydra's override parser
+space.py       what the words search, and the words of a point
+settings.py    the sections `sweep` and `launcher`
+sampler.py     where points come from, what ends trials early
+definition.py  what a study is, as it is written down and compared
+storage.py     where a study lies: a journal file or a database, with patience
+study.py       its trials, who holds which, when it is done
+trial.py       one trial: its run folders, its value
+worker.py      a process that takes one trial after another
+devices.py     which devices this machine gives to workers
+pool.py        the workers of this machine
+slurm.py       the same under SLURM
+table.py       what the user sees
 """

@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import os
 import pathlib
+import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seqzoo.config.compose import compose
-from seqzoo.errors import ConfigError, NotFiniteError, Pruned
+from seqzoo.errors import ConfigError, NotFiniteError, Preempted, Pruned
+from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Claimed, Study
 from seqzoo.train import loop
-from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.folder import RunFolder, read_metrics, read_status
 from seqzoo.train.hooks import Hook
 from seqzoo.train.hooks.hook import Values
 from seqzoo.train.identity import plain
@@ -34,23 +37,44 @@ class Planned:
 
 
 class Watch(Hook):
-    """Tells the study every evaluation on the valid split, and ends a run that lags."""
+    """Tells the study every evaluation on the valid split, and ends a run that lags.
+
+    Where the storage stays away, the run saves and stops; `lost` is why.
+    """
 
     name = "sweep"
 
-    def __init__(self, claimed: Claimed, metric: str, *, prunes: bool, first: int):
-        self._claimed, self._metric = claimed, metric
+    def __init__(
+        self, claimed: Claimed, path: pathlib.Path, metric: str, *, prunes: bool, first: int
+    ):
+        self._claimed, self._path, self._metric = claimed, path, metric
         self._prunes, self._first = prunes, first
+        self.lost: StorageError | None = None
+
+    def start(self, step: int) -> None:
+        """Tells what was evaluated before, and could not be told."""
+        name = f"valid/{self._metric}"
+        for line in read_metrics(self._path):
+            if name in line and line["step"] <= step:
+                self._report(line["step"], float(line[name]))
 
     def evaluated(self, step: int, split: str, values: Values) -> None:
         if split != "valid":
             return
         value = values[self._metric]
-        self._claimed.report(step, value)
-        if self._prunes and step >= self._first and self._claimed.lags():
+        self._report(step, value)
+        if self.lost is None and self._prunes and step >= self._first and self._claimed.lags():
             raise Pruned(
                 f"ended at step {step}: its {self._metric} {value:.4g} lags behind other trials"
             )
+
+    def _report(self, step: int, value: float) -> None:
+        try:
+            if self.lost is None:
+                self._claimed.report(step, value)
+        except StorageError as error:
+            self.lost = error
+            os.kill(os.getpid(), signal.SIGTERM)  # the train loop saves at the next step boundary
 
 
 Size = Callable[[pathlib.Path], Mapping[str, float] | None]
@@ -70,6 +94,7 @@ def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
     Raises:
         Preempted: it was asked to stop, and saved; the trial stays as it is.
         LockedError: somebody works in its run folder.
+        StorageError: the storage is away; the run was saved.
         SeqzooError: it cannot go on.
     """
     told, metric = study.definition, study.definition.metric
@@ -86,6 +111,7 @@ def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
         # A median over seeds is there at the end only; meanwhile the first seed speaks for all.
         watch = Watch(
             claimed,
+            one.path,
             metric,
             prunes=told.sweep.pruner != "none",
             first=told.sweep.pruner_min_step or 0,
@@ -95,6 +121,10 @@ def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
         except Pruned as error:
             claimed.tell(None)
             return str(error)
+        except Preempted:
+            if watch.lost is not None:
+                raise watch.lost from None
+            raise
         values.append(told.worst if math.isnan(value) else value)
         tests.append(test)
         seconds += took

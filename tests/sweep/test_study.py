@@ -268,10 +268,17 @@ def _share_out(path: pathlib.Path, workers: int) -> list[int]:
     return numbers
 
 
-def test_processes_share_a_study_out(create, place):
-    study = create("data.seed=range(0,12)", "sweep=grid", *place)
+def test_processes_share_a_study_out(create):
+    study = create("data.seed=range(0,12)", "sweep=grid")
     assert sorted(_share_out(study.path, 2)) == list(range(12))
     assert [row.value for row in study.rows()] == [n / 10 for n in range(12)]
+
+
+@pytest.mark.slow
+def test_processes_share_a_study_out_in_sqlite(create, tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = create("data.seed=range(0,12)", "sweep=grid", f"sweep.storage={url}")
+    assert sorted(_share_out(study.path, 3)) == list(range(12))
 
 
 def test_postgresql_shares_a_study_out_and_may_be_away(create, postgres):

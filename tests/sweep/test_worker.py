@@ -13,7 +13,8 @@ from seqzoo.eval.bench.compile import compilations
 from seqzoo.eval.sweep_results import results
 from seqzoo.sweep import trial as trials
 from seqzoo.sweep import worker
-from seqzoo.sweep.study import Stopped, Study
+from seqzoo.sweep.storage import StorageError
+from seqzoo.sweep.study import Claimed, Stopped, Study
 from seqzoo.train import loop
 from seqzoo.train.folder import read_json, read_metrics, read_status
 from seqzoo.train.session import Session
@@ -225,3 +226,23 @@ def test_a_seed_cannot_be_searched_and_replicated(create):
 
     with pytest.raises(ConfigError, match="trainer.seed"):
         create("trainer.seed=1,2", "sweep=grid", "sweep.seeds=2")
+
+
+def test_a_storage_that_stays_away_saves_the_run_and_ends_the_worker(create, monkeypatch):
+    study = create("optimizer.lr=1e-2", "sweep=grid", "trainer.save_every=100")
+    report = Claimed.report
+
+    def away(claimed, step, value):
+        if step == 8:
+            raise StorageError("the storage cannot be reached")
+        report(claimed, step, value)
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError):
+        patch.setattr(Claimed, "report", away)
+        worker.work(study.path, say=say_nothing)
+    (row,) = study.rows()
+    assert row.state == "interrupted" and row.last[0] == 4
+    assert read_status(study.path / row.attrs["runs"][0])["step"] == 8
+    worker.work(study.path, say=say_nothing)
+    frozen = study.trials()[0]
+    assert sorted(frozen.intermediate_values) == [4, 8, 12]  # told when it was back

@@ -3,9 +3,9 @@
     make torture
     python tests/torture/sweep_torture.py --kills 10 --seed 7 [--sampler random] [--journal]
 
-Random points wait in the study from its creation: a broken sweep must end with the trials and
-metrics of an unbroken one, bit by bit. TPE and pruners depend on what ended when: there no trial
-may be lost or doubled, and each that came to its end must equal the same command run alone.
+Grid and random points wait in the study from its creation: a broken sweep must end with the trials
+and metrics of an unbroken one, bit by bit. TPE and pruners depend on what ended when: there no
+trial may be lost or doubled, and each that came to its end must equal the same command run alone.
 """
 
 import argparse
@@ -38,11 +38,12 @@ OVERRIDES = (
     "trainer.global_batch_size=16", "trainer.save_every=40", "trainer.eval_every=60",
     "trainer.log_every=7", "logger.progress=none", "logger.tensorboard=false",
 )  # fmt: skip
-SPACE = (
-    "optimizer.lr=tag(log,interval(1e-4,3e-2))",
-    "optimizer.weight_decay=0,0.1",
-    "data.seed=range(0,3)",
-)
+LOG = "optimizer.lr=tag(log,interval(1e-4,3e-2))"
+SPACES = {
+    "grid": ("optimizer.lr=1e-3,3e-3,1e-2,3e-2", "optimizer.weight_decay=0,0.1"),
+    "random": (LOG, "optimizer.weight_decay=0,0.1", "data.seed=range(0,3)"),
+    "tpe": (LOG, "optimizer.weight_decay=0,0.1", "data.seed=range(0,3)"),
+}
 # A kill waits until its victim says that it does one of these, and a random moment longer.
 PHASES = {"compile": 2.0, "train": 1.5, "save": 0.05, "eval": 0.05}
 _POOL = 0.2  # so many of the kills hit the pool
@@ -240,12 +241,14 @@ def torture(
     overrides: tuple[str, ...] = OVERRIDES,
 ) -> list[str]:
     """Runs one broken sweep and what it is held against; returns what is wrong."""
-    words = [*overrides, *SPACE, f"sweep.n_trials={trials}", f"sweep.name={sampler}"]
+    words = [*overrides, *SPACES[sampler], f"sweep.sampler={sampler}", f"sweep.name={sampler}"]
+    if sampler == "grid":
+        words += [f"data.seed=range(0,{trials // 8})"]  # as many points as there are trials
+    else:
+        words += [f"sweep.n_trials={trials}"]
     words += [f"launcher.workers={WORKERS}", "launcher.threads=1", "sweep.patience_minutes=2"]
     if sampler == "tpe":
-        words += ["sweep.sampler=tpe", "sweep.pruner=median", "sweep.pruner_min_step=120"]
-    else:
-        words += [f"sweep.sampler={sampler}"]
+        words += ["sweep.pruner=median", "sweep.pruner_min_step=120"]
     place = [f"sweep.storage={server.url}"] if server else []
     attack = Attack(kills, seed, server)
     print(f"{sampler}: broken", flush=True)
@@ -267,7 +270,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--sampler", choices=("random", "tpe"), action="append")
+    parser.add_argument("--sampler", choices=SPACES, action="append")
     parser.add_argument("--journal", action="store_true", help="no database, so no restart of it")
     parser.add_argument("--keep", metavar="DIR", help="write there and leave it")
     args = parser.parse_args()
@@ -286,7 +289,7 @@ def main() -> int:
         folder = pathlib.Path(name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["SEQZOO_CACHE"] = str(folder / "cache")
-        for sampler in args.sampler or ("random", "tpe"):
+        for sampler in args.sampler or SPACES:
             wrong += torture(
                 folder,
                 sampler,
