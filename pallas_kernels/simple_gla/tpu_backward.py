@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
-from pallas_kernels.simple_gla.tpu_chunk import ends_gradient, product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import Order, before, ends_gradient, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How
 from pallas_kernels.simple_gla.tpu_walks import ROWS, down, gates, gates_gradient, pairs, up
 
@@ -78,6 +78,8 @@ def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
     scratch = dict(
         dstate=pltpu.VMEM((shared, v_width, width), jnp.float32),
         states=pltpu.VMEM((block // chunk + 1, v_width, width), jnp.float32),
+        upto=pltpu.VMEM((chunk, chunk), jnp.bfloat16),
+        strict=pltpu.VMEM((chunk, chunk), jnp.bfloat16),
         by_pair=pltpu.VMEM((block // chunk, chunk, chunk), jnp.float32),
         dq_sum=pltpu.VMEM((width, block), jnp.float32),
         dk_sum=pltpu.VMEM((width, block), jnp.float32),
@@ -104,6 +106,8 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
     step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
     n_chunks, (steps, shared) = how.config.block // chunk, grid
     at["dstate"] = at["dstate"].at[head]
+    at["order"] = order = Order(at["upto"], at["strict"])
+    order.upto[...], order.strict[...] = before(chunk), before(chunk, strictly=True)
 
     @pl.when(step == 0)
     def _():
@@ -131,7 +135,7 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
     for one in (gates, pairs, gates_gradient, up, down):
         walk(one)
 
-    dg = at["dg_rows"][...] + ends_gradient(at["dstart"][...], at["dend"][...])
+    dg = at["dg_rows"][...] + ends_gradient(at["dstart"][...], at["dend"][...], order)
     for i in range(n_chunks):
         at["dg"][0, 0, :, i * chunk : (i + 1) * chunk] = dg[i : i + 1]
 

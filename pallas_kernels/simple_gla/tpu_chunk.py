@@ -1,5 +1,7 @@
 """What simple_gla's TPU kernels compute in one chunk of c tokens, tokens on lanes."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -26,51 +28,52 @@ def sums(x: jax.Array, lower: jax.Array, dims: tuple[int, int]) -> jax.Array:
     return total
 
 
-def order(c: int) -> tuple[jax.Array, jax.Array]:
-    """Row and column numbers, int32 `[c c]`."""
-    shape = (c, c)
-    iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-    return iota(0), iota(1)
-
-
 def before(c: int, *, strictly: bool = False) -> jax.Array:
-    """`[l i]`, 1 where l <= i, or l < i."""
-    first, second = order(c)
+    """bfloat16 `[l i]`, 1 where l <= i, or l < i."""
+    first, second = (jax.lax.broadcasted_iota(jnp.int32, (c, c), axis) for axis in (0, 1))
     mask = first < second if strictly else first <= second
     return mask.astype(jnp.float32).astype(jnp.bfloat16)
 
 
-def between(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums of g `[1 c]`, each made of its own terms alone (core/decays.py says why).
+class Order(NamedTuple):
+    """Matrices of ones and zeros, `before(c)` and strictly so.
+
+    A kernel makes them once and multiplies with them: masks of pairs would not fit the registers.
+    """
+
+    upto: Any
+    strict: Any
+
+
+def decays(g: jax.Array, masks: Seen, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of log decays g `[1 c]`: what decays between tokens, and sums to the ends of the chunk.
+
+    Each sum is made of its own terms alone (core/decays.py says why).
 
     Returns:
-        `[j i]`, over the tokens after j up to i; `[1 c]`, from the start of the chunk up to a
-        token; `[1 c]`, after a token up to the end.
+        `[j i]`, exp of the sum over the tokens after j up to i, 0 where i does not see j; `[1 c]`,
+        the sum from the start of the chunk up to a token; `[1 c]`, after a token up to the end.
     """
     c = g.shape[1]
-    first, second = order(c)
-    terms = jnp.where(second > first, jnp.broadcast_to(g, (c, c)), 0)
-    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, c), 0) == 0
-    terms = jnp.concatenate([terms, jnp.where(row, g, 0)], axis=0)
-    found = sums(terms, before(c), NN)
-    pairs, start = found[:c], found[c : c + 1]
-    # The last column, laid along the lanes.
-    end = jnp.sum(jnp.where(first == second, pairs[:, c - 1 :], 0), axis=0, keepdims=True)
-    return pairs, start, end
+    upto, strict = order.upto[...], order.strict[...]
+    first = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, c), 0) == 0
+    row = jnp.where(first, g, 0)
+    terms = jnp.concatenate([g * strict.astype(jnp.float32), row], axis=0)
+    found = sums(terms, upto, NN)
+    pairs = jnp.exp(found[:c])
+    pairs = pairs * upto.astype(jnp.float32) if masks.valid is None else only(masks.pairs, pairs)
+    return pairs, found[c : c + 1], sums(row, strict, NT)[:1]
 
 
-def between_gradient(pairs: jax.Array) -> jax.Array:
+def pairs_gradient(dpairs: jax.Array, order: Order) -> jax.Array:
     """`[1 c]`, the gradient of g from that of its sums between tokens, `[j i]`."""
-    c = pairs.shape[0]
-    first, second = order(c)
-    after = sums(pairs, before(c), NT)  # [j l]: over i >= l
-    return jnp.sum(jnp.where(second > first, after, 0), axis=0, keepdims=True)
+    after = sums(dpairs, order.upto[...], NT)  # [j l]: over i >= l
+    return jnp.sum(after * order.strict[...].astype(jnp.float32), axis=0, keepdims=True)
 
 
-def ends_gradient(start: jax.Array, end: jax.Array) -> jax.Array:
+def ends_gradient(start: jax.Array, end: jax.Array, order: Order) -> jax.Array:
     """`[n c]`, the gradient of g from those of its sums from the start and to the end `[n c]`."""
-    c = start.shape[1]
-    return sums(start, before(c), NT) + sums(end, before(c, strictly=True), NN)
+    return sums(start, order.upto[...], NT) + sums(end, order.strict[...], NN)
 
 
 def ends(start: jax.Array, end: jax.Array, masks: Seen) -> tuple[jax.Array, jax.Array, jax.Array]:

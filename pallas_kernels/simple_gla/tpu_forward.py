@@ -17,7 +17,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import only, seen
-from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between, ends, product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import (
+    NN,
+    NT,
+    TN,
+    Order,
+    before,
+    decays,
+    ends,
+    product_dtype,
+)
 
 
 class How(NamedTuple):
@@ -43,7 +52,8 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
     """
     q, k, v = arrays
     (b, groups, width, t), (_, h, v_width, _) = q.shape, v.shape
-    shared, block = h // groups, how.config.block
+    config = how.config
+    shared, block = h // groups, config.block
     steps = t // block
     last = steps - 1
 
@@ -77,17 +87,21 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
                 (1, 1, 1, v_width, width), lambda i, j, s, n: (i, j * shared + n, s, 0, 0)
             ),
         )
-    names = (*inputs, *outputs, "state")
+    names = (*inputs, *outputs, "state", "upto", "strict")
     results = kernel_call(
         functools.partial(_body, names=names, how=how, steps=steps, dtype=product_dtype(q, k, v)),
         name="simple_gla_forward",
-        config=how.config,
+        config=config,
         grid=(b, groups, steps, shared),
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for _, spec in outputs.values()],
         out_shape=[shape for shape, _ in outputs.values()],
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        scratch_shapes=[pltpu.VMEM((shared, v_width, width), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((shared, v_width, width), jnp.float32),
+            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+        ],
     )(*(x for x, _ in inputs.values()))
     return results if save else (*results, None)
 
@@ -96,6 +110,8 @@ def _body(*refs, names, how: How, steps: int, dtype):
     at = dict(zip(names, refs, strict=True))
     step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
     state = at["state"].at[head]
+    order = Order(at["upto"], at["strict"])
+    order.upto[...], order.strict[...] = before(chunk), before(chunk, strictly=True)
 
     @pl.when(step == 0)
     def _():
@@ -108,9 +124,9 @@ def _body(*refs, names, how: How, steps: int, dtype):
         here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
         masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
         q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
-        sums, start, end = between(at["g"][0, 0, :, here])
+        p, start, end = decays(at["g"][0, 0, :, here], masks, order)
         start, end, through = ends(start, end, masks)
-        w = dot(k, q, TN) * jnp.where(masks.pairs, jnp.exp(sums), 0)
+        w = dot(k, q, TN) * p
         read = dot(state[...].astype(dtype), q, NN) * start
         y = how.scale * (dot(v, w.astype(dtype), NN) + read)
         at["y"][0, 0, :, here] = only(masks.valid, y).astype(at["y"].dtype)

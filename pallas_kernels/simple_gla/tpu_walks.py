@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import Seen, only
-from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, between, between_gradient, ends
+from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, decays, ends, pairs_gradient
 
 # A chunk's numbers per token, one chunk a row.
 ROWS = ("start", "end", "dstart", "dend", "dg_rows")
@@ -28,8 +28,9 @@ ROWS = ("start", "end", "dstart", "dend", "dg_rows")
 def gates(at, i, here, masks: Seen, scale: float, dtype):
     """The decays of a chunk."""
     del scale, dtype
-    sums, at["start"][pl.ds(i, 1)], at["end"][pl.ds(i, 1)] = between(at["g"][0, 0, :, here])
-    at["by_pair"][i] = jnp.where(masks.pairs, jnp.exp(sums), 0)
+    row = pl.ds(i, 1)
+    p, at["start"][row], at["end"][row] = decays(at["g"][0, 0, :, here], masks, at["order"])
+    at["by_pair"][i] = p
 
 
 def pairs(at, i, here, masks: Seen, scale: float, dtype):
@@ -49,7 +50,7 @@ def pairs(at, i, here, masks: Seen, scale: float, dtype):
 def gates_gradient(at, i, here, masks: Seen, scale: float, dtype):
     """What pairs give to the gradient of the decays."""
     del here, masks, scale, dtype
-    at["dg_rows"][pl.ds(i, 1)] = between_gradient(at["by_pair"][i])
+    at["dg_rows"][pl.ds(i, 1)] = pairs_gradient(at["by_pair"][i], at["order"])
 
 
 def up(at, i, here, masks: Seen, scale: float, dtype):
