@@ -6,7 +6,6 @@ blocks and bytes.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -114,7 +113,12 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     config = PallasTpuConfig.of(config, sizes, dispatch.device_kind(config))
     how = How(delta_softplus, e, _chunk(t, config.chunk), config)
     tokens, states = tpu.round_up(t, how.chunk), tpu.round_up(n, tpu.SUBLANES)
-    channels = tpu.round_up(e, math.lcm(config.channels, config.channels_backward))
+    channels = tpu.round_up(e, config.channels)
+    if channels != tpu.round_up(e, config.channels_backward):
+        raise ValueError(
+            f"selective_scan: {e} channels end elsewhere in blocks of channels={config.channels} "
+            f"than of channels_backward={config.channels_backward}"
+        )
     reset = valid = None
     if segment_ids is not None:
         reset, valid, last_id = boundaries(segment_ids, last_id)

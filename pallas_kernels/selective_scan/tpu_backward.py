@@ -58,7 +58,9 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
                 lam=pltpu.VMEM((n, how.channels), F32),
                 **dict(B=columns, C=columns, dB=columns, dC=columns),
                 before=pltpu.VMEM((how.chunk, n, how.lanes), F32),
-                **dict(d=rows, du=rows, g=rows, there=pltpu.VMEM((how.chunk, LANES), F32)),
+                **dict(
+                    d=rows, du=rows, g=rows, slope=rows, there=pltpu.VMEM((how.chunk, LANES), F32)
+                ),
             )
         ],
         cost=pl.CostEstimate(int(work.flops), int(work.transcendentals), int(work.bytes)),
@@ -112,7 +114,7 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
 
 
 def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Array:
-    """Keeps states, step sizes and gradients before the gate of some tokens; writes z's."""
+    """Keeps what the walk back needs of some tokens; writes the gradient of z."""
     rows, here = part.rows(how), part.lanes(how)
     there = parts.there_of(ins, own, part, how)
     d = parts.only(there, parts.step_sizes(ins, part, how))
@@ -137,6 +139,10 @@ def _again(ins: Refs, outs: Refs, own: Refs, h, part: Part, how: How) -> jax.Arr
     own["d"][rows, :] = d
     own["du"][rows, :] = du
     own["g"][rows, :] = g
+    if how.softplus:
+        own["slope"][rows, :] = parts.only(
+            there, jax.nn.sigmoid(parts.before_softplus(ins, part, how))
+        )
     return h
 
 
@@ -174,9 +180,7 @@ def _back(ins: Refs, outs: Refs, own: Refs, carry, part: Part, how: How):
     if "D" in ins:
         du = du + ins["D"][:, here] * g
         outs["D"][:, here] += parts.fold(g * u)
-    if how.softplus:
-        ddelta = ddelta * jax.nn.sigmoid(parts.before_softplus(ins, part, how))
-    ddelta = parts.only(there, ddelta)
+    ddelta = ddelta * own["slope"][rows, :] if how.softplus else parts.only(there, ddelta)
     if "bias" in ins:
         outs["bias"][:, here] += parts.fold(ddelta)
     outs["u"][rows, here] = du.astype(outs["u"].dtype)

@@ -90,7 +90,7 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How):
 
     @pl.when((place >= 0) & (place < how.tile))
     def _():
-        _by_inputs(ins, own, 0, HALO, 0, pl.ds(0, how.config.channels), how=how)
+        parts.each(how, functools.partial(_by_inputs, ins, own, 0, HALO, how=how), groups=1)
         for k in range(keep):
             outs["before"][k : k + 1, :] = own["dx"][pl.ds(HALO + place - keep + k, 1), :]
 

@@ -89,10 +89,16 @@ def lay_ages(ins: Refs, age_ref: Any, first: int, how: How) -> None:
         age_ref[pl.ds(first + begin, rows), :] = jnp.broadcast_to(column, (rows, LANES))
 
 
-def each(how: How, body: Callable[[Any, Any], None]) -> None:
-    """Runs body(first token, channels) for some tokens and channels of a tile at a time."""
+def each(how: How, body: Callable[[Any, Any], None], groups: int | None = None) -> None:
+    """Runs body(first token, channels) for some tokens and channels of a tile at a time.
+
+    Args:
+        how: settings.
+        body: of ROWS tokens.
+        groups: of tokens; None = all of a tile.
+    """
     lanes = 2 * LANES if how.config.channels % (2 * LANES) == 0 else LANES
-    groups = how.tile // ROWS
+    groups = groups or how.tile // ROWS
 
     def step(k, carry):
         here = pl.ds(pl.multiple_of(k // groups * lanes, lanes), lanes)

@@ -93,7 +93,7 @@ def test_deterministic():
 @slow
 def test_configs():
     of = functools.partial(PallasTpuConfig, interpret=True)
-    configs = (of(chunk=16), of(chunk=128), of(chunk=64, channels=256, channels_backward=384))
+    configs = (of(chunk=16), of(chunk=128), of(chunk=64, channels=256, channels_backward=256))
     testing.check_configs(selective_scan, WHOLE, 130, configs, implementation="pallas_tpu")
 
 
@@ -143,7 +143,7 @@ def test_tiles_follow_from_sizes_and_device():
         dict(b=1, t=2048, e=e, n=n, itemsize=itemsize), kind
     )
     v5e, v6e = "TPU v5 lite", "TPU v6 lite"
-    assert (of(v5e, 1536).lanes, of(v5e, 1536).channels, of(v5e, 1600).lanes) == (256, 1536, 128)
+    assert [of(v5e, e).channels for e in (1536, 5120, 1600)] == [1536, 1280, 1664]
     assert of(v5e, 1536, itemsize=4).channels_backward < of(v6e, 1536, itemsize=4).channels_backward
     assert [of(v5e, 256, n).chunk for n in (16, 64, 256)] == [128, 32, 16]
 
@@ -171,3 +171,9 @@ def test_refuses():
 def test_bad_configs(keywords, message):
     with pytest.raises(ValueError, match=message):
         PallasTpuConfig(**keywords)
+
+
+def test_blocks_must_end_at_one_place():
+    config = PallasTpuConfig(interpret=True, channels_backward=256)
+    with pytest.raises(ValueError, match="3 channels end elsewhere in blocks of channels=128"):
+        selective_scan(*numbers(9), implementation="pallas_tpu", config=config)
