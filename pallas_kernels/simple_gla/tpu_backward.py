@@ -16,7 +16,15 @@ from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
 from pallas_kernels.simple_gla.tpu_chunk import Order, before, ends_gradient, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How
-from pallas_kernels.simple_gla.tpu_walks import ROWS, down, gates, gates_gradient, pairs, up
+from pallas_kernels.simple_gla.tpu_walks import (
+    ROWS,
+    down,
+    gates,
+    gates_gradient,
+    scores,
+    up,
+    values,
+)
 
 
 def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
@@ -132,7 +140,7 @@ def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
 
         jax.lax.fori_loop(0, n_chunks, one_chunk, 0)
 
-    for one in (gates, pairs, gates_gradient, up, down):
+    for one in (gates, values, scores, gates_gradient, up, down):
         walk(one)
 
     dg = at["dg_rows"][...] + ends_gradient(at["dstart"][...], at["dend"][...], order)

@@ -4,7 +4,8 @@ With S the state before a chunk, dS the gradient of the state after it, dy scale
 decays of pairs, F and E the sums of log decays from the chunk's start and to its end:
 
     gates:  P, F, E
-    pairs:  dr = (v^T dy) P;   dq += k dr,   dk += q dr^T,   dv = dy (r P)^T
+    values: dv = dy (r P)^T
+    scores: dr = (v^T dy) P;   dq += k dr,   dk += q dr^T
     gates_gradient:            dg <- dr r, summed over the pairs that a token lies between
     up:     dq' = S^T (dy exp(F));     dq += dq',    dF = sum_k q dq'
             S <- exp(F_c) S + (v exp(E)) k^T
@@ -33,15 +34,20 @@ def gates(at, i, here, masks: Seen, scale: float, dtype):
     at["by_pair"][i] = p
 
 
-def pairs(at, i, here, masks: Seen, scale: float, dtype):
-    """What the pairs of a chunk give."""
+def values(at, i, here, masks: Seen, scale: float, dtype):
+    """What the pairs of a chunk give to dv."""
+    q, k = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qk")
+    dy = _scaled(at, here, masks, scale).astype(dtype)
+    w = (dot(k, q, TN) * at["by_pair"][i]).astype(dtype)
+    at["dv_pairs"][:, here] = dot(dy, w, NT)
+
+
+def scores(at, i, here, masks: Seen, scale: float, dtype):
+    """What the pairs of a chunk give to dq, dk and the decays between them."""
     q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
     dy = _scaled(at, here, masks, scale).astype(dtype)
-    p = at["by_pair"][i]
-    dr = dot(v, dy, TN) * p
-    r = dot(k, q, TN)
-    at["by_pair"][i] = dr * r
-    at["dv_pairs"][:, here] = dot(dy, (r * p).astype(dtype), NT)
+    dr = dot(v, dy, TN) * at["by_pair"][i]
+    at["by_pair"][i] = dr * dot(k, q, TN)
     dr = dr.astype(dtype)
     at["dq_sum"][:, here] += dot(k, dr, NN)
     at["dk_sum"][:, here] += dot(q, dr, NT)
