@@ -1,6 +1,7 @@
 """Pieces that the bodies of several TPU kernels are made of, and how much memory they may take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,3 +75,18 @@ def each(size: int, part: int, body: Callable) -> None:
         return carry
 
     jax.lax.fori_loop(0, size // part, step, 0)
+
+
+class Refs:
+    """The references that a body is given, taken in their order."""
+
+    def __init__(self, refs: Sequence[Any]):
+        self._refs = list(refs)
+
+    def take(self, there: bool = True) -> Any:
+        """The next one; None if it is not there."""
+        return self._refs.pop(0) if there else None
+
+    def several(self, count: int) -> list[Any]:
+        """The next ones."""
+        return [self._refs.pop(0) for _ in range(count)]

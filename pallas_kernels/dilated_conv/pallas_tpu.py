@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.core.tpu_parts import limit_for, most_room
+from pallas_kernels.dilated_conv import ring as rings
 from pallas_kernels.dilated_conv import xla
 from pallas_kernels.dilated_conv.tpu_backward import backward, scratch_of
 from pallas_kernels.dilated_conv.tpu_forward import forward, sight_rows
@@ -52,11 +53,10 @@ def refuses(shapes, device_kind) -> str | None:
 
 def refuses_options(shapes, device_kind, *, dilations, activation, symmetric, fresh) -> str | None:
     """The reason against these options."""
-    del activation
-    if not fresh:
-        return "it goes on from a state; the kernel starts where documents do"
     x, weight = shapes[:2]
-    how = dict(dilations=dilations, activation="linear", symmetric=symmetric)
+    if x.shape[1] == 1 and not symmetric:
+        return "one token of a stream meets rings as they lie"
+    how = dict(dilations=dilations, activation=activation, symmetric=symmetric, past=not fresh)
     need = _fitting(x, weight, True, PallasTpuConfig(device_kind=device_kind), **how)[1]
     most = most_room(device_kind, _SHARE)
     if need > most:
@@ -79,7 +79,7 @@ def _fitting(x, weight, documents: bool, config, **how) -> tuple[Plan, int]:
         segment = shorter
 
 
-def _plan(x, weight, documents, config, segment, *, dilations, activation, symmetric) -> Plan:
+def _plan(x, weight, documents, config, segment, *, dilations, activation, symmetric, past) -> Plan:
     t = x.shape[1]
     block = min(config.block, tpu.round_up(t, config.rows))
     return plan_of(
@@ -87,6 +87,7 @@ def _plan(x, weight, documents, config, segment, *, dilations, activation, symme
         weight.shape[1],
         dilations,
         symmetric=symmetric,
+        past=past,
         block=block,
         rows=config.rows,
         residual=activation == "relu_res",
@@ -115,16 +116,20 @@ def run(
     config = PallasTpuConfig.of(config, dict(b=b, t=t, e=e), kind)
     config = dataclasses.replace(config, device_kind=kind)
     how = dict(dilations=dilations, activation=activation, symmetric=symmetric)
-    plan, need = _fitting(x, weight, segment_ids is not None, config, **how)
+    documents = segment_ids is not None
+    plan, need = _fitting(x, weight, documents, config, past=not fresh, **how)
     if config.vmem_limit_bytes is None:
         config = dataclasses.replace(config, vmem_limit_bytes=limit_for(need, kind, _SHARE))
-    weight_rows = weight.astype(jnp.float32).reshape(-1, e)
-    rows = jnp.zeros((len(weight), e)) if bias is None else bias.astype(jnp.float32)
+    if not fresh:
+        y, ring = _stream(x, weight, bias, ring, count, last_id, segment_ids, plan, config)
+        state = xla.after_call(x, count, last_id, segment_ids)
+        return y, ring, state.count, state.last_id
+    weight_rows, rows = _rows(weight, bias)
     sights = None
-    if segment_ids is not None:
+    if documents:
         starts, valid, _ = boundaries(segment_ids, jnp.zeros_like(last_id))
-        seen = xla._sights(segment_ids, starts, valid, jnp.zeros_like(count))
-        sights = tuple(jnp.where(valid, x, -1) for x in seen)
+        seen = xla.sights_of(segment_ids, starts, valid, jnp.zeros_like(count))
+        sights = tuple(jnp.where(valid, one, -1) for one in seen)
     y = _stack(x, weight_rows, rows, sights, plan, config)
     if symmetric:
         return y
@@ -132,6 +137,16 @@ def run(
         x, weight, bias, ring, count, last_id, segment_ids, config=None, fresh=fresh, **how
     )
     return y, *state
+
+
+def _rows(weight, bias):
+    """Weights `[j*w e]` and biases `[j e]` in float32."""
+    levels, _, e = weight.shape
+    rows = weight.astype(jnp.float32).reshape(-1, e)
+    return rows, jnp.zeros((levels, e)) if bias is None else bias.astype(jnp.float32)
+
+
+# --- Without a past -----------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -178,3 +193,60 @@ def _stack_backward(plan, config, residuals, dy):
 
 
 _stack.defvjp(_stack_forward, _stack_backward)
+
+
+# --- With a past --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _stream(x, weight, bias, ring, count, last_id, segment_ids, plan: Plan, config):
+    """y and the ring after; the backward pass is xla's."""
+    call = xla.after_call(x, count, last_id, segment_ids)
+    taps, levels = weight.shape[1], [level.dilation for level in plan.levels]
+    parts, lie = [], rings.places(taps, tuple(levels))
+    for at, margin, d in zip(lie, plan.margins(), levels, strict=True):
+        lags = jnp.arange((taps - 1) * d, 0, -1)
+        old = rings.seen_lags(ring[:, at], count, lags)
+        parts.append(jnp.pad(old, ((0, 0), (margin - old.shape[1], 0), (0, 0))))
+    turn = lambda row, by: jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(row, by)
+    sights, end = None, jnp.full_like(count, x.shape[1])
+    if call.sights is not None:  # the past stands right before the first token: it comes first
+        behind = jnp.where(call.sights.valid, call.sights.behind, -1)
+        x, behind = (turn(row, -call.first) for row in (x, behind))
+        sights = _ahead_of_sweep((behind, behind), plan, 0, 0)
+        end = jnp.maximum(call.end + 1 - call.first, 1)
+    past = jnp.concatenate(parts, axis=1)
+    rows, biases = _rows(weight, bias)
+    y, last = forward(x, rows, biases, sights, plan, config, past=past, end=end)
+    if call.sights is not None:
+        y = turn(y, call.first)
+    new, stop = [], 0
+    for at, margin in zip(lie, plan.margins(), strict=True):
+        stop = stop + margin
+        read = last[:, stop - (at.stop - at.start) : stop]
+        new.append(rings.from_last(ring[:, at], read, call.count, call.held > 0, call.reset))
+    return y, jnp.concatenate(new, axis=1)
+
+
+def _stream_forward(x, weight, bias, ring, count, last_id, segment_ids, plan, config):
+    given = (x, weight, bias, ring, count, last_id, segment_ids)
+    return _stream(*given, plan, config), given
+
+
+def _stream_backward(plan, config, given, cotangents):
+    del config
+    x, weight, bias, ring, *more = given
+    how = dict(
+        dilations=tuple(level.dilation for level in plan.levels),
+        activation="relu_res" if plan.residual else "linear",
+        symmetric=False,
+    )
+
+    def call(x, weight, bias, ring):
+        return xla.run(x, weight, bias, ring, *more, config=None, fresh=False, **how)[:2]
+
+    _, pull = jax.vjp(call, x, weight, bias, ring)
+    return *pull(cotangents), None, None, None
+
+
+_stream.defvjp(_stream_forward, _stream_backward)

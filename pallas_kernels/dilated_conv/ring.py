@@ -63,3 +63,23 @@ def after(ring, s, count, end, held, reset):
     found = jnp.take_along_axis(s, place[..., None], axis=1)
     old = jnp.where(reset[:, None, None], 0, ring)
     return jnp.where(new[..., None], found, old)
+
+
+def from_last(ring, last, count, some, reset):
+    """The ring of a level after a call, from the last inputs of the level.
+
+    Args:
+        ring: `[b s e]`, before the call.
+        last: `[b s e]`, oldest first, those before the call among them.
+        count: int32 `[b]`, tokens of the document after the call.
+        some: bool `[b]`, there were tokens in the call.
+        reset: bool `[b]`, the document began in the call.
+    """
+    slots = ring.shape[1]
+    if slots == 0:
+        return ring
+    newest = (count - 1)[:, None]
+    age = (newest - jnp.arange(slots)) % slots
+    found = jnp.take_along_axis(last, (slots - 1 - age)[..., None], axis=1)
+    old = jnp.where(reset[:, None, None], 0, ring)
+    return jnp.where(((age <= newest) & some[:, None])[..., None], found, old)

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.dilated_conv.tpu_forward import cost, next_level, sights_of
 from pallas_kernels.dilated_conv.tpu_plan import (
     Plan,
@@ -126,14 +127,13 @@ def backward(x, weight, bias, starts, sights, dy, plan: Plan, config):
 
 
 def _bwd_kernel(x_ref, dy_ref, weight_ref, bias_ref, *refs, plan: Plan, batch: int, starts: bool):
-    refs, n_levels = list(refs), len(plan.levels)
-    take = lambda n: [refs.pop(0) for _ in range(n)]
-    starts_ref = take(1)[0] if starts else None
-    sights_refs = take(2) if plan.documents else None
-    dx_ref, dweight_ref, dbias_ref = take(3)
-    planes, windows, given = take(n_levels), take(n_levels), take(n_levels + 1)
-    (sums_ref,) = take(1)
-    seen_refs = take(2) if plan.documents else (None, None)
+    rest, n_levels = Refs(refs), len(plan.levels)
+    starts_ref = rest.take(starts)
+    sights_refs = rest.several(2 * plan.documents)
+    dx_ref, dweight_ref, dbias_ref = rest.several(3)
+    planes, windows = rest.several(n_levels), rest.several(n_levels)
+    given, sums_ref = rest.several(n_levels + 1), rest.take()
+    seen_refs = rest.take(plan.documents), rest.take(plan.documents)
     segment = min(plan.segment, plan.blocks)
     swept, returned = _swept(plan), _returned(plan)
     step, row_of_batch = pl.program_id(2), pl.program_id(1)

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.dilated_conv.tpu_plan import (
     Plan,
     columns,
@@ -26,8 +27,12 @@ def sight_rows(plan: Plan) -> int:
     return 2 * len(plan.levels) if plan.late else 1
 
 
-def forward(x, weight, bias, sights, plan: Plan, config, *, save: bool):
-    """y `[b t e]`, and what the backward pass needs at the start of each segment, or None.
+def forward(
+    x, weight, bias, sights, plan: Plan, config, *, save: bool = False, past=None, end=None
+):  # fmt: skip
+    """y `[b t e]`, and what each level reads before the start of each segment, or None.
+
+    With a past: y, and what each level reads up to the last token.
 
     Args:
         x: `[b t e]`.
@@ -36,34 +41,43 @@ def forward(x, weight, bias, sights, plan: Plan, config, *, save: bool):
         plan: see Plan.
         config: of the form.
         save: whether there is a backward pass.
+        past: float32 `[b m e]`, what the levels read before the row, m = sum of plan.margins().
+        end: int32 `[b]` with a past: behind the last token.
     """
     b, t, e = x.shape
     lanes, margins = tpu.LANES, plan.margins()
-    starts = save and plan.segments > 1
+    starts, streams = save and plan.segments > 1, past is not None
     tokens = lambda index: pl.BlockSpec((1, plan.block, lanes), index)
     last, extra = plan.blocks - 1, plan.extra
     in_specs = [
-        tokens(lambda c, i, n: (i, jnp.minimum(n, last), c)),
-        pl.BlockSpec((weight.shape[0], lanes), lambda c, i, n: (0, c)),
-        pl.BlockSpec((bias.shape[0], lanes), lambda c, i, n: (0, c)),
+        tokens(lambda c, i, n, *_: (i, jnp.minimum(n, last), c)),
+        pl.BlockSpec((weight.shape[0], lanes), lambda c, i, n, *_: (0, c)),
+        pl.BlockSpec((bias.shape[0], lanes), lambda c, i, n, *_: (0, c)),
     ]
     arguments = [x, weight, bias]
     scratch = [pltpu.VMEM((m + plan.block, lanes), jnp.float32) for m in margins]
     if sights is not None:
         r = sights.shape[1]
-        in_specs.append(pl.BlockSpec((1, r, plan.block), lambda c, i, n: (i, 0, n)))
+        in_specs.append(pl.BlockSpec((1, r, plan.block), lambda c, i, n, *_: (i, 0, n)))
         arguments.append(sights)
         scratch.append(pltpu.VMEM((r * plan.block, lanes), jnp.int32))
-    out_specs = [tokens(lambda c, i, n: (i, jnp.maximum(n - extra, 0), c))]
+    whole = pl.BlockSpec((1, sum(margins), lanes), lambda c, i, n, *_: (i, 0, c))
+    if streams:
+        in_specs.append(whole)
+        arguments = [end, *arguments, past]
+    out_specs = [tokens(lambda c, i, n, *_: (i, jnp.maximum(n - extra, 0), c))]
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if starts:
         size = sum(margins)
         out_specs.append(
-            pl.BlockSpec((1, 1, size, lanes), lambda c, i, n: (i, n // plan.segment, 0, c))
+            pl.BlockSpec((1, 1, size, lanes), lambda c, i, n, *_: (i, n // plan.segment, 0, c))
         )
         out_shape.append(jax.ShapeDtypeStruct((b, plan.segments, size, e), jnp.float32))
+    if streams:
+        out_specs.append(whole)
+        out_shape.append(jax.ShapeDtypeStruct(past.shape, jnp.float32))
     found = tpu.kernel_call(
-        functools.partial(_fwd_kernel, plan=plan, starts=starts),
+        functools.partial(_fwd_kernel, plan=plan, starts=starts, streams=streams),
         name="dilated_conv_forward",
         config=config,
         grid=(pl.cdiv(e, lanes), b, plan.blocks + extra),
@@ -73,8 +87,9 @@ def forward(x, weight, bias, sights, plan: Plan, config, *, save: bool):
         scratch_shapes=scratch,
         semantics=("parallel", "parallel", "arbitrary"),
         cost=cost(x, plan, 1),
+        num_scalar_prefetch=int(streams),
     )(*arguments)
-    return found[0], found[1] if starts else None
+    return found[0], found[1] if starts or streams else None
 
 
 def cost(x, plan: Plan, passes: int) -> pl.CostEstimate:
@@ -87,53 +102,74 @@ def cost(x, plan: Plan, passes: int) -> pl.CostEstimate:
     )
 
 
-def _fwd_kernel(x_ref, weight_ref, bias_ref, *refs, plan: Plan, starts: bool):
-    refs = list(refs)
-    sights_ref = refs.pop(0) if plan.documents else None
-    y_ref = refs.pop(0)
-    starts_ref = refs.pop(0) if starts else None
-    seen_ref = refs.pop() if plan.documents else None
+def _fwd_kernel(*refs, plan: Plan, starts: bool, streams: bool):
+    given = Refs(refs)
+    end_ref = given.take(streams)
+    x_ref, weight_ref, bias_ref = given.several(3)
+    sights_ref, past_ref = given.take(plan.documents), given.take(streams)
+    y_ref, starts_ref, last_ref = given.take(), given.take(starts), given.take(streams)
+    windows, seen_ref = given.several(len(plan.levels)), given.take(plan.documents)
     step, margins, block = pl.program_id(2), plan.margins(), plan.block
+    row_of_batch = pl.program_id(1)
+    places = [sum(margins[:i]) for i in range(len(margins))]
 
     @pl.when(step == 0)
     def _():
-        for ref, margin in zip(refs, margins, strict=True):
-            ref[:margin] = jnp.zeros((margin, tpu.LANES), jnp.float32)
+        for ref, margin, at in zip(windows, margins, places, strict=True):
+            if streams:
+                ref[:margin] = past_ref[0, at : at + margin]
+            else:
+                ref[:margin] = jnp.zeros((margin, tpu.LANES), jnp.float32)
 
     @pl.when(step > 0)
     def _():
-        for ref, margin in zip(refs, margins, strict=True):
+        for ref, margin in zip(windows, margins, strict=True):
             move(ref, 0, block, margin)
 
     if starts:
 
         @pl.when(step % plan.segment == 0)
         def _():
-            at = 0
-            for ref, margin in zip(refs, margins, strict=True):
+            for ref, margin, at in zip(windows, margins, places, strict=True):
                 starts_ref[0, 0, at : at + margin] = ref[:margin]
-                at += margin
 
     if plan.documents:
         columns(sights_ref[0], seen_ref)
-    refs[0][margins[0] :] = tokens_below(x_ref[0], plan.t - step * block)
+    windows[0][margins[0] :] = tokens_below(x_ref[0], plan.t - step * block)
 
     def part(row, carry):
         for i in range(len(plan.levels)):
             oldest = row + margins[i] - (plan.hold if i == 0 else 0)
             s = next_level(
-                refs[i], weight_ref, bias_ref, plan, i, oldest, *sights_of(seen_ref, plan, i, row)
+                windows[i],
+                weight_ref,
+                bias_ref,
+                plan,
+                i,
+                oldest,
+                *sights_of(seen_ref, plan, i, row),
             )
             if plan.late and not plan.documents:
                 first = step * block + row - plan.hold - plan.lateness()[i + 1]
                 s = jnp.where(in_row(first, plan.rows, plan.t), s, 0)
             if i + 1 < len(plan.levels):
-                refs[i + 1][pl.ds(row + margins[i + 1], plan.rows), :] = s
+                windows[i + 1][pl.ds(row + margins[i + 1], plan.rows), :] = s
             else:
                 y_ref[0, pl.ds(row, plan.rows), :] = s.astype(y_ref.dtype)
         return carry
 
     each_rows(block, plan.rows, part)
+
+    if streams:
+        end = end_ref[row_of_batch] - step * block
+
+        @pl.when((end > 0) & (end <= block))
+        def _():
+            for ref, margin, at in zip(windows, margins, places, strict=True):
+                for first in range(0, margin, 64):  # a few registers at a time
+                    rows = min(64, margin - first)
+                    here = slice(at + first, at + first + rows)
+                    last_ref[0, here] = rows_at(ref, end + first, rows)
 
 
 def sights_of(ref, plan: Plan, i: int, row):

@@ -115,7 +115,9 @@ class Plan:
         ]
 
 
-def plan_of(t: int, taps: int, dilations: tuple[int, ...], *, symmetric: bool, **more) -> Plan:
+def plan_of(
+    t: int, taps: int, dilations: tuple[int, ...], *, symmetric: bool, past: bool = False, **more
+) -> Plan:
     """The plan of a stack; taps that reach nothing within t tokens are left out.
 
     Args:
@@ -123,11 +125,12 @@ def plan_of(t: int, taps: int, dilations: tuple[int, ...], *, symmetric: bool, *
         taps: per level.
         dilations: one per level.
         symmetric: taps on both sides.
+        past: there are tokens before the row.
         **more: fields of Plan.
     """
     levels = []
     for i, dilation in enumerate(dilations):
-        most = (t - 1) // dilation
+        most = taps if past else (t - 1) // dilation
         middle = taps // 2 if symmetric else 0
         center, back = min(middle, most), min(taps - 1 - middle, most)
         levels.append(Level(i * taps + middle - center, center + back + 1, center, dilation))

@@ -1,5 +1,7 @@
 """dilated_conv as shifted adds: documents and state; stack.py and level.py have the sums."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -40,22 +42,11 @@ def run(
         )  # fmt: skip
     weight = weight.astype(dtype)
     bias = jnp.zeros((len(weight), e), dtype) if bias is None else bias.astype(dtype)
-    sights = None
-    first = jnp.zeros((b,), jnp.int32)
-    end, held, reset = first + (t - 1), first + t, first > 0
-    before, count = count, count + t
-    if segment_ids is not None:
-        starts, valid, last_id = boundaries(segment_ids, last_id)
-        behind, ahead = _sights(segment_ids, starts, valid, before)
-        sights = Sights(behind, ahead, valid)
-        x = jnp.where(valid[..., None], x, 0)
-        places = jnp.arange(t, dtype=jnp.int32)
-        first = jnp.min(jnp.where(valid, places, t), axis=1)
-        end = jnp.max(jnp.where(valid, places, 0), axis=1)
-        held, reset = jnp.sum(valid, axis=1, dtype=jnp.int32), jnp.any(starts, axis=1)
-        newest = jnp.take_along_axis(behind, end[:, None], axis=1)[:, 0]
-        count = jnp.where(held > 0, newest + 1, before)
-        held = jnp.where(reset, count, held)
+    call = after_call(x, count, last_id, segment_ids)
+    sights, first, end, held, reset = call.sights, call.first, call.end, call.held, call.reset
+    before, count, last_id = count, call.count, call.last_id
+    if sights is not None:
+        x = jnp.where(sights.valid[..., None], x, 0)
 
     y = in_parts(x, weight, bias, sights, stack) if fresh else None
     if symmetric:
@@ -75,7 +66,46 @@ def run(
     return y, jnp.concatenate(new, axis=1), count, last_id
 
 
-def _sights(segment_ids, starts, valid, count):
+class Call(NamedTuple):
+    """Where the tokens of a call lie, int32 `[b]`, and what a state says after it.
+
+    Attributes:
+        sights: see Sights; None = one document.
+        first, end: places of the first and the last token.
+        held: tokens of the last document that lie in the call.
+        reset: bool, it began in the call.
+        count: its tokens so far.
+        last_id: its id.
+    """
+
+    sights: Sights | None
+    first: jax.Array
+    end: jax.Array
+    held: jax.Array
+    reset: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple has a method of this name
+    last_id: jax.Array
+
+
+def after_call(x, count, last_id, segment_ids) -> Call:
+    """The Call of x `[b t e]`; count and last_id as before it."""
+    b, t, _ = x.shape
+    first = jnp.zeros((b,), jnp.int32)
+    if segment_ids is None:
+        return Call(None, first, first + (t - 1), first + t, first > 0, count + t, last_id)
+    starts, valid, last_id = boundaries(segment_ids, last_id)
+    behind, ahead = sights_of(segment_ids, starts, valid, count)
+    places = jnp.arange(t, dtype=jnp.int32)
+    first = jnp.min(jnp.where(valid, places, t), axis=1)
+    end = jnp.max(jnp.where(valid, places, 0), axis=1)
+    held, reset = jnp.sum(valid, axis=1, dtype=jnp.int32), jnp.any(starts, axis=1)
+    newest = jnp.take_along_axis(behind, end[:, None], axis=1)[:, 0]
+    count = jnp.where(held > 0, newest + 1, count)
+    held = jnp.where(reset, count, held)
+    return Call(Sights(behind, ahead, valid), first, end, held, reset, count, last_id)
+
+
+def sights_of(segment_ids, starts, valid, count):
     """How many tokens of its document lie behind and ahead of each token, int32 `[b t]`."""
     t = segment_ids.shape[1]
     place = count[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid

@@ -6,7 +6,7 @@ Kept between forward and backward: the call's own arguments. README.md has grid,
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from pallas_kernels.long_conv.tpu_short import Short
 from pallas_kernels.long_conv.tpu_stages import Long
 from pallas_kernels.long_conv.xla import XlaConfig
 
-_SHARE = 0.94  # of the scoped limit: what blocks and scratch take; they are counted closely
+# Of the scoped limit: what blocks and scratch take, if it can be, and at most.
+_SHARE, _MOST = 0.72, 0.94
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,12 @@ class PallasTpuConfig(tpu.TpuConfig):
 
 
 class Arguments(NamedTuple):
-    """What the kernels take; channel is float32 `[2 e]`, skip and bias."""
+    """What the kernels take; channel is float32 `[2 e]`, skip and bias (None in a plan)."""
 
     u: jax.Array
     kernel: jax.Array
     reverse: jax.Array | None
-    channel: jax.Array
+    channel: jax.Array | None
     pre: jax.Array | None
     post: jax.Array | None
 
@@ -71,7 +72,7 @@ def refuses(shapes, device_kind) -> str | None:
         return "there are segment ids; documents are convolved half by half, which xla does"
     given = Arguments(u, kernel, reverse, None, pre, post)
     plan = plan_of(given, PallasTpuConfig(device_kind=device_kind))
-    need, most = _bytes(plan, u), most_room(device_kind, _SHARE)
+    need, most = _bytes(plan, u), most_room(device_kind, _MOST)
     if need > most:
         return (
             f"rows of {u.shape[1]} tokens take {need / tpu.MIB:.0f} MiB of vector memory and there "
@@ -89,15 +90,20 @@ def plan_of(given: Arguments, config: PallasTpuConfig) -> Short | Long:
     """How a call is computed: by one stage or by two."""
     (b, t, _), available = given.u.shape, given.kernel.shape[1]
     lags, two_sided = min(available, t), given.reverse is not None
-    gates = dict(pre=given.pre is not None, post=given.post is not None)
     least = t + lags - (not two_sided)
-    more = dict(t=t, lags=lags, two_sided=two_sided, **gates)
-    more["operands"] = "bfloat16" if given.u.dtype == jnp.bfloat16 else "float32"
+    more: dict[str, Any] = dict(
+        t=t,
+        lags=lags,
+        two_sided=two_sided,
+        pre=given.pre is not None,
+        post=given.post is not None,
+        operands="bfloat16" if given.u.dtype == jnp.bfloat16 else "float32",
+    )
     if least <= config.short:
         width = min(available, tpu.round_up(lags, tpu.LANES))
         batch = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * t <= config.tokens))
-        return Short(tpu.round_up(least, 32), width=width, batch=batch, **more)
-    return tpu_long.plan_of(least, block=config.block, **more)
+        return Short(n=tpu.round_up(least, 32), width=width, batch=batch, **more)
+    return tpu_long.plan_of(least, config.block, more)
 
 
 def run(

@@ -6,6 +6,7 @@ last row alone) the gradients of lags. Between, one block of everything is on it
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
-from pallas_kernels.core.tpu_parts import rows_below
+from pallas_kernels.core.tpu_parts import Refs, rows_below
 from pallas_kernels.long_conv import tpu_stages
 from pallas_kernels.long_conv.tpu_stages import (
     LANES,
@@ -30,10 +31,10 @@ from pallas_kernels.long_conv.tpu_stages import (
 from pallas_kernels.long_conv.tpu_waves import PAIRS, PERIOD
 
 
-def plan_of(least: int, *, block: int, t: int, **more) -> Long:
-    """The plan of transforms of at least so many numbers."""
+def plan_of(least: int, block: int, call: dict[str, Any]) -> Long:
+    """The plan of transforms of at least so many numbers; call has the other fields."""
     n = PERIOD * tpu.round_up(-(-least // PERIOD), 8)
-    return Long(n, t=t, block=min(block, tpu.round_up(t, LANES)), **more)
+    return Long(n=n, block=min(block, tpu.round_up(call["t"], LANES)), **call)
 
 
 def vmem(plan: Long, itemsize: int) -> int:
@@ -93,10 +94,10 @@ def _call(body, plan: Long, config, name: str, arrays, outputs, scratch, phases:
         if kind == "channel":
             return pl.BlockSpec((2, LANES), lambda c, i, n: (0, c))
         if kind in ("load", "store"):
-            index = lambda c, i, n: (i, phases.block(kind, i, n), c)
-            return pl.BlockSpec((1, plan.block, LANES), index)
-        index = lambda c, i, n: (c, phases.block(kind, i, n))
-        return pl.BlockSpec((LANES, plan.block), index)
+            return pl.BlockSpec(
+                (1, plan.block, LANES), lambda c, i, n: (i, phases.block(kind, i, n), c)
+            )
+        return pl.BlockSpec((LANES, plan.block), lambda c, i, n: (c, phases.block(kind, i, n)))
 
     def whole(a):
         return pl.BlockSpec(a.shape, lambda c, i, n: (0, 0), pipeline_mode=pl.Buffered(1))
@@ -228,14 +229,13 @@ def _kernels(phases, refs, plane, columns, spectrum, between, matrices, plan: Lo
             each_group(plan, group)
 
 
-def _fwd_kernel(*refs, plan: Long, phases: _Phases, channels: int):
-    refs = list(refs)
-    u_ref, kernel_ref, channel_ref = (refs.pop(0) for _ in range(3))
-    reverse_ref = refs.pop(0) if plan.two_sided else None
-    pre_ref = refs.pop(0) if plan.pre else None
-    post_ref = refs.pop(0) if plan.post else None
-    matrices = Waves(*(refs.pop(0) for _ in Waves._fields))
-    y_ref, plane, columns, spectrum, z_ref, between = refs
+def _fwd_kernel(*refs, plan: Long, phases: _Phases, channels):
+    given = Refs(refs)
+    u_ref, kernel_ref, channel_ref = given.several(3)
+    reverse_ref = given.take(plan.two_sided)
+    pre_ref, post_ref = given.take(plan.pre), given.take(plan.post)
+    matrices = Waves(*given.several(len(Waves._fields)))
+    y_ref, plane, columns, spectrum, z_ref, between = given.several(6)
     row, step = pl.program_id(1), pl.program_id(2)
     channels = _channels_left(channels)
     lags = dict(kernel=kernel_ref, reverse=reverse_ref)
@@ -309,19 +309,17 @@ def backward(u, kernel, reverse, channel, pre, post, dy, plan: Long, config):
     return du, dkernel, found.pop(0) if plan.two_sided else None, dchannel, dpre, dpost
 
 
-def _bwd_kernel(*refs, plan: Long, phases: _Phases, channels: int):
-    refs = list(refs)
-    take = lambda n: [refs.pop(0) for _ in range(n)]
-    gates = plan.pre + plan.post
-    u_ref, kernel_ref, channel_ref = take(3)
-    reverse_ref = take(1)[0] if plan.two_sided else None
-    loaded = [u_ref, *take(1 + gates)]  # u, dy, pre, post
-    matrices = Waves(*take(len(Waves._fields)))
-    stored = take(1 + gates)  # du, dpre, dpost
-    dchannel_ref, dkernel_ref = take(2)
-    dreverse_ref = take(1)[0] if plan.two_sided else None
-    planes = take(2 + gates)
-    columns, g_columns, spectrum, sums, z_ref, between = refs
+def _bwd_kernel(*refs, plan: Long, phases: _Phases, channels):
+    given, gates = Refs(refs), plan.pre + plan.post
+    u_ref, kernel_ref, channel_ref = given.several(3)
+    reverse_ref = given.take(plan.two_sided)
+    loaded = [u_ref, *given.several(1 + gates)]  # u, dy, pre, post
+    matrices = Waves(*given.several(len(Waves._fields)))
+    stored = given.several(1 + gates)  # du, dpre, dpost
+    dchannel_ref, dkernel_ref = given.several(2)
+    dreverse_ref = given.take(plan.two_sided)
+    planes = given.several(2 + gates)
+    columns, g_columns, spectrum, sums, z_ref, between = given.several(6)
     row, step = pl.program_id(1), pl.program_id(2)
     channels = _channels_left(channels)
     lags = dict(kernel=kernel_ref, reverse=reverse_ref)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
-from pallas_kernels.core.tpu_parts import dot
+from pallas_kernels.core.tpu_parts import Refs, dot
 from pallas_kernels.long_conv import tpu_waves
 
 _ROWS = 128  # of a product's result that are computed at once
@@ -171,15 +171,10 @@ def _kernel_spectrum(kernel_ref, reverse_ref, there_ref, ahead_ref, spectrum_ref
                 spectrum_ref[im] += sin * x - cos * y
 
 
-def _refs(refs, plan: Short):
-    """u, kernel, reverse, channel, pre, post, and what is left."""
-    refs = list(refs)
-    u, kernel = refs.pop(0), refs.pop(0)
-    reverse = refs.pop(0) if plan.two_sided else None
-    channel = refs.pop(0)
-    pre = refs.pop(0) if plan.pre else None
-    post = refs.pop(0) if plan.post else None
-    return u, kernel, reverse, channel, pre, post, refs
+def _refs(given: Refs, plan: Short):
+    """u, kernel, reverse, channel, pre, post."""
+    u, kernel, reverse = given.take(), given.take(), given.take(plan.two_sided)
+    return u, kernel, reverse, given.take(), given.take(plan.pre), given.take(plan.post)
 
 
 def _of(ref, i, part=slice(None)):
@@ -188,14 +183,16 @@ def _of(ref, i, part=slice(None)):
 
 
 def _fwd_kernel(*refs, plan: Short):
-    u, kernel, reverse, channel, pre, post, refs = _refs(refs, plan)
-    there, back, ahead, y_ref, spectrum, v_spectrum, z_operand, v_operand = refs
+    given = Refs(refs)
+    u, kernel, reverse, channel, pre, post = _refs(given, plan)
+    there, back, ahead, y_ref = given.several(4)
+    spectrum, v_spectrum, z_operand, v_operand = given.several(4)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
         _kernel_spectrum(kernel, reverse, there, ahead, spectrum, plan)
 
-    for i in range(plan.batch):
+    def row(i, carry):
         v_operand[...] = (_of(u, i) * _of(pre, i)).astype(plan.operands)
         _product(v_spectrum, there, v_operand, slice(0, plan.t))
         for re, im in _halves(plan):
@@ -209,6 +206,9 @@ def _fwd_kernel(*refs, plan: Short):
             if post is not None:
                 z = z * _of(post, i, part)
             y_ref[i, part] = z.astype(y_ref.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, plan.batch, row, 0)
 
 
 def backward(u, kernel, reverse, channel, pre, post, dy, plan: Short, config):
@@ -246,13 +246,13 @@ def backward(u, kernel, reverse, channel, pre, post, dy, plan: Short, config):
 
 
 def _bwd_kernel(*refs, plan: Short, steps: int):
-    u, kernel, reverse, channel, pre, post, refs = _refs(refs, plan)
-    dy, there, back, ahead, du, dkernel = (refs.pop(0) for _ in range(6))
-    dreverse = refs.pop(0) if plan.two_sided else None
-    dchannel = refs.pop(0)
-    dpre = refs.pop(0) if plan.pre else None
-    dpost = refs.pop(0) if plan.post else None
-    spectrum, sums, v_spectrum, g_spectrum, z_operand, dv_operand, v_operand, g_operand = refs
+    given = Refs(refs)
+    u, kernel, reverse, channel, pre, post = _refs(given, plan)
+    dy, there, back, ahead, du, dkernel = given.several(6)
+    dreverse, dchannel = given.take(plan.two_sided), given.take()
+    dpre, dpost = given.take(plan.pre), given.take(plan.post)
+    spectrum, sums, v_spectrum, g_spectrum = given.several(4)
+    z_operand, dv_operand, v_operand, g_operand = given.several(4)
     step = pl.program_id(1)
 
     @pl.when(step == 0)
@@ -261,7 +261,7 @@ def _bwd_kernel(*refs, plan: Short, steps: int):
         sums[...] = jnp.zeros_like(sums)
         dchannel[...] = jnp.zeros_like(dchannel)
 
-    for i in range(plan.batch):
+    def row(i, carry):
         v_operand[...] = (_of(u, i) * _of(pre, i)).astype(plan.operands)
         g_operand[...] = (_of(dy, i) * _of(post, i)).astype(plan.operands)
         _product(v_spectrum, there, v_operand, slice(0, plan.t))
@@ -290,6 +290,9 @@ def _bwd_kernel(*refs, plan: Short, steps: int):
                 dpre[i, part] = (dv * u_i).astype(dpre.dtype)
             dchannel[0:1, :] += jnp.sum(g * v, axis=0, keepdims=True)
             dchannel[1:2, :] += jnp.sum(g, axis=0, keepdims=True)
+        return carry
+
+    jax.lax.fori_loop(0, plan.batch, row, 0)
 
     @pl.when(step == steps - 1)
     def _():

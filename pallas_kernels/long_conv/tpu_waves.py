@@ -48,7 +48,7 @@ def twiddles(n: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines between the stages, `[g*M 128]`, i2 by k1."""
     m = columns(n)
     turns = np.arange(m)[:, None] * (2 * np.arange(PAIRS) + 1) % (2 * n)
-    return tuple(np.tile(f(np.pi * turns / n), (group(m), 1)) for f in (np.cos, np.sin))
+    return _tiled(np.cos(np.pi * turns / n), m), _tiled(np.sin(np.pi * turns / n), m)
 
 
 def second_stage(n: int) -> np.ndarray:
@@ -62,4 +62,10 @@ def ahead(n: int) -> tuple[np.ndarray, np.ndarray]:
     """`phases` as two stages order frequencies, `[g*M 128]`, k2 by k1."""
     m = columns(n)
     k = np.arange(PAIRS) + PERIOD * np.arange(m)[:, None]
-    return tuple(np.tile(x, (group(m), 1)) for x in phases(k, n))
+    cos, sin = phases(k, n)
+    return _tiled(cos, m), _tiled(sin, m)
+
+
+def _tiled(x: np.ndarray, m: int) -> np.ndarray:
+    """For each channel of a group."""
+    return np.tile(x, (group(m), 1))

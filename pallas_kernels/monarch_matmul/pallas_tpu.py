@@ -48,17 +48,11 @@ class PallasTpuConfig(tpu.TpuConfig):
         most = max(tpu.LANES, min(_MOST_TOKENS, tpu.round_up(sizes["rows"], tpu.LANES)))
         tokens = range(most, 0, -tpu.LANES)
         fits = room(device_kind)
-        both, need = [], 0
-        for backward in (False, True):
-            of = functools.partial(_bytes, sizes, backward=backward)
-            both.append(next((n for n in tokens if of(tokens=n) <= fits), tpu.LANES))
-            need = max(need, of(tokens=both[-1]))
-        return cls(
-            tokens=both[0],
-            backward_tokens=both[1],
-            vmem_limit_bytes=limit_for(need, device_kind),
-            device_kind=device_kind,
+        forward, backward = (
+            next((n for n in tokens if _bytes(sizes, n, back) <= fits), tpu.LANES)
+            for back in (False, True)
         )
+        return cls(tokens=forward, backward_tokens=backward, device_kind=device_kind)
 
 
 def _sizes(x, w1, w2) -> dict[str, int]:
@@ -95,7 +89,11 @@ def refuses(shapes, device_kind) -> str | None:
 
 def run(x, w1, w2, *, config):
     """See `monarch_matmul`; gives y."""
-    config = PallasTpuConfig.of(config, _sizes(x, w1, w2), dispatch.device_kind(config))
+    kind, sizes = dispatch.device_kind(config), _sizes(x, w1, w2)
+    config = PallasTpuConfig.of(config, sizes, kind)
+    if config.vmem_limit_bytes is None:
+        need = max(_bytes(sizes, config.tokens, False), _bytes(sizes, config.backward_tokens, True))
+        config = dataclasses.replace(config, vmem_limit_bytes=limit_for(need, kind))
     rows = x.reshape(-1, x.shape[-1])
     y = _block_diagonal(rows, w1, config) if w2 is None else _monarch(rows, w1, w2, config)
     return y.reshape(*x.shape[:-1], -1)

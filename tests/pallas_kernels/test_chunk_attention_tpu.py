@@ -1,7 +1,5 @@
 """chunk_attention by splash attention, interpreted: the operators' suite, and what it refuses."""
 
-import importlib
-
 import jax
 import pytest
 
@@ -60,15 +58,8 @@ def test_vmap():
 
 def test_two_lengths_in_one_process():
     """jax 0.11 keeps pl.num_programs of another grid."""
-    for length in (100, 230):
+    for length in (9, 140):
         testing.check_agrees(chunk_attention, GROUPED, length, **HOW)
-
-
-def test_no_races():
-    interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
-    config = PallasTpuConfig(interpret="races")
-    testing.check_agrees(chunk_attention, GROUPED, 20, implementation="pallas_tpu", config=config)
-    assert not interpreter.races.races_found
 
 
 @pytest.mark.parametrize("name, length", [("chunks", 20), ("alone", 20), ("grouped", 1)])

@@ -26,7 +26,7 @@ def op(x, weight, bias=None, *, initial_state=None, segment_ids=None, **how):
 op.axes = dilated_conv.axes
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=slow), True])
 @pytest.mark.parametrize("spec", [THREE, SYMMETRIC], ids=lambda s: s.name)
 def test_agrees(spec, documents):
     """130 tokens: nine blocks; causal, three segments."""
@@ -34,7 +34,7 @@ def test_agrees(spec, documents):
 
 
 @slow
-@pytest.mark.parametrize("length", [1, 37, 128, 200])
+@pytest.mark.parametrize("length", [2, 37, 128, 200])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "name",
@@ -45,7 +45,8 @@ def test_agrees_at_more_lengths(name, dtype, length):
 
 
 def test_agrees_at_one_token():
-    testing.check_agrees(op, WHOLE, 1, documents=True, **HOW)
+    """A symmetric stack; a causal one steps."""
+    testing.check_agrees(op, SYMMETRIC, 1, documents=True, **HOW)
 
 
 def test_agrees_in_bfloat16():
@@ -68,8 +69,9 @@ def test_deterministic():
 
 def test_two_lengths_in_one_process():
     """jax 0.11 keeps pl.num_programs of another grid; nothing here reads it."""
+    one_level = named("one_level")
     for length in (20, 60):
-        testing.check_agrees(op, WHOLE, length, **HOW)
+        testing.check_agrees(op, one_level, length, **HOW)
 
 
 @pytest.mark.parametrize("spec", [WHOLE, pytest.param(SYMMETRIC, marks=slow)], ids=lambda s: s.name)
@@ -81,17 +83,36 @@ def test_no_races(spec):
     assert not interpreter.races.races_found
 
 
-def test_streams_and_far_levels_are_refused():
+@pytest.mark.parametrize("documents", [pytest.param(False, marks=slow), True])
+def test_agrees_with_a_past(documents):
+    """The state before, the one after, and gradients through both."""
+    testing.check_agrees(dilated_conv, WHOLE, 50, documents=documents, **HOW)
+
+
+@slow
+@pytest.mark.parametrize("length", [2, 37, 130])
+@pytest.mark.parametrize("name", ["linear", "one_tap", "three_levels", "one_level"])
+def test_agrees_with_a_past_at_more_lengths(name, length):
+    testing.check_agrees(dilated_conv, named(name), length, documents=True, **HOW)
+
+
+@slow
+def test_hand_off_and_padding_only():
+    testing.check_hand_off(dilated_conv, WHOLE, 40, 17, documents=True, **HOW)
+    testing.check_padding_only(dilated_conv, WHOLE, **HOW)
+
+
+def test_single_tokens_and_far_levels_are_refused():
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     shapes = (f32(1, 2**20, 128), f32(2, 16, 128))
     how = dict(activation="linear", symmetric=False)
     refused = lambda **more: refuses_options(shapes, "TPU7x", **how, **more)
-    assert "state" in refused(dilations=(1, 16), fresh=False)
+    assert refused(dilations=(1, 16), fresh=False) is None
     assert "MiB of vector memory" in refused(dilations=(1, 8192), fresh=True)
     assert refused(dilations=(1, 256), fresh=True) is None
-    arrays = testing.draw_case(op, WHOLE, 5)
-    with pytest.raises(NotImplementedError, match="goes on from a state"):
-        dilated_conv(**arrays.arrays, **WHOLE.options, initial_state=arrays.state, **HOW)
+    arrays = testing.draw_case(op, WHOLE, 1).arrays
+    with pytest.raises(NotImplementedError, match="one token"):
+        dilated_conv(**arrays, **WHOLE.options, **HOW)
 
 
 def test_bad_config():

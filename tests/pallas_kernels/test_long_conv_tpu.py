@@ -86,11 +86,13 @@ def test_agrees_with_many_columns_and_two_parts():
             assert np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)) < 5e-6
 
 
+@slow
 def test_hand_off():
     testing.check_hand_off(op, WHOLE, 40, 17, **how("short"))
 
 
-@pytest.mark.parametrize("form", ["short", pytest.param("long", marks=slow)])
+@slow
+@pytest.mark.parametrize("form", CONFIGS)
 def test_vmap(form):
     testing.check_vmap(op, WHOLE, 30, **how(form))
 
