@@ -1,5 +1,7 @@
 """What simple_gla's TPU kernels compute in one chunk of c tokens, tokens on lanes."""
 
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +20,23 @@ def product_dtype(*arrays: jax.Array):
     return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
 
 
-def sums(x: jax.Array, lower: jax.Array, dims: tuple[int, int]) -> jax.Array:
-    """x times a matrix of ones and zeros, to float32's last digits by three bfloat16 products."""
-    total, rest = jnp.zeros((), jnp.float32), x
+def parts(x: jax.Array) -> list[jax.Array]:
+    """Three float32 arrays that bfloat16 holds exactly, and whose sum is x."""
+    found = []
     for _ in range(3):
-        part = rest.astype(jnp.bfloat16)
-        rest = rest - part.astype(jnp.float32)
-        total = total + dot(part, lower, dims)
-    return total
+        found.append(x.astype(jnp.bfloat16).astype(jnp.float32))
+        x = x - found[-1]
+    return found
+
+
+def sums(x: jax.Array, ones: jax.Array, dims: tuple[int, int]) -> jax.Array:
+    """x times a matrix of ones and zeros, to float32's last digits by three bfloat16 products."""
+    return sum_up(dot(part.astype(jnp.bfloat16), ones, dims) for part in parts(x))
+
+
+def sum_up(terms: Iterable[jax.Array]) -> jax.Array:
+    """The sum of some arrays."""
+    return functools.reduce(jnp.add, terms)
 
 
 def before(c: int, *, strictly: bool = False) -> jax.Array:
@@ -57,12 +68,15 @@ def decays(g: jax.Array, masks: Seen, order: Order) -> tuple[jax.Array, jax.Arra
     c = g.shape[1]
     upto, strict = order.upto[...], order.strict[...]
     first = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, c), 0) == 0
-    row = jnp.where(first, g, 0)
-    terms = jnp.concatenate([g * strict.astype(jnp.float32), row], axis=0)
-    found = sums(terms, upto, NN)
+
+    def terms(part):  # those of pairs, and below them g itself
+        rows = (part * strict.astype(jnp.float32), jnp.where(first, part, 0))
+        return jnp.concatenate(rows, axis=0).astype(jnp.bfloat16)
+
+    found = sum_up(dot(terms(part), upto, NN) for part in parts(g))
     pairs = jnp.exp(found[:c])
     pairs = pairs * upto.astype(jnp.float32) if masks.valid is None else only(masks.pairs, pairs)
-    return pairs, found[c : c + 1], sums(row, strict, NT)[:1]
+    return pairs, found[c : c + 1], sums(jnp.where(first, g, 0), strict, NT)[:1]
 
 
 def pairs_gradient(dpairs: jax.Array, order: Order) -> jax.Array:

@@ -23,10 +23,10 @@ from pallas_kernels.simple_gla.tpu_chunk import (
     TN,
     Order,
     before,
+    decays,
     ends,
     product_dtype,
 )
-from pallas_kernels.simple_gla.tpu_walks import gates
 
 
 class How(NamedTuple):
@@ -87,16 +87,7 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
                 (1, 1, 1, v_width, width), lambda i, j, s, n: (i, j * shared + n, s, 0, 0)
             ),
         )
-    chunk = config.chunk
-    scratch = dict(
-        state=pltpu.VMEM((shared, v_width, width), jnp.float32),
-        upto=pltpu.VMEM((chunk, chunk), jnp.bfloat16),
-        strict=pltpu.VMEM((chunk, chunk), jnp.bfloat16),
-        by_pair=pltpu.VMEM((block // chunk, chunk, chunk), jnp.float32),
-        start=pltpu.VMEM((block // chunk, chunk), jnp.float32),
-        end=pltpu.VMEM((block // chunk, chunk), jnp.float32),
-    )
-    names = (*inputs, *outputs, *scratch)
+    names = (*inputs, *outputs, "state", "upto", "strict")
     results = kernel_call(
         functools.partial(_body, names=names, how=how, steps=steps, dtype=product_dtype(q, k, v)),
         name="simple_gla_forward",
@@ -106,7 +97,11 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
         out_specs=[spec for _, spec in outputs.values()],
         out_shape=[shape for shape, _ in outputs.values()],
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        scratch_shapes=list(scratch.values()),
+        scratch_shapes=[
+            pltpu.VMEM((shared, v_width, width), jnp.float32),
+            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+        ],
     )(*(x for x, _ in inputs.values()))
     return results if save else (*results, None)
 
@@ -115,7 +110,7 @@ def _body(*refs, names, how: How, steps: int, dtype):
     at = dict(zip(names, refs, strict=True))
     step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
     state = at["state"].at[head]
-    at["order"] = order = Order(at["upto"], at["strict"])
+    order = Order(at["upto"], at["strict"])
     order.upto[...], order.strict[...] = before(chunk), before(chunk, strictly=True)
 
     @pl.when(step == 0)
@@ -125,28 +120,21 @@ def _body(*refs, names, how: How, steps: int, dtype):
     if "saved" in at:
         at["saved"][0, 0, 0] = state[...]
 
-    def walk(one):
-        def one_chunk(i, carry):
-            here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-            one(i, here, seen(at["places"][0, :, here] if "places" in at else None, chunk))
-            return carry
-
-        jax.lax.fori_loop(0, how.config.block // chunk, one_chunk, 0)
-
-    def outputs(i, here, masks):
+    def one_chunk(i, carry):
+        here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+        masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
         q, k, v = (only(masks.valid, at[x][0, 0, :, here].astype(dtype)) for x in "qkv")
-        row = pl.ds(i, 1)
-        start, end, through = ends(at["start"][row], at["end"][row], masks)
-        w = dot(k, q, TN) * at["by_pair"][i]
+        p, start, end = decays(at["g"][0, 0, :, here], masks, order)
+        start, end, through = ends(start, end, masks)
+        w = dot(k, q, TN) * p
         read = dot(state[...].astype(dtype), q, NN) * start
         y = how.scale * (dot(v, w.astype(dtype), NN) + read)
         at["y"][0, 0, :, here] = only(masks.valid, y).astype(at["y"].dtype)
         new = dot((v.astype(jnp.float32) * end).astype(dtype), k, NT)
         state[...] = through * state[...] + new
+        return carry
 
-    # Two loops: fewer registers are held.
-    walk(lambda i, here, masks: gates(at, i, here, masks, how.scale, dtype))
-    walk(outputs)
+    jax.lax.fori_loop(0, how.config.block // chunk, one_chunk, 0)
 
     @pl.when(step == steps - 1)
     def _():
