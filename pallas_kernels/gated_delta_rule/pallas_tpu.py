@@ -53,7 +53,7 @@ class PallasTpuConfig(TpuConfig):
         """Chunks of 64; spans of 512 tokens, or of what the vector memory can hold.
 
         Args:
-            sizes: t, h, k, v, m (memories) and itemsize (of q, k and v).
+            sizes: t, k, v, m (memories) and itemsize (of q, k and v).
             device_kind: jax's name of the device.
         """
         most = _SHARE * _MOST * tpu.generation(device_kind).vmem
@@ -65,17 +65,6 @@ class PallasTpuConfig(TpuConfig):
         return cls(span=span, device_kind=device_kind)
 
 
-def beside(h: int) -> int:
-    """How many heads of a token lie side by side in memory and are fetched together, or 0.
-
-    XLA lays heads of a token into one tile of memory where they fill it. Others it keeps apart, and
-    one is fetched at a time.
-    """
-    if h % tpu.SUBLANES == 0:
-        return tpu.SUBLANES
-    return h if h in (2, 4) else 0
-
-
 def vmem(sizes: Mapping[str, int], span: int, chunk: int, *, backward: bool) -> int:
     """Bytes of vector memory that a kernel's blocks and scratch take.
 
@@ -85,16 +74,16 @@ def vmem(sizes: Mapping[str, int], span: int, chunk: int, *, backward: bool) -> 
         backward: which kernel.
     """
     k, v = (tpu.round_up(sizes[x], tpu.LANES) for x in "kv")
-    h, m, item = beside(sizes["h"]) or 1, sizes["m"], sizes["itemsize"]
+    m, item = sizes["m"], sizes["itemsize"]
     state, token = k * v, (4 * k + 3 * v if backward else 2 * k + 2 * v) * item
-    blocks = 2 * span * (h * token + 4 * tpu.SUBLANES * (5 if backward else 3))
-    blocks += 2 * h * state * item + 4 * m * h * state * (3 if backward and m > 1 else 2)
-    copies = span * h * (2 * k + (2 if backward else 1) * v) * item
+    blocks = 2 * span * (token + 4 * tpu.SUBLANES * (5 if backward else 3))
+    blocks += 2 * state * item + 4 * m * state * (3 if backward and m > 1 else 2)
+    copies = span * (2 * k + (2 if backward else 1) * v) * item
     work = span * (4 * v + (v + 3 * k) * item) + 4 * (5 if backward else 4) * span * chunk
     if backward:
         work += span // chunk * state * item + 4 * state + 4 * TILE * (3 * k + 3 * TILE)
         work += 4 * chunk * v * item
-    return blocks + work + (copies if m > 1 or beside(sizes["h"]) else 0)
+    return blocks + work + (copies if m > 1 else 0)
 
 
 def _sizes(q, v, s, block_memory, item: int) -> dict[str, int]:
@@ -130,9 +119,7 @@ def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, confi
     chunk = min(chunks.fitting(config.chunk, t, block_memory), TILE)
     span = min(config.span, tpu.round_up(t, TILE))
     plan, last_id = chunks.plan(t, chunk, segment_ids, last_id, block_memory, fill=span // chunk)
-    together = beside(sizes["h"])
-    masked = plan.valid is not None
-    how = How(config, chunk, span, scale, masked, together or 1, together > 0)
+    how = How(config, chunk, span, scale, masked=plan.valid is not None)
 
     keys, values = (tpu.round_up(sizes[x], tpu.LANES) for x in "kv")
     pad = lambda x, size: tpu.pad_to(x.astype(operand), 3, size)
@@ -175,7 +162,7 @@ def _rule_backward(how, residuals, cotangents):
     )
     valid = _valid(plan, t)
     for x, like in ((dg, g), (dbeta, beta)):
-        x = jnp.swapaxes(x.reshape(x.shape[0], -1, x.shape[3])[..., :t], 1, 2)
+        x = jnp.swapaxes(x[:, :, 0, :t], 1, 2)
         x = x if valid is None else jnp.where(valid, x, 0)
         dinputs.append(x.astype(like.dtype))
     return tuple(dinputs), None if fresh else ds, None
@@ -233,8 +220,7 @@ def _places(g, beta, plan: Plan, how: How) -> Places:
     for x in (g, beta):
         x = x.astype(jnp.float32)
         x = x if valid is None else jnp.where(valid, x, 0)
-        x = tpu.pad_to(jnp.swapaxes(x, 1, 2), 2, whole)
-        rows.append(x.reshape(x.shape[0], -1, how.heads, whole))
+        rows.append(tpu.pad_to(jnp.swapaxes(x, 1, 2), 2, whole)[:, :, None])
     document = None
     if how.masked:
         document = jnp.zeros(plan.valid.shape) if plan.document is None else plan.document

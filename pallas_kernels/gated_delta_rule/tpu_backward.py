@@ -28,8 +28,8 @@ from pallas_kernels.gated_delta_rule.tpu_tile import (
 )
 
 
-class Head(NamedTuple):
-    """References to a head's span, and to its gradients, which may take the places of q, k, v."""
+class Span(NamedTuple):
+    """References to a span and to its gradients, `[span width]`."""
 
     q: Any
     k: Any
@@ -101,14 +101,13 @@ def backward(q, k, v, places: Places, s, starts, memory, dy, ds, how: How, *, co
     spans = pl.cdiv(t, how.span)
     blocks = tpu_span.specs(how, (m, width, values), lambda n: spans - 1 - n)
     memories = memory is not None
-    q, k, v, dy = (tpu_span.turned(x, how) for x in (q, k, v, dy))
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    copy = lambda size: pltpu.VMEM((how.heads, how.span, size), k.dtype)
+    copy = lambda size: pltpu.VMEM((how.span, size), k.dtype)
     *dinputs, dg, dbeta, ds = tpu.kernel_call(
         functools.partial(_body, how=how, memories=memories, spans=spans),
         name="gated_delta_rule_backward",
         config=how.config,
-        grid=(b, h // how.heads, spans),
+        grid=(b, h, spans),
         in_specs=[
             *([blocks.states] if memories else []),
             *(blocks.gates, blocks.gates, *([blocks.document] if how.masked else [])),
@@ -119,18 +118,23 @@ def backward(q, k, v, places: Places, s, starts, memory, dy, ds, how: How, *, co
             *(blocks.keys, blocks.keys, blocks.values),
             *(blocks.gates, blocks.gates, blocks.states),
         ],
-        out_shape=[*map(like, (q, k, v, places.g, places.beta, ds))],
+        out_shape=[*map(like, (*map(tpu_span.flat, (q, k, v)), places.g, places.beta, ds))],
         semantics=("parallel", "parallel", "arbitrary"),
         num_scalar_prefetch=int(memories),
         scratch_shapes=[
             pltpu.VMEM((width, values), jnp.float32),
             *_scratch(how, width, values, k.dtype),
             *tpu_span.scratch(how, width, values, k.dtype, alike=True),
-            *([copy(width), copy(width), copy(values), copy(values)] if how.copied else []),
+            *([copy(width), copy(width), copy(values), copy(values)] if how.masked else []),
         ],
         cost=cost,
-    )(*(x for x in (memory, s, *places) if x is not None), q, k, v, dy, starts, ds)
-    return *(tpu_span.turned(x, how) for x in dinputs), dg, dbeta, ds
+    )(
+        *(x for x in (memory, s, *places) if x is not None),
+        *map(tpu_span.flat, (q, k, v, dy)),
+        *(starts, ds),
+    )
+    dq, dk, dv = (x.reshape(like.shape) for x, like in zip(dinputs, (q, k, v), strict=True))
+    return dq, dk, dv, dg, dbeta, ds
 
 
 def _body(*refs, how: How, memories: bool, spans: int):
@@ -152,74 +156,69 @@ def _body(*refs, how: How, memories: bool, spans: int):
     def _():
         ds[...] = ds_after[...]
 
-    def head(n):
-        to = heads[:3] if how.beside else [ref.at[0] for ref in results]
-        one = Head(*(ref.at[n] for ref in (*heads, *to)))
-        now[...] = starts[0, 0, n].astype(jnp.float32)
+    now[...] = starts[0, 0, 0].astype(jnp.float32)
 
-        def state(place, lane):
-            """The state before a chunk, kept on the way."""
-            if s is not None:
-                j = memory_of(place)
+    def state(place, lane):
+        """The state before a chunk, kept on the way."""
+        if s is not None:
+            j = memory_of(place)
 
-                @pl.when((place > 0) & (memory_of(jnp.maximum(place - 1, 0)) != j))
-                def _():
-                    now[:, lane] = s[0, j, n, :, lane]
+            @pl.when((place > 0) & (memory_of(jnp.maximum(place - 1, 0)) != j))
+            def _():
+                now[:, lane] = s[0, j, 0, :, lane]
 
-            grads.states[place, :, lane] = now[:, lane].astype(grads.states.dtype)
-            return now.at[:, lane]
+        grads.states[place, :, lane] = now[:, lane].astype(grads.states.dtype)
+        return now.at[:, lane]
 
-        tpu_span.before_states(n, places, one.q, one.k, one.v, x, how)
+    with interpreted(how.config.interpret):
+        given = tpu_span.tokens(given, copies, places, how)
+        span = Span(*given, *(ref.at[0] for ref in results))
+        tpu_span.before_states(places, span.q, span.k, span.v, x, how)
         tpu_span.carry(state, x, how, read=False)
 
         def tile_back(turn):
             i = how.tiles - 1 - turn
-            _begin(i, one, grads, x, how)
+            at = tpu_span.block_at(i, TILE)
+            _begin(i, span, grads, x, how)
             for part in reversed(range(how.parts)):
                 j = memory_of(i * how.parts + part)
-                _chunk_back(i, part, one, ds.at[0, j, n], grads, x, how)
-            _pairs(i, one, grads, x, how)
-            _tokens(i, one, grads, x, how)
-            for ref, found in zip((dg, dbeta), _numbers(i, grads, x, how), strict=True):
-                tpu_span.put_row(ref.at[0, 0], tpu_span.block_at(i, TILE), n, found)
+                _chunk_back(i, part, span, ds.at[0, j, 0], grads, x, how)
+            _pairs(i, span, grads, x, how)
+            _tokens(i, span, grads, x, how)
+            dg[0, 0, :, at], dbeta[0, 0, :, at] = _numbers(i, grads, x, how)
 
         tpu_span.loop(how.tiles, tile_back)
 
-    with interpreted(how.config.interpret):
-        heads = tpu_span.heads_of(given, copies, places, how)
-        tpu_span.loop(how.heads, head)
-        if how.beside:
-            tpu_span.give_heads(heads[:3], results, how)
 
-
-def _begin(i: Any, head: Head, grads: Grads, x: Work, how: How) -> None:
+def _begin(i: Any, span: Span, grads: Grads, x: Work, how: How) -> None:
     """What a tile needs before its states; in place of U there is what X gets of its tile's y."""
-    tile, operand = tpu_span.tile_at(x, i, how), head.k.dtype
+    tile, operand = tpu_span.tile_at(x, i, how), span.k.dtype
     spread = lambda ref: tile.spread(ref[tile.packed, :])
     grads.solved[...] = spread(x.pairs.solved).T.astype(operand)
-    x.values[tile.at, :] = dot_down(spread(x.scores).astype(operand), head.dy[tile.at, :])
+    x.values[tile.at, :] = dot_down(spread(x.scores).astype(operand), span.dy[tile.at, :])
     grads.last[...] = jnp.zeros_like(grads.last)
 
 
-def _chunk_back(i: Any, part: int, head: Head, ds: Any, grads: Grads, x: Work, how: How) -> None:
+def _chunk_back(i: Any, part: int, span: Span, ds: Any, grads: Grads, x: Work, how: How) -> None:
     """Takes the gradient of the state `[k v]` back through a chunk."""
-    c, operand, place = how.chunk, head.k.dtype, i * how.parts + part
+    c, operand, place = how.chunk, span.k.dtype, i * how.parts + part
     tile = tpu_span.tile_at(x, i, how)
     own, own_at = slice(part * c, (part + 1) * c), tpu_span.rows_of(tile.at, part, c)
-    columns = tile.columns
-    start, end = columns[START][own], columns[END][own]
-    through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
 
-    keys = head.k[own_at, :]
-    for lane in tpu_span.lane_blocks(ds.shape[1]):
-        dx = x.values[own_at, lane] + end * dot(keys, ds[:, lane].astype(operand))
-        dx = dx.astype(operand)
-        dvalues = dot(grads.solved[own, :], tpu_span.in_its_place(dx, part, how))
-        x.values[own_at, lane] = dvalues
-        dy = head.dy[own_at, lane]
-        grads.met[:c, lane], grads.met[c:, lane] = dvalues.astype(operand), dy
-        grads.back[:c, lane] = -dx
-        grads.back[c:, lane] = (how.scale * start * dy.astype(jnp.float32)).astype(operand)
+    def by_value(n):
+        start, end = tile.columns[START][own], tile.columns[END][own]
+        for lane in tpu_span.side_by_side(n, ds.shape[1]):
+            dx = x.values[own_at, lane] + end * dot(span.k[own_at, :], ds[:, lane].astype(operand))
+            dx = dx.astype(operand)
+            dvalues = dot(grads.solved[own, :], tpu_span.in_its_place(dx, part, how))
+            x.values[own_at, lane] = dvalues
+            dy = span.dy[own_at, lane]
+            grads.met[:c, lane], grads.met[c:, lane] = dvalues.astype(operand), dy
+            grads.back[:c, lane] = -dx
+            grads.back[c:, lane] = (how.scale * start * dy.astype(jnp.float32)).astype(operand)
+
+    tpu_span.over_lanes(by_value, ds.shape[1])
+    at_end = tile.lanes(1) == own.stop - 1
 
     def by_key(n):
         block, end = tpu_span.block_at(n), tile.columns[END][own]
@@ -228,22 +227,27 @@ def _chunk_back(i: Any, part: int, head: Head, ds: Any, grads: Grads, x: Work, h
         grads.keys[own, block], grads.queries[own, block] = -both[:c], both[c:]
         ends = end * dot_across(x.written[own_at, :], ds[block, :].astype(operand))
         grads.ends[own, block] = ends
-        last = jnp.sum(ends * head.k[own_at, block].astype(jnp.float32), axis=0, keepdims=True)
-        met = x.met[tpu_span.block_at(place, 2 * c), block].T
-        for lane in tpu_span.lane_blocks(ds.shape[1]):
-            after = ds[block, lane]
-            kept = before[:, lane].astype(jnp.float32) * after
-            last = last + through * jnp.sum(kept, axis=0, keepdims=True)
-            ds[block, lane] = through * after + dot(met, grads.back[:, lane])
-        at_end = tile.lanes(1) == own.stop - 1
+        last = jnp.sum(ends * span.k[own_at, block].astype(jnp.float32), axis=0, keepdims=True)
         grads.last[...] += jnp.where(at_end, jnp.sum(last, axis=1, keepdims=True), 0.0)
 
-    tpu_span.loop(keys.shape[1] // tpu.LANES, by_key)
+        def by_value(n):
+            met, kept = x.met[tpu_span.block_at(place, 2 * c), block].T, 0.0
+            through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
+            for lane in tpu_span.side_by_side(n, ds.shape[1]):
+                after = ds[block, lane]
+                kept += jnp.sum(before[:, lane].astype(jnp.float32) * after, axis=0, keepdims=True)
+                ds[block, lane] = through * after + dot(met, grads.back[:, lane])
+            kept = through * jnp.sum(kept, axis=1, keepdims=True)
+            grads.last[...] += jnp.where(at_end, kept, 0.0)
+
+        tpu_span.over_lanes(by_value, ds.shape[1])
+
+    tpu_span.loop(span.k.shape[1] // tpu.LANES, by_key)
 
 
-def _pairs(i: Any, head: Head, grads: Grads, x: Work, how: How) -> None:
+def _pairs(i: Any, span: Span, grads: Grads, x: Work, how: How) -> None:
     """What the tokens of a tile got through each other."""
-    tile, operand = tpu_span.tile_at(x, i, how), head.k.dtype
+    tile, operand = tpu_span.tile_at(x, i, how), span.k.dtype
     packed = lambda ref: ref[tile.packed, :]
     # What was written: through T, whose gradient is dL = -T^T dT T^T.
     written = x.written[tile.at, :]
@@ -255,7 +259,7 @@ def _pairs(i: Any, head: Head, grads: Grads, x: Work, how: How) -> None:
     grads.by_alike[...] = (by_alike + by_alike.T).astype(operand)
     grads.dbeta[...] = tile.spread(dlower * packed(x.pairs.alike))
     # What was read.
-    dscores = tile.pack(dot_across(head.dy[tile.at, :], written))
+    dscores = tile.pack(dot_across(span.dy[tile.at, :], written))
     by_scores = tile.spread(how.scale * dscores * packed(x.pairs.faded))
     grads.by_scores[...] = by_scores.astype(operand)
     by_pairs = dscores * packed(x.scores) + dlower * packed(x.pairs.lower)
@@ -263,37 +267,38 @@ def _pairs(i: Any, head: Head, grads: Grads, x: Work, how: How) -> None:
     grads.last[...] -= jnp.sum(by_pairs, axis=0, keepdims=True)
 
 
-def _tokens(i: Any, head: Head, grads: Grads, x: Work, how: How) -> None:
+def _tokens(i: Any, span: Span, grads: Grads, x: Work, how: How) -> None:
     """The gradients of a tile's q, k and v."""
-    tile, operand = tpu_span.tile_at(x, i, how), head.k.dtype
+    tile, operand = tpu_span.tile_at(x, i, how), span.k.dtype
 
     def by_query(n):
         lane, start = tpu_span.block_at(n), tile.columns[START]
         dq_start = how.scale * start * grads.queries[:, lane]
-        grads.queries[:, lane] = dq_start + dot(grads.by_scores[...], head.k[tile.at, lane])
-        grads.dsum[...] += dq_start * head.q[tile.at, lane].astype(jnp.float32)
+        grads.queries[:, lane] = dq_start + dot(grads.by_scores[...], span.k[tile.at, lane])
+        grads.dsum[...] += dq_start * span.q[tile.at, lane].astype(jnp.float32)
 
     def by_key(n):
         lane, beta, start = tpu_span.block_at(n), tile.columns[BETA], tile.columns[START]
-        keys = head.k[tile.at, lane]
-        dk = dot_down(grads.by_scores[...], head.q[tile.at, lane])
+        keys = span.k[tile.at, lane]
+        dk = dot_down(grads.by_scores[...], span.q[tile.at, lane])
         dk = dk + dot(grads.by_alike[...], keys)
         dk_start, dk_end = start * grads.keys[:, lane], grads.ends[:, lane]
         keys = keys.astype(jnp.float32)
         grads.dbeta[...] += dk_start * keys
         grads.dsum[...] += (beta * dk_start - dk_end) * keys
-        head.dk[tile.at, lane] = (dk + beta * dk_start + dk_end).astype(operand)
-        head.dq[tile.at, lane] = grads.queries[:, lane].astype(operand)
+        span.dk[tile.at, lane] = (dk + beta * dk_start + dk_end).astype(operand)
+        span.dq[tile.at, lane] = grads.queries[:, lane].astype(operand)
 
     def by_value(n):
-        lane, beta = tpu_span.block_at(n), tile.columns[BETA]
-        dvalues = x.values[tile.at, lane]
-        grads.dbeta[...] += dvalues * head.v[tile.at, lane].astype(jnp.float32)
-        head.dv[tile.at, lane] = (beta * dvalues).astype(operand)
+        beta = tile.columns[BETA]
+        for lane in tpu_span.side_by_side(n, span.v.shape[1]):
+            dvalues = x.values[tile.at, lane]
+            grads.dbeta[...] += dvalues * span.v[tile.at, lane].astype(jnp.float32)
+            span.dv[tile.at, lane] = (beta * dvalues).astype(operand)
 
-    tpu_span.loop(head.k.shape[1] // tpu.LANES, by_query)
-    tpu_span.loop(head.k.shape[1] // tpu.LANES, by_key)
-    tpu_span.loop(head.v.shape[1] // tpu.LANES, by_value)
+    tpu_span.loop(span.k.shape[1] // tpu.LANES, by_query)
+    tpu_span.loop(span.k.shape[1] // tpu.LANES, by_key)
+    tpu_span.over_lanes(by_value, span.v.shape[1])
 
 
 def _numbers(i: Any, grads: Grads, x: Work, how: How) -> tuple[jax.Array, jax.Array]:
@@ -301,6 +306,6 @@ def _numbers(i: Any, grads: Grads, x: Work, how: How) -> tuple[jax.Array, jax.Ar
     tile = tpu_span.tile_at(x, i, how)
     along = lambda ref: jnp.sum(ref[...].T, axis=0, keepdims=True)
     # A log decay acts on all that passes its token: sums over what comes after.
-    rows, lanes, together = tile.squares()
+    rows, lanes = tile.places()
     dsum = along(grads.dsum) + grads.last[...]
-    return sums_along(dsum, together & (rows >= lanes)), along(grads.dbeta)
+    return sums_along(dsum, rows >= lanes, tile), along(grads.dbeta)

@@ -1,4 +1,4 @@
-"""The forward kernel of the gated delta rule: a span of some heads per step, states carried."""
+"""The forward kernel of the gated delta rule: a span of one head per step, states carried."""
 
 import functools
 from typing import Any
@@ -35,33 +35,30 @@ def forward(q, k, v, places: Places, s, memory, how: How, *, keep: bool, cost):
     m, values = 1 if s is None else s.shape[1], v.shape[-1]
     spans = pl.cdiv(t, how.span)
     blocks = tpu_span.specs(how, (m, width, values), lambda n: n)
-    q, k, v = (tpu_span.turned(x, how) for x in (q, k, v))
     last = jax.ShapeDtypeStruct((b, m, h, width, values), jnp.float32)
     starts = jax.ShapeDtypeStruct((b, pl.cdiv(spans, how.stride), h, width, values), k.dtype)
-    copy = lambda size: pltpu.VMEM((how.heads, how.span, size), k.dtype)
+    y = jax.ShapeDtypeStruct((b, t, h * values), v.dtype)
+    copy = lambda size: pltpu.VMEM((how.span, size), k.dtype)
     y, s, *starts = tpu.kernel_call(
         functools.partial(_body, how=how, fresh=s is None, memories=memory is not None, keep=keep),
         name="gated_delta_rule_forward",
         config=how.config,
-        grid=(b, h // how.heads, spans),
+        grid=(b, h, spans),
         in_specs=[
             *(blocks.gates, blocks.gates, *([blocks.document] if how.masked else [])),
             *(blocks.keys, blocks.keys, blocks.values, *([] if s is None else [blocks.states])),
         ],
         out_specs=[blocks.values, blocks.states, *([blocks.start] if keep else [])],
-        out_shape=[
-            *(jax.ShapeDtypeStruct(v.shape, v.dtype), last),
-            *([starts] if keep else []),
-        ],
+        out_shape=[y, last, *([starts] if keep else [])],
         semantics=("parallel", "parallel", "arbitrary"),
         scratch_shapes=[
             *tpu_span.scratch(how, width, values, k.dtype, alike=False),
-            *([copy(width), copy(width), copy(values)] if how.copied else []),
+            *([copy(width), copy(width), copy(values)] if how.masked else []),
         ],
         num_scalar_prefetch=0 if memory is None else 1,
         cost=cost,
-    )(*(x for x in (memory, *places, q, k, v, s) if x is not None))
-    return tpu_span.turned(y, how), s, starts[0] if keep else None
+    )(*(x for x in (memory, *places, *map(tpu_span.flat, (q, k, v)), s) if x is not None))
+    return y.reshape(v.shape), s, starts[0] if keep else None
 
 
 def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
@@ -84,35 +81,33 @@ def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
     def _():
         s[...] = jnp.zeros_like(s) if fresh else s_before[...]
 
-    def head(n):
-        if starts is not None:
+    if starts is not None:
 
-            @pl.when(lax.rem(step, how.stride) == 0)
-            def _():
-                starts[0, 0, n] = s[0, memory_of(0), n].astype(starts.dtype)
+        @pl.when(lax.rem(step, how.stride) == 0)
+        def _():
+            starts[0, 0, 0] = s[0, memory_of(0), 0].astype(starts.dtype)
 
-        q, k, v = (ref.at[n] for ref in heads)
-        tpu_span.before_states(n, places, q, k, v, x, how)
-        state = lambda place, lane: s.at[0, memory_of(place), n, :, lane]
-        tpu_span.carry(state, x, how, read=True)
-        _read_out(v if how.beside else y.at[0, n], x, how)
-
+    state = lambda place, lane: s.at[0, memory_of(place), 0, :, lane]
     with interpreted(how.config.interpret):
-        heads = tpu_span.heads_of(given, copies, places, how)
-        tpu_span.loop(how.heads, head)
-        if how.beside:
-            tpu_span.give_heads(heads[2:], (y,), how)
+        given = tpu_span.tokens(given, copies, places, how)
+        tpu_span.before_states(places, *given, x, how)
+        tpu_span.carry(state, x, how, read=True)
+        _read_out(y.at[0], x, how)
 
 
 def _read_out(y: Any, x: tpu_span.Work, how: How) -> None:
-    """y `[span v]` of a head."""
+    """y `[span v]`."""
 
     def tile(i):
         tile = tpu_span.tile_at(x, i, how)
-        start = how.scale * tile.columns[START]
-        scores = tile.spread(x.scores[tile.packed, :]).astype(y.dtype)
-        for lane in tpu_span.lane_blocks(y.shape[1]):
-            out = start * x.values[tile.at, lane] + dot(scores, x.written[tile.at, lane])
-            y[tile.at, lane] = out.astype(y.dtype)
+
+        def columns(n):
+            start = how.scale * tile.columns[START]
+            scores = tile.spread(x.scores[tile.packed, :]).astype(y.dtype)
+            for lane in tpu_span.side_by_side(n, y.shape[1]):
+                out = start * x.values[tile.at, lane] + dot(scores, x.written[tile.at, lane])
+                y[tile.at, lane] = out.astype(y.dtype)
+
+        tpu_span.over_lanes(columns, y.shape[1])
 
     tpu_span.loop(how.tiles, tile)

@@ -1,4 +1,4 @@
-"""What the forward and the backward kernel share: a span of some heads, head after head.
+"""What the forward and the backward kernel share: a span of one head.
 
 Each stage is a loop over the tiles whose intermediate results lie in vector memory: short loops
 keep what is alive within the registers.
@@ -26,8 +26,6 @@ from pallas_kernels.gated_delta_rule.tpu_tile import (
     dot_across,
 )
 
-_SIDE = 2  # blocks of a state's columns that are worked on side by side
-_PIECE = 32  # tokens whose heads are parted at a time
 ABSENT = 256  # added to the document of a place where there is no token
 
 
@@ -40,8 +38,6 @@ class How(NamedTuple):
         span: tokens per step of the grid, a multiple of 128.
         scale: of q.
         masked: whether there are documents, or places without a token.
-        heads: per step of the grid.
-        beside: whether the heads of a token lie side by side in memory.
         stride: of states that are kept: one in so many spans.
     """
 
@@ -50,14 +46,7 @@ class How(NamedTuple):
     span: int
     scale: float
     masked: bool
-    heads: int
-    beside: bool
     stride: int = 1
-
-    @property
-    def copied(self) -> bool:
-        """Whether a step's heads are copied before they are read."""
-        return self.beside or self.masked
 
     @property
     def tiles(self) -> int:
@@ -77,8 +66,7 @@ class Places(NamedTuple):
     """What tokens come with beside q, k and v, or references to it; all float32.
 
     Attributes:
-        g, beta: `[b groups heads tokens]`, in a kernel `[heads span]`; g is 0 where there is no
-            token, and so is beta.
+        g, beta: `[b h 1 tokens]`, in a kernel `[1 span]`; both are 0 where there is no token.
         document: `[b 1 tokens]`, in a kernel `[1 span]`: of its chunk, 0 = the one of the state,
             + ABSENT where there is no token; None = all are in one and there.
     """
@@ -89,7 +77,7 @@ class Places(NamedTuple):
 
 
 class Work(NamedTuple):
-    """References to what is found about a head's span; README.md says what the letters are.
+    """References to what is found about a span; README.md says what the letters are.
 
     Attributes:
         gates: numbers per token, `[tiles 8 128]`, see tpu_tile.
@@ -131,7 +119,7 @@ def work(refs: Sequence[Any], *, alike: bool) -> Work:
 
 
 class Specs(NamedTuple):
-    """BlockSpecs of a span of some heads."""
+    """BlockSpecs of a span of one head: of `[b t h*k]`, as projections make them."""
 
     gates: Any
     document: Any
@@ -142,7 +130,7 @@ class Specs(NamedTuple):
 
 
 def specs(how: How, sizes: tuple[int, int, int], at: Callable[[Any], Any]) -> Specs:
-    """For a grid (b, groups of heads, spans) and m, k, v.
+    """For a grid (b, h, spans).
 
     Args:
         how: what is fixed.
@@ -150,33 +138,23 @@ def specs(how: How, sizes: tuple[int, int, int], at: Callable[[Any], Any]) -> Sp
         at: makes of the number of a step that of a span.
     """
     m, k, v = sizes
-
-    def token(width):
-        if how.beside:
-            shape = (1, how.span, how.heads, width)
-            return pl.BlockSpec(shape, lambda b, h, n, *_: (b, at(n), h, 0))
-        return pl.BlockSpec((1, how.heads, how.span, width), lambda b, h, n, *_: (b, h, at(n), 0))
-
+    token = lambda width: pl.BlockSpec((1, how.span, width), lambda b, h, n, *_: (b, at(n), h))
     return Specs(
-        gates=pl.BlockSpec((1, 1, how.heads, how.span), lambda b, h, n, *_: (b, h, 0, at(n))),
+        gates=pl.BlockSpec((1, 1, 1, how.span), lambda b, h, n, *_: (b, h, 0, at(n))),
         document=pl.BlockSpec((1, 1, how.span), lambda b, h, n, *_: (b, 0, at(n))),
         keys=token(k),
         values=token(v),
-        # They stay from a row's first step to its last: a second buffer would be of no use.
+        # They stay from a head's first step to its last: a second buffer would be of no use.
         states=pl.BlockSpec(
-            (1, m, how.heads, k, v),
-            lambda b, h, n, *_: (b, 0, h, 0, 0),
-            pipeline_mode=pl.Buffered(1),
+            (1, m, 1, k, v), lambda b, h, n, *_: (b, 0, h, 0, 0), pipeline_mode=pl.Buffered(1)
         ),
-        start=pl.BlockSpec(
-            (1, 1, how.heads, k, v), lambda b, h, n, *_: (b, at(n) // how.stride, h, 0, 0)
-        ),
+        start=pl.BlockSpec((1, 1, 1, k, v), lambda b, h, n, *_: (b, at(n) // how.stride, h, 0, 0)),
     )
 
 
-def turned(x: jax.Array, how: How) -> jax.Array:
-    """`[b t h ...]` as the kernels take it, and back."""
-    return x if how.beside else jnp.swapaxes(x, 1, 2)
+def flat(x: jax.Array) -> jax.Array:
+    """`[b t h k]` as `[b t h*k]`."""
+    return x.reshape(*x.shape[:2], -1)
 
 
 # --- Loops -------------------------------------------------------------------------------------
@@ -187,9 +165,25 @@ def loop(count: int, stage: Callable[[Any], None]) -> None:
     lax.fori_loop(0, count, lambda i, _: stage(i) or 0, 0)
 
 
-def lane_blocks(width: int) -> list[Any]:
-    """The blocks of 128 lanes of a width."""
-    return [slice(n, n + tpu.LANES) for n in range(0, width, tpu.LANES)]
+def over_lanes(stage: Callable[[Any], None], width: int) -> None:
+    """Calls `stage(n)` for each turn of `side_by_side`; without a loop where there is one."""
+    count = width // tpu.LANES // _side(width)
+    if count == 1:
+        stage(0)
+    else:
+        loop(count, stage)
+
+
+def side_by_side(n: Any, width: int) -> list[Any]:
+    """The n-th blocks of 128 lanes that are worked on together."""
+    side = _side(width)
+    if side * tpu.LANES == width:
+        return [slice(i * tpu.LANES, (i + 1) * tpu.LANES) for i in range(side)]
+    return [block_at(n * side + i) for i in range(side)]
+
+
+def _side(width: int) -> int:
+    return 2 if width % (2 * tpu.LANES) == 0 else 1
 
 
 def block_at(n: Any, size: int = tpu.LANES) -> Any:
@@ -207,78 +201,38 @@ def tile_at(x: Work, i: Any, how: How) -> Tile:
     return Tile(block_at(i, TILE), block_at(i, how.chunk), x.gates.at[i], how.chunk)
 
 
-# --- Heads ---------------------------------------------------------------------------------------
+# --- Stages --------------------------------------------------------------------------------------
 
 
-def heads_of(blocks: Sequence[Any], copies: Sequence[Any], places: Places, how: How) -> list[Any]:
-    """References `[heads span width]` to blocks, with 0 where there is no token.
+def tokens(blocks: Sequence[Any], copies: Sequence[Any], places: Places, how: How) -> list[Any]:
+    """References `[span width]` to blocks of tokens, with 0 where there is none.
 
     Args:
         blocks: as they were fetched.
-        copies: scratch for them, if they are to be copied.
-        places: of the step.
+        copies: scratch for them, if there may be places without a token.
+        places: of the span.
         how: what is fixed.
     """
-    if not how.copied:
+    if not how.masked:
         return [block.at[0] for block in blocks]
     for block, copy in zip(blocks, copies, strict=True):
 
-        def part(i, block=block, copy=copy):
-            at = block_at(i, _PIECE)
-            copy[:, at, :] = jnp.swapaxes(block[0, at], 0, 1)
-
-        def clear(i, source=copy if how.beside else block.at[0], copy=copy):
+        def clear(i, block=block, copy=copy):
             at = block_at(i, TILE)
             there = jnp.broadcast_to(places.document[:, at], (tpu.SUBLANES, TILE)).T
-            there = there[:, :1] < ABSENT
+            x = block[0, at, :]
+            copy[at, :] = jnp.where(there[:, :1] < ABSENT, x, jnp.zeros_like(x))
 
-            def head(n):
-                x = source[n, at, :]
-                copy[n, at, :] = jnp.where(there, x, jnp.zeros_like(x))
-
-            loop(how.heads, head)
-
-        if how.beside:
-            loop(how.span // _PIECE, part)
-        if how.masked:
-            loop(how.tiles, clear)
+        loop(how.tiles, clear)
     return list(copies)
 
 
-def give_heads(heads: Sequence[Any], to: Sequence[Any], how: How) -> None:
-    """Copies `[heads span width]` to blocks where heads lie side by side."""
-    for one, block in zip(heads, to, strict=True):
-
-        def join(i, one=one, block=block):
-            at = block_at(i, _PIECE)
-            block[0, at] = jnp.swapaxes(one[:, at, :], 0, 1)
-
-        loop(how.span // _PIECE, join)
-
-
-def row_of(x: jax.Array, head: Any) -> jax.Array:
-    """Row `head` of `[heads 128]`, as `[1 128]`."""
-    own = lax.broadcasted_iota(jnp.int32, x.shape, 0) == head
-    return jnp.sum(jnp.where(own, x, 0.0), axis=0, keepdims=True)
-
-
-def put_row(ref: Any, at: Any, head: Any, x: jax.Array) -> None:
-    """Puts `[1 128]` into row `head` of `[heads ...]` at some lanes."""
-    old = ref[:, at]
-    own = lax.broadcasted_iota(jnp.int32, old.shape, 0) == head
-    ref[:, at] = jnp.where(own, x, old)
-
-
-# --- A head --------------------------------------------------------------------------------------
-
-
-def before_states(head: Any, places: Places, q: Any, k: Any, v: Any, to: Work, how: How) -> None:
-    """Fills in all of a head that does not depend on states: everything but `written`.
+def before_states(places: Places, q: Any, k: Any, v: Any, to: Work, how: How) -> None:
+    """Fills in all that does not depend on states: everything but `written`.
 
     Args:
-        head: its number.
-        places: of all heads.
-        q, k, v: references `[span width]`, of the head.
+        places: of the span.
+        q, k, v: references `[span width]`.
         to: what is filled.
         how: what is fixed.
     """
@@ -286,12 +240,11 @@ def before_states(head: Any, places: Places, q: Any, k: Any, v: Any, to: Work, h
 
     def number(i):
         at = block_at(i, TILE)
-        row = lambda ref: row_of(ref[:, at], head)
         document = None
         if how.masked:
             document = places.document[:, at]
             document = jnp.where(document < ABSENT, document, document - ABSENT)
-        tpu_tile.number(tile_at(to, i, how), row(places.g), row(places.beta), document)
+        tpu_tile.number(tile_at(to, i, how), places.g[:, at], places.beta[:, at], document)
 
     def inside(i):
         tile = tile_at(to, i, how)
@@ -323,7 +276,7 @@ def before_states(head: Any, places: Places, q: Any, k: Any, v: Any, to: Work, h
 
 
 def carry(state: Callable[[Any, Any], Any], to: Work, how: How, *, read: bool) -> None:
-    """Takes a head's state through the chunks; fills in `written`.
+    """Takes the state through the chunks; fills in `written`.
 
     Args:
         state: gives, of the number of a chunk in the span and some lanes, a reference to those
@@ -353,10 +306,11 @@ def carry(state: Callable[[Any, Any], Any], to: Work, how: How, *, read: bool) -
             ref[...] = through * ref[...] + dot(to.turned[i], x)
 
     def tile(i):
-        blocks = lane_blocks(width)
-        for n in range(0, len(blocks), _SIDE):
+        def columns(n):
             for part in range(how.parts):
-                chunk(i, part, blocks[n : n + _SIDE])
+                chunk(i, part, side_by_side(n, width))
+
+        over_lanes(columns, width)
 
     loop(how.tiles, tile)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.core import tpu_parts
+from pallas_kernels.core import tpu, tpu_parts
 
 TILE = 128
 SQUARE = 16  # rows that are solved by substitution
@@ -65,15 +65,10 @@ class Tile(NamedTuple):
         """A 0 from memory, `[1 128]`: of what it is in the compiler makes no constant."""
         return self.gates[ZERO : ZERO + 1].astype(jnp.int32)
 
-    def squares(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """i and j of spread pairs, int32 `[128 128]`, and whether they are of one chunk."""
-        i = lax.broadcasted_iota(jnp.int32, (TILE, TILE), 0) + self._zero
-        j = self.lanes(TILE)
-        return i, j, (i ^ j) < self.c
-
     def places(self) -> tuple[jax.Array, jax.Array]:
         """i and j of packed pairs, int32 `[c 128]`."""
-        i = lax.broadcasted_iota(jnp.int32, (self.c, TILE), 0) + self._zero
+        first = lax.broadcasted_iota(jnp.int32, (tpu.SUBLANES, TILE), 0) + self._zero
+        i = jnp.concatenate([first + n for n in range(0, self.c, tpu.SUBLANES)])
         return i, self.lanes(self.c) & (self.c - 1)
 
     def pack(self, x: jax.Array) -> jax.Array:
@@ -161,18 +156,16 @@ def _parts(x: jax.Array) -> list[jax.Array]:
 
 def _sums_down(ones: jax.Array, x: jax.Array) -> jax.Array:
     """ones x in full precision, for a matrix of truths."""
-    return sum(dot(_ones(ones), part.astype(jnp.bfloat16)) for part in _parts(x))
+    ones = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
+    return sum(dot(ones, part.astype(jnp.bfloat16)) for part in _parts(x))
 
 
-def sums_along(row: jax.Array, ones: jax.Array) -> jax.Array:
-    """row ones in full precision, `[1 128]`, for a matrix `[128 128]` of truths."""
+def sums_along(row: jax.Array, ones: jax.Array, tile: Tile) -> jax.Array:
+    """row ones in full precision, `[1 128]`, for packed truths."""
     parts = [jnp.broadcast_to(x, (SQUARE, TILE)) for x in _parts(row)]
-    found = dot(jnp.concatenate(parts).astype(jnp.bfloat16), _ones(ones))
+    ones = tile.spread(jnp.where(ones, 1.0, 0.0)).astype(jnp.bfloat16)
+    found = dot(jnp.concatenate(parts).astype(jnp.bfloat16), ones)
     return found[:1] + found[SQUARE : SQUARE + 1] + found[2 * SQUARE : 2 * SQUARE + 1]
-
-
-def _ones(truths: jax.Array) -> jax.Array:
-    return jnp.where(truths, 1.0, 0.0).astype(jnp.bfloat16)
 
 
 def _dot_spread(a: jax.Array, b: jax.Array, tile: Tile) -> jax.Array:
@@ -198,9 +191,9 @@ def number(tile: Tile, g: jax.Array, beta: jax.Array, document: jax.Array | None
     tile.gates[...] = jnp.zeros_like(tile.gates)
     tile.gates[G : G + 1], tile.gates[BETA : BETA + 1] = g, beta
     # Sums of their own terms alone, so that no digit is lost where decays are strong.
-    i, j, together = tile.squares()
-    start = jnp.exp(sums_along(g, together & (i <= j)))
-    end = jnp.exp(sums_along(g, together & (i > j)))
+    i, j = tile.places()
+    start = jnp.exp(sums_along(g, i <= j, tile))
+    end = jnp.exp(sums_along(g, i > j, tile))
     if document is not None:
         tile.gates[DOCUMENT : DOCUMENT + 1] = document
         last, chunk = document[:, tile.c - 1 : tile.c], tile.lanes(1) & -tile.c
