@@ -187,7 +187,14 @@ def _join(args: argparse.Namespace) -> int:
     from seqzoo.sweep import worker
     from seqzoo.sweep.settings import split
 
-    study = _open(args, args.worker or args.workers)
+    name = args.worker or args.workers
+    strange = [word for word in args.overrides if not word.startswith("launcher.workers=")]
+    if strange or (args.worker and args.overrides):
+        raise ConfigError(
+            f"'{(strange or args.overrides)[0]}': a worker takes everything from its study; with "
+            "--workers only launcher.workers=N may be said"
+        )
+    study = _open(args, name)
     if args.worker:
         worker.prepare(study.definition.threads)
         return worker.work(study.path, size=_size)

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from seqzoo.errors import LockedError
@@ -138,16 +138,16 @@ class Pool:
             child.wait()
 
     def _code(self) -> int:
+        errors = [code for code in self._codes if code not in (0, _STOPPED)]
+        if errors:
+            self._study.patience.seconds = 0.0  # the workers had theirs, if it was the storage
         if self._study.too_many_failures():
             return 1
         if self._study.finished():
             return 0
-        errors = [code for code in self._codes if code not in (0, _STOPPED)]
+        if errors:
+            self._say(f"workers ended with errors; {self._logs} has what they said")
         return errors[0] if errors else _STOPPED
-
-    def logs(self) -> Sequence[Any]:
-        """The workers' logs."""
-        return sorted(self._logs.glob("*.log"))
 
 
 @contextlib.contextmanager

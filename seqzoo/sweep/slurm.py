@@ -29,7 +29,7 @@ def script(name: str, path: pathlib.Path, launcher: LauncherSettings) -> str:
     hours, minutes = divmod(launcher.minutes, 60)
     options = [
         f"--job-name={name}",
-        f"--output={path}/slurm-%j.log",
+        f"--output={shlex.quote(f'{path}/slurm-%j.log')}",
         "--open-mode=append",
         f"--nodes={launcher.nodes}",
         "--ntasks-per-node=1",
@@ -82,8 +82,9 @@ _SCRIPT = """\
 {setup}
 
 study={study}
-# One task per node; each starts a worker for every GPU of its node.
-srun --kill-on-bad-exit=0 {python} -m seqzoo.cli.main sweep --workers "$study"{workers}
+# One task per node, with all its CPUs; each starts a worker for every GPU of its node.
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \\
+    {python} -m seqzoo.cli.main sweep --workers "$study"{workers}
 code=$?
 
 # 75: time is up or the job was preempted, and all was saved. Into the queue again, unless

@@ -45,7 +45,7 @@ class Patience:
     """
 
     def __init__(self, place: str, seconds: float, say: Callable[[str], None] = print):
-        self._place, self._seconds, self.say = place, seconds, say
+        self._place, self.seconds, self.say = place, seconds, say
 
     def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Calls `function`, which must do no harm when it was half done before.
@@ -59,10 +59,10 @@ class Patience:
                 found = function(*args, **kwargs)
             except AWAY as error:
                 why = _first_line(error)
-                if time.monotonic() - began + wait > self._seconds:
+                if time.monotonic() - began + wait > self.seconds:
                     raise StorageError(
                         f"the storage {self._place} cannot be reached: {why}. Tried for "
-                        f"{self._seconds:.0f} s (sweep.patience_minutes). Nothing is lost: bring "
+                        f"{self.seconds:.0f} s (sweep.patience_minutes). Nothing is lost: bring "
                         "it back, then run the same command, or 'seqzoo sweep resume STUDY'"
                     ) from error
                 if not told and wait > 1:

@@ -47,6 +47,7 @@ def test_a_word_that_does_not_parse_exits_2_with_a_caret(type_):
         (["status", "nothing"], "there is no study nothing"),
         (["--worker", "nothing"], "there is no study nothing"),
         (["optimizer.lr=1,2", "sweep.storage=here"], "a URL is needed"),
+        (["--worker", "x", "optimizer.lr=1"], "takes everything from its study"),
     ],
 )
 def test_bad_words_exit_2(type_, words, why):
