@@ -222,7 +222,7 @@ def _places(g, beta, plan: Plan, how: How) -> Places:
         x = x if valid is None else jnp.where(valid, x, 0)
         rows.append(tpu.pad_to(jnp.swapaxes(x, 1, 2), 2, whole)[:, :, None])
     document = None
-    if how.masked:
+    if plan.valid is not None:
         document = jnp.zeros(plan.valid.shape) if plan.document is None else plan.document
         document = (document + jnp.where(plan.valid, 0, ABSENT)).astype(jnp.float32)
         document = jnp.swapaxes(document, 0, 1).reshape(document.shape[1], 1, -1)

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.gated_delta_rule import tpu_span
 from pallas_kernels.gated_delta_rule.tpu_span import How, Places, Work
 from pallas_kernels.gated_delta_rule.tpu_tile import (
@@ -137,16 +138,16 @@ def backward(q, k, v, places: Places, s, starts, memory, dy, ds, how: How, *, co
     return dq, dk, dv, dg, dbeta, ds
 
 
-def _body(*refs, how: How, memories: bool, spans: int):
-    refs = list(refs)
-    memory, s = (refs.pop(0), refs.pop(0)) if memories else (None, None)
-    places = Places(refs.pop(0).at[0, 0], refs.pop(0).at[0, 0], None)
-    if how.masked:
-        places = places._replace(document=refs.pop(0).at[0])
-    given = [refs.pop(0) for _ in range(4)]
-    starts, ds_after, *refs = refs
-    results, (dg, dbeta, ds, now), refs = refs[:3], refs[3:7], refs[7:]
-    grads, x, copies = Grads(*refs[:12]), tpu_span.work(refs[12:22], alike=True), refs[22:]
+def _body(*given, how: How, memories: bool, spans: int):
+    refs = Refs(given)
+    memory, s = refs.take(memories), refs.take(memories)
+    g, beta, document = refs.take(), refs.take(), refs.take(how.masked)
+    places = Places(g.at[0, 0], beta.at[0, 0], document.at[0] if how.masked else None)
+    tokens, starts, ds_after = refs.several(4), refs.take(), refs.take()
+    results, dg, dbeta, ds, now = refs.several(3), *refs.several(4)
+    grads = Grads(*refs.several(len(Grads._fields)))
+    x = tpu_span.work(refs.several(tpu_span.scratch_count(alike=True)), alike=True)
+    copies = refs.several(4 if how.masked else 0)
     row, step = pl.program_id(0), spans - 1 - pl.program_id(2)
 
     def memory_of(place):
@@ -171,8 +172,8 @@ def _body(*refs, how: How, memories: bool, spans: int):
         return now.at[:, lane]
 
     with interpreted(how.config.interpret):
-        given = tpu_span.tokens(given, copies, places, how)
-        span = Span(*given, *(ref.at[0] for ref in results))
+        tokens = tpu_span.tokens(tokens, copies, places, how)
+        span = Span(*tokens, *(ref.at[0] for ref in results))
         tpu_span.before_states(places, span.q, span.k, span.v, x, how)
         tpu_span.carry(state, x, how, read=False)
 
@@ -231,11 +232,13 @@ def _chunk_back(i: Any, part: int, span: Span, ds: Any, grads: Grads, x: Work, h
         grads.last[...] += jnp.where(at_end, jnp.sum(last, axis=1, keepdims=True), 0.0)
 
         def by_value(n):
-            met, kept = x.met[tpu_span.block_at(place, 2 * c), block].T, 0.0
+            met = x.met[tpu_span.block_at(place, 2 * c), block].T
+            kept = jnp.zeros((1, tpu.LANES), jnp.float32)
             through = tile.rows[START : START + 1, own.stop - 1 : own.stop]
             for lane in tpu_span.side_by_side(n, ds.shape[1]):
                 after = ds[block, lane]
-                kept += jnp.sum(before[:, lane].astype(jnp.float32) * after, axis=0, keepdims=True)
+                products = before[:, lane].astype(jnp.float32) * after
+                kept = kept + jnp.sum(products, axis=0, keepdims=True)
                 ds[block, lane] = through * after + dot(met, grads.back[:, lane])
             kept = through * jnp.sum(kept, axis=1, keepdims=True)
             grads.last[...] += jnp.where(at_end, kept, 0.0)

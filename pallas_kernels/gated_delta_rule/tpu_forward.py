@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core import tpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.gated_delta_rule import tpu_span
 from pallas_kernels.gated_delta_rule.tpu_span import How, Places
 from pallas_kernels.gated_delta_rule.tpu_tile import START, dot, interpreted
@@ -61,17 +62,15 @@ def forward(q, k, v, places: Places, s, memory, how: How, *, keep: bool, cost):
     return y.reshape(v.shape), s, starts[0] if keep else None
 
 
-def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
-    refs = list(refs)
-    memory = refs.pop(0) if memories else None
-    places = Places(refs.pop(0).at[0, 0], refs.pop(0).at[0, 0], None)
-    if how.masked:
-        places = places._replace(document=refs.pop(0).at[0])
-    given = [refs.pop(0) for _ in range(3)]
-    s_before = None if fresh else refs.pop(0)
-    y, s = refs.pop(0), refs.pop(0)
-    starts = refs.pop(0) if keep else None
-    x, copies = tpu_span.work(refs[:9], alike=False), refs[9:]
+def _body(*given, how: How, fresh: bool, memories: bool, keep: bool):
+    refs = Refs(given)
+    memory = refs.take(memories)
+    g, beta, document = refs.take(), refs.take(), refs.take(how.masked)
+    places = Places(g.at[0, 0], beta.at[0, 0], document.at[0] if how.masked else None)
+    tokens = refs.several(3)
+    s_before, y, s, starts = refs.take(not fresh), refs.take(), refs.take(), refs.take(keep)
+    x = tpu_span.work(refs.several(tpu_span.scratch_count(alike=False)), alike=False)
+    copies = refs.several(3 if how.masked else 0)
     row, step = pl.program_id(0), pl.program_id(2)
 
     def memory_of(place):
@@ -79,7 +78,7 @@ def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
 
     @pl.when(step == 0)
     def _():
-        s[...] = jnp.zeros_like(s) if fresh else s_before[...]
+        s[...] = jnp.zeros_like(s) if s_before is None else s_before[...]
 
     if starts is not None:
 
@@ -89,8 +88,8 @@ def _body(*refs, how: How, fresh: bool, memories: bool, keep: bool):
 
     state = lambda place, lane: s.at[0, memory_of(place), 0, :, lane]
     with interpreted(how.config.interpret):
-        given = tpu_span.tokens(given, copies, places, how)
-        tpu_span.before_states(places, *given, x, how)
+        q, k, v = tpu_span.tokens(tokens, copies, places, how)
+        tpu_span.before_states(places, q, k, v, x, how)
         tpu_span.carry(state, x, how, read=True)
         _read_out(y.at[0], x, how)
 

@@ -111,6 +111,11 @@ def scratch(how: How, k: int, v: int, dtype: Any, *, alike: bool) -> list[Any]:
     ]
 
 
+def scratch_count(*, alike: bool) -> int:
+    """How many references `scratch` asks for."""
+    return 10 if alike else 9
+
+
 def work(refs: Sequence[Any], *, alike: bool) -> Work:
     """The references that `scratch` asked for, by name."""
     gates, scores, faded, lower, solved, *others = refs
@@ -162,7 +167,12 @@ def flat(x: jax.Array) -> jax.Array:
 
 def loop(count: int, stage: Callable[[Any], None]) -> None:
     """Calls `stage(i)` for i = 0, 1, ... in a loop."""
-    lax.fori_loop(0, count, lambda i, _: stage(i) or 0, 0)
+
+    def turn(i, carry):
+        stage(i)
+        return carry
+
+    lax.fori_loop(0, count, turn, 0)
 
 
 def over_lanes(stage: Callable[[Any], None], width: int) -> None:

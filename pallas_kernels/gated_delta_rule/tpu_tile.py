@@ -157,7 +157,8 @@ def _parts(x: jax.Array) -> list[jax.Array]:
 def _sums_down(ones: jax.Array, x: jax.Array) -> jax.Array:
     """ones x in full precision, for a matrix of truths."""
     ones = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
-    return sum(dot(ones, part.astype(jnp.bfloat16)) for part in _parts(x))
+    first, second, third = (dot(ones, part.astype(jnp.bfloat16)) for part in _parts(x))
+    return first + second + third
 
 
 def sums_along(row: jax.Array, ones: jax.Array, tile: Tile) -> jax.Array:
@@ -176,10 +177,11 @@ def _dot_spread(a: jax.Array, b: jax.Array, tile: Tile) -> jax.Array:
     """
     size = a.shape[0]
     a = jnp.concatenate([x.astype(jnp.bfloat16) for x in _parts(a)])
-    total = 0.0
+    total = jnp.zeros((size, TILE), jnp.float32)
     for n, part in enumerate(_parts(b)):
         found = dot(a[: (3 - n) * size], tile.spread(part).astype(jnp.bfloat16))
-        total = total + sum(found[m * size : (m + 1) * size] for m in range(3 - n))
+        for m in range(3 - n):
+            total = total + found[m * size : (m + 1) * size]
     return total
 
 
