@@ -202,24 +202,22 @@ _stack.defvjp(_stack_forward, _stack_backward)
 def _stream(x, weight, bias, ring, count, last_id, segment_ids, plan: Plan, config):
     """y and the ring after; the backward pass is xla's."""
     call = xla.after_call(x, count, last_id, segment_ids)
-    taps, levels = weight.shape[1], [level.dilation for level in plan.levels]
-    parts, lie = [], rings.places(taps, tuple(levels))
-    for at, margin, d in zip(lie, plan.margins(), levels, strict=True):
-        lags = jnp.arange((taps - 1) * d, 0, -1)
-        old = rings.seen_lags(ring[:, at], count, lags)
+    lie = rings.places(weight.shape[1], tuple(level.dilation for level in plan.levels))
+    parts = []
+    for at, margin in zip(lie, plan.margins(), strict=True):
+        old = rings.in_order(ring[:, at], count)
         parts.append(jnp.pad(old, ((0, 0), (margin - old.shape[1], 0), (0, 0))))
-    turn = lambda row, by: jax.vmap(lambda row, by: jnp.roll(row, by, axis=0))(row, by)
     sights, end = None, jnp.full_like(count, x.shape[1])
     if call.sights is not None:  # the past stands right before the first token: it comes first
         behind = jnp.where(call.sights.valid, call.sights.behind, -1)
-        x, behind = (turn(row, -call.first) for row in (x, behind))
+        x, behind = (rings.turned(row, call.first) for row in (x, behind))
         sights = _ahead_of_sweep((behind, behind), plan, 0, 0)
         end = jnp.maximum(call.end + 1 - call.first, 1)
     past = jnp.concatenate(parts, axis=1)
     rows, biases = _rows(weight, bias)
     y, last = forward(x, rows, biases, sights, plan, config, past=past, end=end)
     if call.sights is not None:
-        y = turn(y, call.first)
+        y = rings.turned(y, -call.first)
     new, stop = [], 0
     for at, margin in zip(lie, plan.margins(), strict=True):
         stop = stop + margin
