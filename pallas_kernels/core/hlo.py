@@ -20,7 +20,7 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 def custom_calls(text: str) -> list[tuple[str, str]]:
     """The Pallas calls of a program: the instruction's name, and its line."""
     found = []
-    for line in text.splitlines():
+    for line in _lines(text):
         if 'custom_call_target="tpu_custom_call"' in line:
             instruction = _INSTRUCTION.match(line)
             assert instruction is not None, line[:200]
@@ -55,6 +55,11 @@ def passes_bytes(text: str) -> float:
     return _moved(computations["ENTRY"], computations) if "ENTRY" in computations else 0.0
 
 
+def _lines(text: str) -> list[str]:
+    """One line per instruction: what a kernel says of itself may stand on lines of its own."""
+    return re.sub(r'\n(?="|}})', " ", text).splitlines()
+
+
 def _moved(lines: list[str], computations: dict[str, list[str]]) -> float:
     sizes: dict[str, float] = {}
     moved = 0.0
@@ -82,7 +87,7 @@ def _computations(text: str) -> dict[str, list[str]]:
     """The lines of each computation by its name; the entry's is "ENTRY"."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
-    for line in text.splitlines():
+    for line in _lines(text):
         head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
             lines = found["ENTRY" if head[1] else head[2]] = []

@@ -40,6 +40,14 @@ def test_kernels_and_their_vector_memory():
     assert hlo.vmem_limit(line.replace("52428800", "x")) is None
 
 
+def test_an_instruction_over_several_lines():
+    """As jax's own attention writes them: its block sizes stand in between."""
+    told = 'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, backend_config='
+    ((name, line),) = hlo.custom_calls(PROGRAM.replace("backend_config=", told))
+    assert name == "toy_forward.1" and hlo.vmem_bytes(line) == 835_584
+    assert hlo.passes_bytes(PROGRAM.replace("backend_config=", told)) == hlo.passes_bytes(PROGRAM)
+
+
 def test_passes_count_operands_and_results_and_loops_as_often_as_they_run():
     """By hand: fusion, slice (as much in as out), 5 turns, the sum over devices, the last sum."""
     block = 16 * 128
