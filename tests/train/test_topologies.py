@@ -23,7 +23,7 @@ BATCH = 8
 def train(tmp_path, tiny_words):
     """Trains in processes of two devices each, up to a step; returns their exit codes."""
 
-    def run(processes, *words, stop_at=0, devices=2):
+    def run(processes, *words, stop_at=0, devices=2, slurm=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -31,12 +31,16 @@ def train(tmp_path, tiny_words):
             f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         )
         env = os.environ | {"XLA_FLAGS": flags}
-        if processes > 1:
+        if slurm:  # as srun would start a step of one task per node
+            env |= {"SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": "127.0.0.1"}
+            env |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_ID": str(os.getpid())}
+        elif processes > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
         children = []
         for i in range(processes):
             log = tmp_path / f"samples-{processes}-{i}.jsonl"
-            own = env | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
+            name = "SLURM_PROCID" if slurm else "JAX_PROCESS_ID"
+            own = env | ({name: str(i)} if processes > 1 else {})
             command = [sys.executable, SCRIPT, log, str(stop_at if i == processes - 1 else 0)]
             command += [*tiny_words, *WORDS, "mesh.data=null", *words, "--runs", tmp_path / "runs"]
             children.append(subprocess.Popen([str(word) for word in command], env=own))
@@ -67,7 +71,7 @@ def test_two_processes_then_one_then_two(train, fit, run_folder, tmp_path):
     """The last part on another mesh, whose rows and tokens lie on both processes."""
     assert train(2, "mesh.fsdp=2", stop_at=10) == [75, 75]
     assert train(1, stop_at=20, devices=1) == [75]
-    assert train(2, "mesh.sequence=2", "mesh.tensor=2") == [0, 0]
+    assert train(2, "mesh.sequence=2", "mesh.tensor=2", slurm=True) == [0, 0]
     run = run_folder(tmp_path / "runs")
     status = read_status(run)
     assert status["attempt"] == 3 and status["step"] == 30
