@@ -203,7 +203,7 @@ def compare(one: Study, other: Study) -> list[str]:
         if (left.point, left.value) != (right.point, right.value):
             found.append(f"trial {left.number}: {left.point} {left.value} and {right.value}")
         for a, b in zip(left.attrs["runs"], right.attrs["runs"], strict=True):
-            different = differences(one.path / a, other.path / b)
+            different = differences(one.path / a, other.path / b, last_only=True)
             found += [f"trial {left.number}: {text}" for text in different]
     return found
 
@@ -225,7 +225,8 @@ def compare_alone(study: Study, root: pathlib.Path) -> list[str]:
             continue
         if alone.value != row.value:
             found.append(f"trial {row.number}: {row.value}, alone {alone.value}")
-        different = differences(study.path / row.attrs["runs"][0], alone.path)
+        inside = study.path / row.attrs["runs"][0]
+        different = differences(inside, alone.path, last_only=True)
         found += [f"trial {row.number}: {text}" for text in different]
     return found
 

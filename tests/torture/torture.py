@@ -165,8 +165,12 @@ class Torture:
         return found[0]
 
 
-def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """Returns how two finished runs differ: metrics, and every array of their last checkpoints."""
+def differences(one: pathlib.Path, other: pathlib.Path, *, last_only: bool = False) -> list[str]:
+    """Returns how two finished runs differ: metrics, and every array of their last checkpoints.
+
+    With `last_only` those of the last step alone: a run that was asked to stop saved where it was,
+    so that other steps before the last are kept.
+    """
     import jax
     import numpy as np
 
@@ -176,6 +180,8 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     if (one / "metrics.jsonl").read_bytes() != (other / "metrics.jsonl").read_bytes():
         found.append("metrics.jsonl")
     steps = [checkpoint.list_steps(path / "checkpoints") for path in (one, other)]
+    if last_only:
+        steps = [kept[-1:] for kept in steps]
     if steps[0] != steps[1]:
         return [*found, f"steps kept: {steps}"]
     for step in steps[0]:
