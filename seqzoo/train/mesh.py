@@ -1,8 +1,9 @@
 """The mesh of a run, and how batches are laid on it. One device is the mesh of ones."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,8 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(rules).get("batch", ()) or None))
 
 
-class Feed(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Feed:
     """Which part of the rows of each batch a process reads: part `index` of `count`.
 
     Processes that share rows (their devices differ in tensor or sequence alone) read the same part.
@@ -106,7 +108,8 @@ def feed(mesh: Mesh, rules: Rules) -> Feed:
 def _parts(mesh: Mesh, rules: Rules) -> dict[int, Feed] | None:
     ways = batch_ways(mesh, rules)
     held: dict[int, set[int]] = {}
-    for device, (rows,) in batch_sharding(mesh, rules).devices_indices_map((ways,)).items():
+    parts: dict[Any, Any] = batch_sharding(mesh, rules).devices_indices_map((ways,))
+    for device, (rows,) in parts.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     return parts_of(held, ways)
 

@@ -1,10 +1,10 @@
 """One process is the small case of many: how the processes of a run find each other."""
 
+import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,7 +18,8 @@ _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_
 _PORTS = (61440, 65535)
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Where a process stands among those of its run.
 
     Attributes:
@@ -189,7 +190,7 @@ def _visible(env: Mapping[str, str]) -> int:
 
 def _listed(text: str) -> list[str]:
     """Entries of 0,1,2 or 0-3,5 or GPU-1f2e...,GPU-..."""
-    found = []
+    found: list[str] = []
     for word in filter(None, text.split(",")):
         ends = re.fullmatch(r"(\d+)-(\d+)", word)
         found += [word] if ends is None else map(str, range(int(ends[1]), int(ends[2]) + 1))
