@@ -108,7 +108,7 @@ def feed(mesh: Mesh, rules: Rules) -> Feed:
 def _parts(mesh: Mesh, rules: Rules) -> dict[int, Feed] | None:
     ways = batch_ways(mesh, rules)
     held: dict[int, set[int]] = {}
-    parts: dict[Any, Any] = batch_sharding(mesh, rules).devices_indices_map((ways,))
+    parts: Mapping[Any, Any] = batch_sharding(mesh, rules).devices_indices_map((ways,))
     for device, (rows,) in parts.items():
         held.setdefault(device.process_index, set()).add(rows.start or 0)
     return parts_of(held, ways)
