@@ -39,11 +39,13 @@ CASES = {
     ),
     "tcnca": (mixers.TCNCA, dict(kernel_size=5, dilation_growth=3, n_levels=2, chunk_size=12)),
     "titans_lmm": (mixers.TitansLMM, MEMORY),
-    # Its memory reads what it wrote: short steps, or rounding grows beyond what is asked.
-    "titans_mac": (mixers.TitansMAC, MEMORY | dict(segment=16, theta_bias=-2.0)),
+    "titans_mac": (mixers.TitansMAC, MEMORY | dict(segment=16)),
     "titans_mag": (mixers.TitansMAG, MEMORY | dict(window=12)),
     "titans_mal": (mixers.TitansMAL, MEMORY | dict(window=12)),
 }  # fmt: skip
+# Relative to the largest entry. MAC trains a memory on what it read from it, which enlarges rounding:
+# 1.2e-5 over tokens that are cut; the same program in float64 is within 1e-13 there.
+TOLERANCES = {"titans_mac": 2e-5}
 # Each on eight devices; rows are shared by those that the axis itself does not use.
 MESHES = {
     "data": dict(data=8),
@@ -95,18 +97,19 @@ def one_device(name):
 @pytest.mark.parametrize(("name", "mesh"), NAMED)
 def test_a_mixer_on_a_mesh(name, mesh):
     run, variables, arrays, want = one_device(name)
+    most = TOLERANCES.get(name, 1e-5)
     shape = [MESHES[mesh].get(axis, 1) for axis in MESH_AXES]
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     params = jax.device_put(nnx.as_pure(variables), param_shardings(variables, mesh))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
     with use_mesh(mesh):
         got = jax.jit(lambda *a: run(*a))(params, *jax.device_put(arrays, rows))
-    assert error_of(want[0], got[0]) <= 1e-5
+    assert error_of(want[0], got[0]) <= most
     leaves = [jax.tree.leaves(found[1:]) for found in (want, got)]
     # A gradient that is nothing but rounding (of a bias of keys) is compared with the others.
     largest = max(float(jnp.abs(a).max()) for a in leaves[0])
     for a, b in zip(*leaves, strict=True):
-        assert error_of(a, b, 1e-3 * largest) <= 1e-5
+        assert error_of(a, b, 1e-3 * largest) <= most
 
 
 def error_of(a, b, least=0.0) -> float:
