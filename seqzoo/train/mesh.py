@@ -1,9 +1,8 @@
 """The mesh of a run, and how batches are laid on it. One device is the mesh of ones."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -78,15 +77,14 @@ def batch_sharding(mesh: Mesh, rules: Rules) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(rules).get("batch", ()) or None))
 
 
-@dataclasses.dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """Which part of the rows of each batch a process reads: part `index` of `count`.
 
     Processes that share rows (their devices differ in tensor or sequence alone) read the same part.
     """
 
-    index: int
-    count: int
+    index: int  # type: ignore[assignment]
+    count: int  # type: ignore[assignment]
 
 
 def feed(mesh: Mesh, rules: Rules) -> Feed:

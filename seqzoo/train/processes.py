@@ -1,10 +1,10 @@
 """One process is the small case of many: how the processes of a run find each other."""
 
-import dataclasses
 import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,8 +18,7 @@ _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_
 _PORTS = (61440, 65535)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a process stands among those of its run.
 
     Attributes:
@@ -30,8 +29,8 @@ class Place:
     """
 
     address: str
-    count: int
-    index: int
+    count: int  # type: ignore[assignment]
+    index: int  # type: ignore[assignment]
     devices: tuple[int, ...] | None
 
 

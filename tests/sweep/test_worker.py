@@ -34,6 +34,7 @@ def test_trials_are_run_folders_and_compile_once(create):
         "sweep=random",
         "sweep.n_trials=4",
         "trainer.eval_every=12",
+        "trainer.grad_accum_steps=2",  # a step that no other test has compiled
     )
     with compilations() as names:
         assert worker.work(study.path, say=say_nothing, size=_size) == 0
