@@ -43,8 +43,8 @@ CASES = {
     "titans_mag": (mixers.TitansMAG, MEMORY | dict(window=12)),
     "titans_mal": (mixers.TitansMAL, MEMORY | dict(window=12)),
 }  # fmt: skip
-# Relative to the largest entry. MAC trains a memory on what it read from it, which enlarges rounding:
-# 1.2e-5 over tokens that are cut; the same program in float64 is within 1e-13 there.
+# Relative to the largest entry. MAC trains a memory on what it read from it, which enlarges
+# rounding: 1.2e-5 over tokens that are cut; the same program in float64 is within 1e-13 there.
 TOLERANCES = {"titans_mac": 2e-5}
 # Each on eight devices; rows are shared by those that the axis itself does not use.
 MESHES = {
