@@ -1,6 +1,7 @@
 """Tiny sweeps: studies in a folder of the test, trials that end in a moment."""
 
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -74,3 +75,12 @@ def _a_place_of_its_own(tmp_path_factory):
         patch.setenv(programs.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         patch.delenv(storage.VARIABLE, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _what_a_worker_sets():
+    """A worker's process is its own; here it is that of the tests, and others come after it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

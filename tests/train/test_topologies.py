@@ -30,7 +30,7 @@ def train(tmp_path, tiny_words):
         flags = (
             f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         )
-        env = os.environ | {"XLA_FLAGS": flags}
+        env = os.environ | {"XLA_FLAGS": flags, "SEQZOO_DISTRIBUTED": "1"}
         if slurm:  # as srun would start a step of one task per node
             env |= {"SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": "127.0.0.1"}
             env |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_ID": str(os.getpid())}
