@@ -16,6 +16,30 @@ import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
+# A run that ends in a moment.
+TINY = (
+    "task=masked_answers",
+    "data=mqar",
+    "data.vocab_size=32",
+    "data.seq_len=16",
+    "data.num_kv_pairs=2",
+    "data.valid_samples=32",
+    "data.test_samples=32",
+    "model=transformer_small",
+    "model.d_model=8",
+    "model.n_layers=1",
+    "model.channel_mixer=null",
+    "mesh.data=1",
+    "schedule=constant",
+    "trainer.steps=12",
+    "trainer.global_batch_size=8",
+    "trainer.eval_every=4",
+    "trainer.save_every=4",
+    "trainer.log_every=3",
+    "logger.progress=none",
+    "logger.tensorboard=false",
+)
+
 
 @pytest.fixture(scope="session")
 def golden():
@@ -26,3 +50,9 @@ def golden():
             return {key: archive[key] for key in archive.files}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def tiny_words() -> tuple[str, ...]:
+    """The words of a run that ends in a moment."""
+    return TINY

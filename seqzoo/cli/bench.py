@@ -45,12 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def modules() -> list[str]:
-    """The benches that there are; what begins with _ or is a script of its own is none."""
+def modules() -> dict[str, str]:
+    """The benches that there are, with their modules; what begins with _ or is a script of its own
+    is none."""
     import seqzoo.eval.bench as package
 
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    return [name for name in names if not name.startswith(("_", "peer_"))]
+    found = {n: f"{package.__name__}.{n}" for n in names if not n.startswith(("_", "peer_"))}
+    return found | {"sweep": "seqzoo.sweep.bench"}  # sweeps stand above seqzoo.eval
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(f"{key:<10}{value}" for key, value in machine.items()))
     results = {}
     for name in args.names or there:
-        measure = importlib.import_module(f"seqzoo.eval.bench.{name}").run
+        measure = importlib.import_module(there[name]).run
         options = {"peer_python": args.peer_python} if args.peer_python else {}
         taken = inspect.signature(measure).parameters
         rows = measure(args.quick, **{k: v for k, v in options.items() if k in taken})

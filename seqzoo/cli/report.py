@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     """The report of a study; starts no jax."""
-    from seqzoo.eval.sweep_report import write_sweep_report
-    from seqzoo.eval.sweep_results import best_rows, remarks, results
+    from seqzoo.sweep.report import write_sweep_report
+    from seqzoo.sweep.results import best_rows, remarks, results
     from seqzoo.sweep.study import Study
 
     study = Study.open(args.runs[0])

@@ -12,42 +12,13 @@ from seqzoo.sweep.settings import split
 from seqzoo.sweep.study import Study
 from seqzoo.train import programs
 
-TINY = (
-    "task=masked_answers",
-    "data=mqar",
-    "data.vocab_size=32",
-    "data.seq_len=16",
-    "data.num_kv_pairs=2",
-    "data.valid_samples=32",
-    "data.test_samples=32",
-    "model=transformer_small",
-    "model.d_model=8",
-    "model.n_layers=1",
-    "model.channel_mixer=null",
-    "mesh.data=1",
-    "schedule=constant",
-    "trainer.steps=12",
-    "trainer.global_batch_size=8",
-    "trainer.eval_every=4",
-    "trainer.save_every=4",
-    "trainer.log_every=3",
-    "logger.progress=none",
-    "logger.tensorboard=false",
-)
-
-
-@pytest.fixture(scope="session")
-def tiny_words():
-    """The words of a tiny run."""
-    return TINY
-
 
 @pytest.fixture
-def create(tmp_path):
+def create(tiny_words, tmp_path):
     """Creates a study of tiny runs: ``create("optimizer.lr=1e-3,3e-3", "sweep=grid")``."""
 
     def make(*words: str) -> Study:
-        settings = split([*TINY, "sweep.patience_minutes=0.05", *words])
+        settings = split([*tiny_words, "sweep.patience_minutes=0.05", *words])
         return Study.create(settings, root=tmp_path / "runs")
 
     return make

@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from seqzoo.cli import main
-from seqzoo.eval.sweep_report import trial_rows, write_sweep_report
-from seqzoo.eval.sweep_results import Results, Trial, best_rows, number, remarks, results
 from seqzoo.sweep import table
+from seqzoo.sweep.report import trial_rows, write_sweep_report
+from seqzoo.sweep.results import Results, Trial, best_rows, number, remarks, results
 from seqzoo.sweep.study import Study
 
 KEPT = {"mamba": (256, 512), "attention": (4096, 8192)}

@@ -11,9 +11,9 @@ import pytest
 from seqzoo.cli.sweep import _size
 from seqzoo.errors import NotFiniteError, SeqzooError
 from seqzoo.eval.bench.compile import compilations
-from seqzoo.eval.sweep_results import results
 from seqzoo.sweep import trial as trials
 from seqzoo.sweep import worker
+from seqzoo.sweep.results import results
 from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Claimed, Stopped, Study
 from seqzoo.train import loop

@@ -14,29 +14,6 @@ from seqzoo.errors import Preempted
 from seqzoo.train import loop, programs
 from seqzoo.train.session import Session
 
-TINY = (
-    "task=masked_answers",
-    "data=mqar",
-    "data.vocab_size=32",
-    "data.seq_len=16",
-    "data.num_kv_pairs=2",
-    "data.valid_samples=32",
-    "data.test_samples=32",
-    "model=transformer_small",
-    "model.d_model=8",
-    "model.n_layers=1",
-    "model.channel_mixer=null",
-    "mesh.data=1",
-    "schedule=constant",
-    "trainer.steps=12",
-    "trainer.global_batch_size=8",
-    "trainer.eval_every=4",
-    "trainer.save_every=4",
-    "trainer.log_every=3",
-    "logger.progress=none",
-    "logger.tensorboard=false",
-)
-
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]):
@@ -44,27 +21,21 @@ def _composed(overrides: tuple[str, ...]):
 
 
 @pytest.fixture(scope="session")
-def tiny_words():
-    """The overrides of the tiny configuration."""
-    return TINY
-
-
-@pytest.fixture(scope="session")
-def tiny():
+def tiny(tiny_words):
     """Composes the tiny configuration with more overrides: ``tiny("trainer.seed=1")``."""
 
     def make(*overrides: str) -> Any:
-        return copy.deepcopy(_composed((*TINY, *overrides)))
+        return copy.deepcopy(_composed((*tiny_words, *overrides)))
 
     return make
 
 
 @pytest.fixture
-def fit(tiny, tmp_path):
+def fit(tiny, tiny_words, tmp_path):
     """Trains the tiny model in this process; returns the Result."""
 
     def run(*overrides: str, root: pathlib.Path | None = None, **options: Any):
-        words = [*TINY, *overrides]
+        words = [*tiny_words, *overrides]
         return loop.train(
             tiny(*overrides), overrides=words, root=root or tmp_path / "runs", **options
         )

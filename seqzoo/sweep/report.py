@@ -7,8 +7,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from seqzoo.eval import page, sweep_plots
-from seqzoo.eval.sweep_results import Results, Trial, best_rows, remarks
+from seqzoo.eval import page
+from seqzoo.sweep import plots
+from seqzoo.sweep.results import Results, Trial, best_rows, remarks
 
 _MOST_COLUMNS = 5  # architectures that stand beside each other rather than below
 _MOST_ROWS = 2000  # of the table on the page; trials.csv has all
@@ -25,7 +26,7 @@ def write_sweep_report(found: Results, folder: pathlib.Path) -> pathlib.Path:
         The path of index.html.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    images, curves = sweep_plots.draw(found, folder)
+    images, curves = plots.draw(found, folder)
     best, trials = best_rows(found), trial_rows(found)
     page.write_rows(best, folder / "best.csv")
     page.write_rows(trials, folder / "trials.csv")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from seqzoo.eval.plots import COLOURS
 from seqzoo.eval.records import Record, read, series
-from seqzoo.eval.sweep_results import Results
+from seqzoo.sweep.results import Results
 
 _MARKERS = "osD^vPX*"
 _MOST_SEEDS = 8  # of one trial that are drawn as curves
