@@ -12,12 +12,15 @@ from seqzoo.cli.common import (
     run_path,
 )
 
-STUDY_FILE = "study.json"  # what makes a folder a study; see seqzoo.sweep.definition
+# What makes a folder a study, and where studies lie; see seqzoo.sweep, which is slow to import.
+STUDY_FILE = "study.json"
+STUDIES = pathlib.Path("runs/sweeps")
 
 EPILOG = """examples:
   seqzoo report runs/mqar/latest                     curves of one run, in its report/ folder
   seqzoo report runs/mqar/*                          a table that ranks runs, and their curves
   seqzoo report runs/sweeps/rates                    a sweep: best per architecture, curves, ...
+  seqzoo report rates                                the same, by its name
   seqzoo report RUN RUN --out /tmp/compared --format json
 
 index.html opens without a network; the PNG and CSV files beside it are what it shows. Runs that
@@ -35,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if len(args.runs) == 1 and (pathlib.Path(args.runs[0]) / STUDY_FILE).is_file():
-        return _sweep(args)
+    study = _study(args.runs[0]) if len(args.runs) == 1 else None
+    if study is not None:
+        return _sweep(study, args)
     names = args.runs if len(args.runs) == 1 else [n for n in args.runs if not _aside(n)]
     runs = list(dict.fromkeys(map(run_path, names)))
     from seqzoo.eval.report import table, write_comparison, write_report  # starts jax
@@ -68,13 +72,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(args: argparse.Namespace) -> int:
+def _study(name: str) -> pathlib.Path | None:
+    """The folder of a study, by its path or its name; None = it is none."""
+    for path in (pathlib.Path(name), STUDIES / name):
+        if (path / STUDY_FILE).is_file():
+            return path
+    return None
+
+
+def _sweep(path: pathlib.Path, args: argparse.Namespace) -> int:
     """The report of a study; starts no jax."""
     from seqzoo.sweep.report import write_sweep_report
     from seqzoo.sweep.results import best_rows, remarks, results
     from seqzoo.sweep.study import Study
 
-    study = Study.open(args.runs[0])
+    study = Study.open(path)
     found = results(study)
     folder = pathlib.Path(args.out) if args.out else study.path / "report"
     page = write_sweep_report(found, folder)

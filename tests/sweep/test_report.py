@@ -110,7 +110,7 @@ def test_texts_of_choices_are_the_numbers_that_they_spell():
     assert [number(text) for text in ("8", "1e-3", "mamba", 0.5)] == [8, 1e-3, "mamba", 0.5]
 
 
-def test_the_command_finds_a_study(create, capsys, tmp_path):
+def test_the_command_finds_a_study(create, capsys, tmp_path, monkeypatch):
     study = create("optimizer.lr=1e-3,3e-3", "sweep=grid")
     with study.claim() as claimed:
         claimed.note(runs=[], architecture="attention", values=["0.5"], tests=[0.4], diverged=0)
@@ -119,7 +119,8 @@ def test_the_command_finds_a_study(create, capsys, tmp_path):
     told = json.loads(capsys.readouterr().out)
     assert told["rows"][0]["accuracy (valid)"] == 0.5
     assert told["page"] == str(study.path / "report/index.html")
-    assert main.main(["report", str(study.path)]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["report", study.path.name]) == 0  # by its name, below runs/sweeps
     assert "not finished: 1 of 2 trials" in capsys.readouterr().out
 
 
