@@ -69,14 +69,17 @@ def block_specs(how: How, *, reverse: bool = False) -> Refs:
 
 
 def lay_before(ins: Refs, x_ref: Any, i: jax.Array, how: How) -> None:
-    """Lays the inputs that the state brings right before the first token, if it is in tile i."""
-    place = ins["leading"][0, 0] - i * how.tile
+    """Lays the inputs that the state brings right before the first token, where tile i sees them.
 
-    @pl.when((place >= 0) & (place < how.tile))
-    def _():
-        for k in range(how.taps - 1):
-            row = pl.ds(HALO + place - (how.taps - 1) + k, 1)
-            x_ref[row, :] = ins["before"][k : k + 1, :]
+    The tile after the first token's sees them as well when that token is among the last.
+    """
+    place, keep = ins["leading"][0, 0] - i * how.tile, how.taps - 1
+    for k in range(keep):
+        row = HALO + place - keep + k
+
+        @pl.when((place > -keep) & (place < how.tile) & (row >= 0))
+        def _(k=k, row=row):
+            x_ref[pl.ds(row, 1), :] = ins["before"][k : k + 1, :]
 
 
 def lay_ages(ins: Refs, age_ref: Any, first: int, how: How) -> None:
