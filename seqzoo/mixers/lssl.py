@@ -15,7 +15,7 @@ from seqzoo.nn.activations import activate, check_activation
 from seqzoo.nn.carried import Carried
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.linear import linear
-from seqzoo.nn.param import param
+from seqzoo.nn.param import Prepared, param
 from seqzoo.nn.report import report, skip_update
 from seqzoo.nn.state_space import by_documents, stream, with_kernel
 from seqzoo.nn.step_sizes import check_step_sizes, log_step_sizes
@@ -31,10 +31,6 @@ class LSSLState(NamedTuple):
 
     x: jax.Array
     last_id: jax.Array
-
-
-class Prepared(nnx.Variable):
-    """What follows from parameters, computed once."""
 
 
 class LSSL(nnx.Module):

@@ -1,5 +1,6 @@
 """Monarch Mixer: a gated long convolution with an implicit kernel, as in M2-BERT."""
 
+import copy
 from typing import NamedTuple
 
 import jax
@@ -63,7 +64,8 @@ class MonarchMixer(nnx.Module):
     With causal=False a second kernel reaches ahead, and there is neither state nor step. A causal
     state keeps the inputs of the convolutions and their kernels, `max_length` lags of both at most:
     `init_state(max_length=n)` sizes them, and tokens further back than n are forgotten. Whole
-    sequences and chunks make kernels anew from the parameters; `step` takes those of the state.
+    sequences and chunks make kernels anew from the parameters (`prepared()` keeps them); `step`
+    takes those of the state.
 
     Padding is no token: a sequence gives the same, whatever length it is padded to.
 
@@ -269,6 +271,14 @@ class MonarchMixer(nnx.Module):
             raise NotImplementedError(_NO_STATE)
         y, state = self._mix(x_t[:, None], None, state, anew=False)
         return y[:, 0], state
+
+    def prepared(self) -> "MonarchMixer":
+        """This mixer with its kernels computed, for many calls with the same parameters."""
+        ready = copy.copy(self)
+        ready.filter = self.filter.prepared()
+        if self.residual_filter is not None:
+            ready.residual_filter = self.residual_filter.prepared()
+        return ready
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: what convolutions have read; with kernels (which rows share) and

@@ -229,6 +229,16 @@ class Trunk(nnx.Module):
             return state
         return TrunkState(state, self.positions.init_state(batch_size))
 
+    def prepared(self):
+        """The same model with what follows from its parameters alone computed.
+
+        Kernels of convolutions, say, which a call else makes anew. For many forward passes with
+        the same parameters: what is computed is not trained.
+        """
+        ready = copy.copy(self)
+        ready.stack = self.stack.prepared()
+        return ready
+
     def unrolled(self):
         """The same model with arrays of its own for each layer: what writes fastest."""
         apart = copy.copy(self)

@@ -9,7 +9,7 @@ from flax import nnx
 from pallas_kernels.core.numerics import einsum
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
-from seqzoo.nn.param import param
+from seqzoo.nn.param import Prepared, param
 
 # The slowest and the fastest channel fade to _TARGET over these parts of max_length.
 _TARGET, _FAST, _SLOW = 1e-2, 0.3, 1.5
@@ -92,11 +92,7 @@ class ImplicitFilter(nnx.Module):
         Raises:
             ValueError: there are not as many.
         """
-        if length > self.max_length:
-            raise ValueError(
-                f"{length} tokens are more than the filter has lags: max_length is "
-                f"{self.max_length}; set the mixer's max_length to the longest sequence"
-            )
+        _check_length(length, self.max_length)
         z, frequency = self.z[...][:length], self.frequency[...]
         fade = jnp.exp(-_fractions(self.max_length)[:length] * fading(self.width)[:, None])
         kernels = (
@@ -104,6 +100,26 @@ class ImplicitFilter(nnx.Module):
             for network in (self.forward, self.reverse)
         )
         return tuple(kernels)
+
+    def prepared(self) -> "PreparedFilter":
+        """This filter with its kernels computed, for many calls with the same parameters."""
+        return PreparedFilter(self)
+
+
+class PreparedFilter(nnx.Module):
+    """The kernels of an ImplicitFilter as arrays; called as that is."""
+
+    def __init__(self, source: ImplicitFilter):
+        self.max_length, self.skip = source.max_length, source.skip
+        kernel, reverse = source(source.max_length)
+        self.kernel = Prepared(kernel)
+        self.reverse = None if reverse is None else Prepared(reverse)
+
+    def __call__(self, length: int) -> tuple[jax.Array, jax.Array | None]:
+        """See ImplicitFilter."""
+        _check_length(length, self.max_length)
+        kernels = (self.kernel, self.reverse)
+        return tuple(None if one is None else one[...][:, :length] for one in kernels)
 
 
 class SineNetwork(nnx.Module):
@@ -137,6 +153,14 @@ def positions(length: int, emb_dim: int) -> jax.Array:
     omega = 2 * math.pi * jnp.arange(length, dtype=jnp.float32)[:, None] / length
     angle = omega * jnp.linspace(1e-4, bands - 1, bands, dtype=jnp.float32)
     return jnp.concatenate([_fractions(length)[:, None], jnp.cos(angle), -jnp.sin(angle)], axis=1)
+
+
+def _check_length(length: int, most: int) -> None:
+    if length > most:
+        raise ValueError(
+            f"{length} tokens are more than the filter has lags: max_length is {most}; set the "
+            "mixer's max_length to the longest sequence"
+        )
 
 
 def fading(width: int) -> jax.Array:

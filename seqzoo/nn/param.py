@@ -9,6 +9,10 @@ from flax import nnx
 Axes = tuple[str | None, ...]
 
 
+class Prepared(nnx.Variable):
+    """What follows from parameters, computed once: it is not trained."""
+
+
 class Rates(NamedTuple):
     """What a parameter has instead of the optimizer's settings; None = the optimizer's.
 

@@ -211,11 +211,17 @@ class Stack(nnx.Module):
             states.append(new)
         return x_t, states
 
-    def unrolled(self) -> "Stack":
-        """The same layers, each a run of its own with arrays of its own: for writing.
+    def prepared(self) -> "Stack":
+        """The same layers with what follows from parameters alone computed: to read much with.
 
-        A mixer with a method `prepared()` gives way to what that returns: itself with what follows
-        from its parameters computed.
+        A mixer with a method `prepared()` gives way to what that returns. Not for training.
+        """
+        ready = copy.copy(self)
+        ready.runs = nnx.List([_prepared(blocks) for blocks in self.runs])
+        return ready
+
+    def unrolled(self) -> "Stack":
+        """The layers of `prepared()`, each a run of its own with arrays of its own: for writing.
 
         A scan over layers copies what it hands to each of them. That is nothing beside a whole
         sequence, but a step does little more than read its weights and its state once.
@@ -271,7 +277,7 @@ def _apart(tree, repeats: int) -> list:
 
 
 def _prepared(blocks: nnx.List) -> nnx.List:
-    """One repeat of a period, its mixers prepared for many steps where they know how."""
+    """The blocks of a run, their mixers prepared where they know how."""
     if not any(hasattr(block.mixer, "prepared") for block in blocks):
         return blocks
     graphdef, variables = nnx.split(blocks)

@@ -9,6 +9,7 @@ def test_the_encoders_differ_in_their_mixer_alone():
     shells = {n: nnx.eval_shape(lambda n=n: encoder.encoder(n, 512)) for n in encoder.MODELS}
     assert {n: set(shell.stack.layers) for n, shell in shells.items()} == {
         "M2": {"monarch_mixer"},
+        encoder.KEPT: {"monarch_mixer"},
         "attention": {"attention"},
     }
     for shell in shells.values():
@@ -24,17 +25,20 @@ def test_the_encoders_differ_in_their_mixer_alone():
 
 def test_rows(monkeypatch):
     monkeypatch.setattr(encoder, "LENGTHS", (8, 16, 32))
-    seconds = {("M2", 8): 1.0, ("attention", 8): 1.0, ("M2", 16): 1.25, ("attention", 16): 5.0}
+    seconds = {
+        8: {"M2": 1.0, encoder.KEPT: 0.5, "attention": 1.0},
+        16: {"M2": 1.25, encoder.KEPT: 0.5, "attention": 5.0},
+    }
     seen = []
 
     def measured(length, batch, rounds):
         seen.append((length, batch, rounds))
-        one = lambda name: encoder.bench.Measured((seconds[name, length],) * 3, 0, 0, 0, 0.0)
+        one = lambda name: encoder.bench.Measured((seconds[length][name],) * 3, 0, 0, 0, 0.0)
         return {name: one(name) for name in encoder.MODELS}
 
     monkeypatch.setattr(encoder, "measured", measured)
     rows = encoder.run(quick=True)
     assert seen == [(8, 256, 3), (16, 128, 3)]
-    assert [row["of the first"] for row in rows] == [1.0, 1.0, 0.8, 0.2]
-    assert [row["times attention"] for row in rows] == [1.0, "", 4.0, ""]
+    assert [row["of the first"] for row in rows] == [1.0, 1.0, 1.0, 0.8, 1.0, 0.2]
+    assert [row["times attention"] for row in rows] == [1.0, 2.0, "", 4.0, 10.0, ""]
     assert rows[0]["tokens/s"] == 2048 and rows[0]["batch"] == 256

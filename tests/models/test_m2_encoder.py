@@ -30,6 +30,17 @@ def test_packed_documents_are_alone(compiled, tokens_of):
         np.testing.assert_allclose(packed[0, start : start + 11], want, rtol=1e-4, atol=1e-5)
 
 
+def test_prepared_it_says_the_same_without_its_filters(compiled, tokens_of):
+    """Kernels are kept for the longest rows; shorter ones take their first lags."""
+    model, tokens = encoder(M2), tokens_of(2, 40)
+    ready = model.prepared()
+    assert "SineNetwork" in str(nnx.graphdef(model))
+    assert "SineNetwork" not in str(nnx.graphdef(ready))
+    for length in (40, 17):
+        want, got = compiled(model)(tokens[:, :length]), compiled(ready)(tokens[:, :length])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("mixer, sees", [(M2, True), (OFF, False)])
 def test_without_its_mixer_it_sees_each_token_alone(mixer, sees, compiled, tokens_of):
     call, tokens = compiled(encoder(mixer)), tokens_of(2, 11)
