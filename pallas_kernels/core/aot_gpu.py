@@ -147,7 +147,8 @@ def compile_for(
     with dispatch.compiling_for(device.device_kind):
         compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
     kernels = cubin.read(dumps, cubin.calls(text))
     cubin.clear(dumps)
     peak = getattr(memory, "peak_memory_in_bytes", 0) or (

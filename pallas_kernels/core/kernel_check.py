@@ -1,6 +1,6 @@
-"""What is asked of an operator's TPU kernels without a TPU: that they compile, and at what cost.
+"""What is asked of an operator's kernels without their device: that they compile, at what cost.
 
-For each tagged call of an operator (arg_specs.py) and generation, two rows as a model trains with
+For each tagged call of an operator (arg_specs.py) and device, two rows as a model trains with
 it, without documents or a state before or after: "forward", which saves what the backward pass
 needs, and "backward". And a row "documents, state" with packed documents, a state before and after,
 and their gradients, or "documents" where the kernel takes no state: that it compiles.
@@ -8,11 +8,13 @@ and their gradients, or "documents" where the kernel takes no state: that it com
 Programs take and give heads side by side (`[b t h*k]`), as projections make and take them: what an
 operator's form turns or regroups beyond that is its own cost.
 
-The bytes of a pass are those of its kernels by their BlockSpecs and those of XLA's own passes in
-the compiled program. The minimum: forward, every argument read and y written once; backward, the
-arguments, the cotangent of y and what was saved read, and the gradients written once.
+The bytes of a pass are those of its kernels by their BlockSpecs (on a GPU by the copies in their
+bodies) and those of XLA's own passes in the compiled program. The minimum: forward, every argument
+read and y written once; backward, the arguments, the cotangent of y and what was saved read, and
+the gradients written once.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -38,16 +40,40 @@ TAG, PRIMARY = "tpu", "primary"
 _BACKWARD = re.compile("backward|_bwd|_dkv|_dq")
 
 
-def has_kernel(op: Callable) -> bool:
-    """Whether a TPU kernel of this operator is written."""
-    return op.forms[KERNEL].run is not unwritten.run  # type: ignore[attr-defined]
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled, for what, and how its rows are filled.
+
+    Attributes:
+        form: of an operator: "pallas_tpu", "pallas_gpu".
+        platform: whose branch of jax.lax.platform_dependent counts: "tpu", "cuda".
+        tags: calls with one of them are compiled.
+        compile: as aot.compile_for.
+        blank: a row without findings, of stack, operator, call, dtype, device kind.
+        filled: the rows of a pass that compiled, the pass's own first: of that row as far as it is
+            known, the machine code of its kernels, the kernels as they were counted, device kind.
+    """
+
+    form: str
+    platform: str
+    tags: frozenset[str]
+    compile: Callable
+    blank: Callable
+    filled: Callable
 
 
-def specs_of(op: Callable, *, primary: bool = False) -> list[ArgSpec]:
+def has_kernel(op: Callable, form: str = KERNEL) -> bool:
+    """Whether a kernel of this operator is written."""
+    return op.forms[form].run is not unwritten.run  # type: ignore[attr-defined]
+
+
+def specs_of(
+    op: Callable, *, primary: bool = False, tags: frozenset[str] = frozenset({TAG})
+) -> list[ArgSpec]:
     """The calls of real models that the operator is compiled at."""
     folder = op.__module__.rsplit(".", 1)[0]
     specs = importlib.import_module(f"{folder}.arg_specs").SPECS
-    return [s for s in specs if TAG in s.tags and (not primary or PRIMARY in s.tags)]
+    return [s for s in specs if tags & s.tags and (not primary or PRIMARY in s.tags)]
 
 
 def dtype_of(spec: ArgSpec) -> str:
@@ -71,59 +97,56 @@ def check(
     device: Any,
     *,
     stack: str,
+    target: Target,
     xla: bool = True,
     documents: bool = True,
     dumps: pathlib.Path | None = None,
-) -> Iterator[Row]:
-    """Compiles a call for a device and counts it.
+) -> Iterator[Any]:
+    """Compiles a call for a device and counts it; yields rows of the target's table.
 
     Args:
         op: the operator.
         spec: the call.
         device: a compile-only one.
         stack: versions, for the rows.
+        target: the platform.
         xla: whether to compile the portable form beside it, for its memory.
         documents: whether to compile it with documents and a state as well.
-        dumps: the folder that aot.prepare was given.
+        dumps: the folder that `prepare` of aot or aot_gpu was given.
     """
-    kind = device.device_kind
-    blank = Row(
-        stack=stack,
-        operator=op.__name__,
-        call=spec.name,
-        dtype=dtype_of(spec),
-        device=generation(kind).name,
-        part="",
-    )
+    kind, form = device.device_kind, target.form
+    blank = target.blank(stack, op.__name__, spec.name, dtype_of(spec), kind)
     arrays = tuple(arguments(op, spec).values())
-    forward = functools.partial(_y, op, spec, KERNEL)
+    forward = functools.partial(_y, op, spec, form)
     y = jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
     try:
         with dispatch.compiling_for(kind):
             traced = trace_passes(forward, arrays)
-        passes = count_passes(*traced, arrays, y)
+        passes = count_passes(*traced, arrays, y, platform=target.platform)
     except Exception as error:  # a refusal, or a kernel that cannot be traced, is the finding
         yield blank._replace(part="forward", status=_short(error))
         return
-    flat, program = tuple(map(_flat, arrays)), functools.partial(_flat_y, op, spec, KERNEL)
-    row = _counts(blank._replace(part="forward"), passes["forward"])
-    ahead, row = _compiled(row, device, program, flat, dumps)
-    yield row
+    compiled = functools.partial(_compiled, target, device, dumps=dumps)
+    flat, program = tuple(map(_flat, arrays)), functools.partial(_flat_y, op, spec, form)
+    one = passes["forward"]
+    ahead, rows = compiled(_counts(blank._replace(part="forward"), one), program, flat, one.kernels)
+    yield from rows
     both = functools.partial(bench.forward_and_gradients, has_state=False)
-    row = _counts(blank._replace(part="backward"), passes["backward"])
-    _, row = _compiled(row, device, both(program), (_flat(y), *flat), dumps, without=ahead)
-    if xla and row.status == "compiled":
+    one = passes["backward"]
+    row = _counts(blank._replace(part="backward"), one)
+    _, rows = compiled(row, both(program), (_flat(y), *flat), one.kernels, without=ahead)
+    if xla and rows[0].status == "compiled":
         other = both(functools.partial(_flat_y, op, spec, "xla"))
-        found = aot.compile_for(device, other, _flat(y), *flat)
-        row = row._replace(xla_temp=found.temp, xla_peak=found.peak)
-    yield row
+        found = target.compile(device, other, _flat(y), *flat)
+        rows[0] = rows[0]._replace(xla_temp=found.temp, xla_peak=found.peak)
+    yield from rows
     if documents and "segment_ids" in inspect.signature(op).parameters:
         for part in ("documents, state", "documents"):
-            packed, shapes = _with_documents(op, spec, arrays, has_state="state" in part)
-            _, row = _compiled(blank._replace(part=part), device, packed, shapes, dumps)
-            if not row.status.startswith("refused"):
+            packed, shapes = _with_documents(op, spec, arrays, form, has_state="state" in part)
+            _, rows = compiled(blank._replace(part=part), packed, shapes)
+            if not rows[0].status.startswith("refused"):
                 break
-        yield row
+        yield from rows
 
 
 def _call(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any, **more: Any) -> Any:
@@ -177,28 +200,30 @@ def trace_passes(forward: Callable, arrays: tuple) -> tuple[Any, Any]:
     return ahead, jax.make_jaxpr(both)(y, *arrays)
 
 
-def count_passes(ahead: Any, both: Any, arrays: tuple, y: Any) -> dict[str, Pass]:
+def count_passes(
+    ahead: Any, both: Any, arrays: tuple, y: Any, *, platform: str = "tpu"
+) -> dict[str, Pass]:
     """Counts both passes as `trace_passes` gave them: kernels of the forward pass come first."""
-    moved, saved = sum(map(_bytes, arrays)), _saved(ahead)
-    first = of_jaxpr(ahead).kernels
-    back = of_jaxpr(both).kernels[len(first) :]
+    moved, saved = sum(map(_bytes, arrays)), _saved(ahead, platform)
+    first = of_jaxpr(ahead, platform=platform).kernels
+    back = of_jaxpr(both, platform=platform).kernels[len(first) :]
     return {
         "forward": Pass(first, moved + _bytes(y), saved),
         "backward": Pass(back, 2 * moved + _bytes(y) + saved, saved),
     }
 
 
-def _saved(closed: Any) -> float:
+def _saved(closed: Any, platform: str) -> float:
     """Bytes of what the kernels of a forward pass make and hand to the backward pass.
 
     Arguments that are handed on, turned or padded or not, are no savings of theirs.
     """
-    kept = {id(v): v.bytes for v, made in made_by_kernels(closed)[1:] if made}
+    kept = {id(v): v.bytes for v, made in made_by_kernels(closed, platform=platform)[1:] if made}
     return sum(kept.values())
 
 
 def _with_documents(
-    op: Callable, spec: ArgSpec, arrays: tuple, *, has_state: bool
+    op: Callable, spec: ArgSpec, arrays: tuple, form: str, *, has_state: bool
 ) -> tuple[Callable, tuple]:
     """Forward and every gradient of a call with packed documents, and a state before and after."""
     results = jax.eval_shape(functools.partial(_call, op, spec, "xla"), *arrays)
@@ -217,7 +242,7 @@ def _with_documents(
             more = dict(segment_ids=ids)
             if state is not None:
                 more["initial_state"] = jax.tree.unflatten(tree, given)
-            found = _call(op, spec, KERNEL, *arrays, **more)
+            found = _call(op, spec, form, *arrays, **more)
             if not has_state and op.axes.state:  # type: ignore[attr-defined]
                 found = found[0]
             return [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -229,50 +254,69 @@ def _with_documents(
     return program, (cotangents, ids, state, *arrays)
 
 
-def _counts(row: Row, one: Pass) -> Row:
+def _counts(row: Any, one: Pass) -> Any:
     return row._replace(bytes=int(one.bytes), minimum=int(one.least), saved=int(one.saved))
 
 
 def _compiled(
-    row: Row,
+    target: Target,
     device: Any,
+    row: Any,
     program: Callable,
     given: tuple,
+    counted: tuple[Kernel, ...] = (),
+    *,
     dumps: pathlib.Path | None,
-    without: aot.Compiled | None = None,
-) -> tuple[aot.Compiled | None, Row]:
-    """Compiles a program into a row; XLA's passes of the program `without` are another row's."""
+    without: Any = None,
+) -> tuple[Any, list]:
+    """Compiles a program into rows; XLA's passes of the program `without` are another row's."""
     try:
-        found = aot.compile_for(device, program, *given, dumps=dumps)
+        found = target.compile(device, program, *given, dumps=dumps)
     except Exception as error:  # whatever the compiler says is the finding
-        return None, row._replace(status=_short(error))
+        return None, [row._replace(status=_short(error))]
     kernels = found.kernels
     if not kernels:
-        return None, row._replace(status="no Pallas call in the program")
+        return None, [row._replace(status="no Pallas call in the program")]
     if row.part == "backward":  # the forward pass has a row of its own
         kernels = tuple(k for k in kernels if _BACKWARD.search(k.name)) or kernels
-    default = generation(device.device_kind).scoped_vmem
+    around = max(0, int(found.around - (without.around if without else 0)))
+    row = row._replace(
+        status="compiled",
+        bytes=None if row.bytes is None else row.bytes + around,
+        around=around,
+        temp=found.temp,
+        peak=found.peak,
+        seconds=round(found.seconds, 1),
+    )
+    return found, target.filled(row, kernels, counted, device.device_kind)
+
+
+def _tpu_blank(stack: str, operator: str, call: str, dtype: str, kind: str) -> Row:
+    return Row(stack, operator, call, dtype, generation(kind).name, "")
+
+
+def _tpu_filled(row: Row, kernels: tuple, counted: tuple[Kernel, ...], kind: str) -> list[Row]:
+    """One row: sums over the kernels, and the vector memory of the one nearest to its limit."""
+    del counted
+    default = generation(kind).scoped_vmem
     limits = [k.limit or default for k in kernels]
     tightest = max(range(len(kernels)), key=lambda i: kernels[i].vmem / limits[i])
     told = all(k.bundles is not None for k in kernels)
     total = lambda field: sum(getattr(k, field) for k in kernels) if told else None
-    around = max(0, int(found.around - (without.around if without else 0)))
-    return found, row._replace(
-        status="compiled",
-        bytes=None if row.bytes is None else row.bytes + around,
-        around=around,
+    row = row._replace(
         kernels=" ".join(k.name for k in kernels),
         vmem=kernels[tightest].vmem,
         limit=limits[tightest],
         raised=int(limits[tightest] > default),
-        temp=found.temp,
-        peak=found.peak,
         bundles=total("bundles"),
         fills=total("fills"),
         spills=total("spills"),
         inner=total("inner"),
-        seconds=round(found.seconds, 1),
     )
+    return [row]
+
+
+TPU = Target(KERNEL, "tpu", frozenset({TAG}), aot.compile_for, _tpu_blank, _tpu_filled)
 
 
 def _short(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 from pallas_kernels.core.kernel_table import Row
 
@@ -11,7 +12,7 @@ MOST_BYTES, MOST_VMEM = 1.3, 0.75
 LONG_CALLS = ("selective_scan", "neural_memory", "taylor_attention")
 
 
-def ratio(row: Row) -> float | None:
+def ratio(row: Any) -> float | None:
     """Bytes moved by the least that the pass moves."""
     return row.bytes / row.minimum if row.bytes and row.minimum else None
 
@@ -41,27 +42,32 @@ def line(row: Row) -> str:
     """One row for a terminal."""
     if row.status != "compiled":
         return f"{row.name:<58}{row.status}"
-    parts = [f"{row.name:<58}", f"VMEM {_mib(row.vmem)} ({_percent(share(row))})"]
+    parts = [f"{row.name:<58}", f"VMEM {mib(row.vmem)} ({percent(share(row))})"]
     if row.minimum:
-        parts.append(f"bytes x{_times(ratio(row))}")
-    parts += [f"spills {_number(row.spills)}+{_number(row.fills)}", f"temp {_mib(row.temp)}"]
+        parts.append(f"bytes x{times(ratio(row))}")
+    parts += [f"spills {number(row.spills)}+{number(row.fills)}", f"temp {mib(row.temp)}"]
     if row.xla_peak and row.peak:
-        parts.append(f"peak {_mib(row.peak)}, xla {_mib(row.xla_peak)}")
+        parts.append(f"peak {mib(row.peak)}, xla {mib(row.xla_peak)}")
     return "  ".join([*parts, f"{row.seconds} s"])
 
 
 def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
-    """Puts the tables between the marks of a Markdown file; prose around them stays.
+    """Puts the tables of TPU kernels into the page."""
+    put(path, BEGIN, END, markdown(rows))
+
+
+def put(path: pathlib.Path, begin: str, end: str, middle: str) -> None:
+    """Puts text between the marks of a Markdown file; prose around them stays.
 
     Raises:
         ValueError: the file has no such marks.
     """
     text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{path} lacks the lines '{BEGIN}' and '{END}' to write between")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n\n{markdown(rows)}\n{END}{after}")
+    if begin not in text or end not in text.split(begin)[1]:
+        raise ValueError(f"{path} lacks the lines '{begin}' and '{end}' to write between")
+    before, rest = text.split(begin)
+    after = rest.partition(end)[2]
+    path.write_text(f"{before}{begin}\n\n{middle}\n{end}{after}")
 
 
 _HEAD = (
@@ -90,34 +96,35 @@ def _cells(row: Row, call: str) -> str:
     if row.status != "compiled":
         return f"{head} {row.status.replace('|', '/')} |" + " |" * 10
     cells = (
-        _mib(row.vmem) + (" (raised)" if row.raised else ""),
-        _percent(share(row)),
-        _times(ratio(row)),
-        _mib(row.bytes),
-        _mib(row.saved),
-        _mib(row.temp),
-        _mib(row.peak),
-        _mib(row.xla_peak),
-        _number(row.bundles),
-        _number(None if row.spills is None or row.fills is None else row.spills + row.fills),
-        _number(row.inner),
+        mib(row.vmem) + (" (raised)" if row.raised else ""),
+        percent(share(row)),
+        times(ratio(row)),
+        mib(row.bytes),
+        mib(row.saved),
+        mib(row.temp),
+        mib(row.peak),
+        mib(row.xla_peak),
+        number(row.bundles),
+        number(None if row.spills is None or row.fills is None else row.spills + row.fills),
+        number(row.inner),
     )
     return f"{head} {' | '.join(cells)} |"
 
 
-def _mib(count: int | None) -> str:
+def mib(count: int | None) -> str:
+    """For people: nothing where it is not known."""
     if count is None:
         return ""
     return f"{count / 2**20:.2f} MiB" if count < 10 * 2**20 else f"{count / 2**20:.0f} MiB"
 
 
-def _percent(x: float | None) -> str:
+def percent(x: float | None) -> str:
     return "" if x is None else f"{x:.0%}"
 
 
-def _times(x: float | None) -> str:
+def times(x: float | None) -> str:
     return "" if x is None else f"{x:.2f}"
 
 
-def _number(x: int | None) -> str:
+def number(x: int | None) -> str:
     return "" if x is None else f"{x:,}"

@@ -72,8 +72,6 @@ class Row(NamedTuple):
         return f"{self.operator} {self.call} {self.part} on {self.device}"
 
 
-_TEXTS = ("stack", "operator", "call", "dtype", "device", "part", "status", "kernels")
-_STORED = tuple(field for field in Row._fields if field != "seconds")
 # How far above the table a figure may lie: by a factor, and by so much.
 _ALLOWED = {
     "vmem": (1.03, 65_536),
@@ -83,35 +81,44 @@ _ALLOWED = {
     "spills": (1.05, 8),
     "inner": (1.0, 0),
     "bundles": (1.25, 64),
+    "registers": (1.0, 24),
+    "shared": (1.03, 1024),
 }
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a table; none where there is no file."""
+def read(path: pathlib.Path, of: Any = Row) -> list:
+    """The rows of a table; none where there is no file.
+
+    Args:
+        path: of the file.
+        of: the NamedTuple of a row; fields that are no `str` hold whole numbers or nothing.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [_row(one) for one in csv.DictReader(file)]
+        return [_row(one, of) for one in csv.DictReader(file)]
 
 
-def _row(told: Mapping[str, str]) -> Row:
+def _row(told: Mapping[str, str], of: Any) -> Any:
     values: dict[str, Any] = {}
     for field, text in told.items():
-        values[field] = text if field in _TEXTS else (int(text) if text else None)
-    return Row(**values)
+        is_text = of.__annotations__[field] is str
+        values[field] = text if is_text else (int(text) if text else None)
+    return of(**values)
 
 
-def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+def write(path: pathlib.Path, rows: Iterable, of: Any = Row) -> None:
     """Writes a table, sorted."""
+    stored = [field for field in of._fields if field != "seconds"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_STORED)
+        writer.writerow(stored)
         for row in sorted(rows, key=lambda row: row.key):
             values = row._asdict()
-            writer.writerow(["" if values[f] is None else values[f] for f in _STORED])
+            writer.writerow(["" if values[f] is None else values[f] for f in stored])
 
 
-def merged(old: Iterable[Row], new: Iterable[Row], whole: bool) -> list[Row]:
+def merged(old: Iterable, new: Iterable, whole: bool) -> list:
     """New rows in place of the old ones.
 
     Args:
@@ -127,12 +134,12 @@ def merged(old: Iterable[Row], new: Iterable[Row], whole: bool) -> list[Row]:
     return [*kept, *new]
 
 
-def failed(row: Row) -> bool:
+def failed(row: Any) -> bool:
     """Whether a call neither compiles nor is refused."""
     return row.status != "compiled" and not row.status.startswith("refused")
 
 
-def regressions(table: Iterable[Row], found: Iterable[Row]) -> list[str]:
+def regressions(table: Iterable, found: Iterable) -> list[str]:
     """What got worse than the table says, one line each; a call without a row is one too.
 
     Rows are compared within a stack. One that the table knows nothing of is compared with none:
@@ -154,7 +161,7 @@ def regressions(table: Iterable[Row], found: Iterable[Row]) -> list[str]:
                 wrong.append(f"{row.name}: {before.status} before, now {row.status}")
             continue
         for field, (factor, more) in _ALLOWED.items():
-            now, was = getattr(row, field), getattr(before, field)
+            now, was = getattr(row, field, None), getattr(before, field, None)
             if now is not None and was is not None and now > factor * was + more:
                 wrong.append(f"{row.name}: {field} {was:,} -> {now:,}")
     return wrong

@@ -1,7 +1,7 @@
 """Bytes that a program moves between memory and chip, counted from its traced jaxpr.
 
-Kernels are counted by their BlockSpecs (core/blocks.py), what XLA does around them by a model of
-its fusion (core/passes.py).
+TPU kernels are counted by their BlockSpecs (core/blocks.py), GPU kernels by the copies in their
+bodies (core/copies.py), what XLA does around them by a model of its fusion (core/passes.py).
 
 Loop bodies count as often as they run, of branches the dearest, or the one of the platform that is
 asked for; inside a shard_map, what one device moves. What nobody uses is left out.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.core import blocks
+from pallas_kernels.core import blocks, copies
 from pallas_kernels.core.blocks import Kernel
 from pallas_kernels.core.passes import Node, Value, passes_bytes, used
 
@@ -75,9 +75,9 @@ def of_jaxpr(closed: Any, *arguments: Any, platform: str = "tpu") -> Traffic:
     return _Scope(platform).count(closed, values)
 
 
-def made_by_kernels(closed: Any) -> list[tuple[Any, bool]]:
+def made_by_kernels(closed: Any, *, platform: str = "tpu") -> list[tuple[Any, bool]]:
     """For each result of a jaxpr what it is, by identity, and whether a kernel had a hand in it."""
-    scope = _Scope("tpu")
+    scope = _Scope(platform)
     results = scope.flatten(
         closed.jaxpr, closed.consts, [Value(v.aval) for v in closed.jaxpr.invars]
     )
@@ -123,12 +123,16 @@ class _Scope:
             count = params["grid_mapping"].num_index_operands
             kernel = blocks.of_call(equation, [v.known for v in inputs[:count]])
             return self._add(equation, "inner", inputs, kernels=(kernel,))
+        if name == "mpmd_map":  # plgpu.kernel
+            kernel = copies.of_call(equation)
+            return self._add(equation, "inner", inputs, kernels=(kernel,))
         if name in ("scan", "while", "cond", "shard_map"):
             inner, times = self._inside(name, params, inputs)
             kernels = tuple(k._replace(times=k.times * times) for k in inner.kernels)
             around = times * inner.around
             return self._add(equation, "inner", inputs, kernels=kernels, around=around)
-        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        # "call" is custom_vmap's.
+        for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
             if key in params and not name.startswith("reduce"):
                 inner = params[key]
                 consts = getattr(inner, "consts", ())
