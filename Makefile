@@ -18,13 +18,17 @@ EXTRAS := dev$(if $(EXTRA),$(comma)$(EXTRA))
 # libtpu compiles for TPUs on any machine. It stays out of the environment, where jax would load it.
 LIBTPU := build/libtpu-python$(PYTHON_VERSION)
 CHECK_TPU := PYTHONPATH=$(LIBTPU) $(BIN)/python -m pallas_kernels.check_tpu
+# So do the four wheels that compile for a GPU: jax's CUDA plugin, ptxas, libdevice; no cuDNN or cuBLAS.
+CUDA := build/cuda-python$(PYTHON_VERSION)
+CUDA_WHEELS := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
+CHECK_GPU := PYTHONPATH=$(CUDA) $(BIN)/python -m pallas_kernels.check_gpu
 CHECK_STEPS := PYTHONPATH=$(LIBTPU) $(BIN)/python -m seqzoo.eval.mesh_check
 
 ARGS ?=
 # Processes that share the tests; a test file stays in one.
 WORKERS ?= 2
 
-.PHONY: help install train test test-slow bench long-streams torture torture-resume frontier passkey titans-ablation docs check lint types libtpu check-tpu check-tpu-full check-tpu-table clean
+.PHONY: help install train test test-slow bench long-streams torture torture-resume frontier passkey titans-ablation docs check lint types libtpu check-tpu check-tpu-full check-tpu-table cuda check-gpu check-gpu-full check-gpu-table gpu-report clean
 
 help:  ## lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*##/\t/' | expand -t 18
@@ -97,6 +101,26 @@ check-tpu-full: $(LIBTPU)/.installed  ## every tagged shape and generation, and 
 check-tpu-table: $(LIBTPU)/.installed  ## measures everything anew into docs/kernels.csv and docs/kernels.md
 	$(CHECK_TPU) --full --write $(ARGS)
 	$(CHECK_STEPS) --write
+
+cuda: $(CUDA)/.installed  ## installs a compiler for GPUs into build/ (0.7 GB, no driver needed)
+
+$(CUDA)/.installed: $(STAMP) $(CONSTRAINTS)
+	rm -rf $(CUDA)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CUDA) $(CUDA_WHEELS) --constraint $(CONSTRAINTS) || \
+	    { echo "the CUDA wheels COULD NOT BE INSTALLED, so nothing can be compiled for GPUs here"; exit 3; }
+	@touch $@
+
+check-gpu: $(CUDA)/.installed  ## compiles the kernels for an H200 without a GPU, against docs/kernels_gpu.csv
+	$(CHECK_GPU) --check $(ARGS)
+
+check-gpu-full: $(CUDA)/.installed  ## every tagged shape (PYTHON=python3.12 too)
+	$(CHECK_GPU) --full --check $(ARGS)
+
+check-gpu-table: $(CUDA)/.installed  ## measures everything anew into docs/kernels_gpu.csv and docs/kernels.md
+	$(CHECK_GPU) --full --write $(ARGS)
+
+gpu-report:  ## on a GPU: numerics, then times, into docs/gpu/ (PYTHON=its python with jax; nothing is installed)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON_EXE)) -m pallas_kernels.gpu_report $(ARGS)
 
 clean:  ## removes environments and caches, never runs/
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
