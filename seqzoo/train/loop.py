@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +76,9 @@ def train(
         check_data(run)
         saved = not force and checkpoint.list_steps(place.checkpoints)
         branch = None if saved else branches.find(config)
-        with _open(run, overrides, root, force, strict, fingerprint) as folder:
+        with open_folder(
+            run, overrides, root, fingerprint=fingerprint, force=force, strict=strict
+        ) as folder:
             if folder.finished():  # by somebody else, a moment ago
                 return finished_before(folder)
             progress = Progress(
@@ -103,19 +105,29 @@ def _run(
         hooks = [*make_hooks(run, folder), *more_hooks] if processes.first() else []
         session = Session(run, folder, progress=progress, hooks=hooks, stop=stop)
         session.begin(branch)
-        tested = _fit(session)
+        steps = fit(session)
+        while (tested := next(steps)) is None:
+            session.advance()
         session.close()
         return session, tested
     except BaseException as error:
-        known = _known(error, session)
-        _leave(folder, session, known or error)
+        known = known_as(error, session)
+        leave(folder, session, known or error)
         if known is None:
             raise
         raise known from error
 
 
-def _fit(session: Session) -> dict[str, float]:
-    """Trains to the end and tests: at each step boundary stop, evaluate, save where due."""
+def fit(session: Session) -> Iterator[dict[str, float] | None]:
+    """The loop of a run: at each step boundary stop, evaluate, save where due; at the end test.
+
+    Yields:
+        None where the next update is due, which whoever drives the loop begins (a run alone, or
+        together with the others of its group); at the end what the test gave.
+
+    Raises:
+        Interrupted: it was asked to stop, and saved.
+    """
     while True:
         stop, save = session.asked()
         if stop:
@@ -128,7 +140,7 @@ def _fit(session: Session) -> dict[str, float]:
             session.save()
         if session.done:
             break
-        session.advance()
+        yield None
     if stop and save:
         session.save()
     session.wait()
@@ -136,18 +148,20 @@ def _fit(session: Session) -> dict[str, float]:
         raise Interrupted
     tested = session.test()
     session.write_status(state="finished", test=tested)
-    return tested
+    yield tested
 
 
-def _open(
+def open_folder(
     run: Setup,
     overrides: Sequence[str],
     root: str | os.PathLike,
-    force: bool,
-    strict: bool,
+    *,
     fingerprint: str,
+    force: bool = False,
+    strict: bool = False,
+    **layout: Any,
 ) -> RunFolder:
-    """Opens the run folder, process 0 before the others."""
+    """Opens the run folder, process 0 before the others; `layout` is what changes rounding."""
     if not processes.first():
         processes.barrier("run folder")
     try:
@@ -158,11 +172,15 @@ def _open(
             force=force,
             strict=strict,
             data_fingerprint=fingerprint,
-            layout={"mesh": dict(run.spec.mesh.shape), "microbatches": run.spec.grad_accum_steps},
+            layout={
+                "mesh": dict(run.spec.mesh.shape),
+                "microbatches": run.spec.grad_accum_steps,
+                **layout,
+            },
             process_index=jax.process_index(),
         )
     except OSError as error:
-        raise _known(error, None) or SeqzooError(
+        raise known_as(error, None) or SeqzooError(
             f"the run folder cannot be written: {error}; --runs names another place"
         ) from error
     if processes.first():
@@ -170,7 +188,7 @@ def _open(
     return folder
 
 
-def _known(error: BaseException, session: Session | None) -> SeqzooError | None:
+def known_as(error: BaseException, session: Session | None) -> SeqzooError | None:
     """What the user must read, where the error itself does not say it."""
     if isinstance(error, Interrupted) and session is not None:
         kept = "saved" if session.saved else "there was nothing to save yet"
@@ -188,7 +206,7 @@ def _known(error: BaseException, session: Session | None) -> SeqzooError | None:
     return None
 
 
-def _leave(folder: RunFolder, session: Session | None, error: BaseException) -> None:
+def leave(folder: RunFolder, session: Session | None, error: BaseException) -> None:
     """Says in status.json and train.log how the run ended, as far as that still works."""
     state = next((name for kind, name in _STATES.items() if isinstance(error, kind)), "failed")
     with contextlib.suppress(Exception):

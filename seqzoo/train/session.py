@@ -27,7 +27,7 @@ from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
 from seqzoo.train.step import SKIPPED, Metrics, train_step
-from seqzoo.train.timing import Shapes, Timing, row_length, shapes_of
+from seqzoo.train.timing import Pauses, Shapes, Timing, row_length, shapes_of
 
 # Updates that may be computing before the metrics of the oldest are fetched: the host never waits
 # for the device, and a loss that is not finite is noticed so many steps late (never after a save).
@@ -63,6 +63,7 @@ class Session:
         progress: Progress,
         hooks: list[Hook],
         stop: StopRequest,
+        pauses: Pauses | None = None,
     ):
         self.run, self.folder, self.stop = run, folder, stop
         self.step = 0
@@ -85,7 +86,8 @@ class Session:
         self._sharding = meshes.batch_sharding(run.spec.mesh, run.spec.rules)
         self._seed = np.uint32(run.trainer.seed)
         self._stream: pipeline.Stream | None = None
-        self._timing = Timing(run, folder.path / "timing.jsonl" if writes else None, folder.attempt)
+        timing = folder.path / "timing.jsonl" if writes else None
+        self._timing = Timing(run, timing, folder.attempt, pauses)
         self._checkpoints = Checkpointer(folder.checkpoints, metric_mode=run.task.mode)
         self._log: MetricsLog | None = None
 
@@ -171,8 +173,19 @@ class Session:
         if shapes not in self._programs:
             self._programs[shapes] = self._compile(batch)
         self.doing = self._programs[shapes]
-        hyper = self.run.hyper(self.step)
-        self.state, metrics = self.doing(self.state, batch, hyper, self._seed)
+        self.state, metrics = self.doing(self.state, batch, *self.arguments())
+        self.begun(shapes, metrics)
+
+    def arguments(self) -> tuple[np.ndarray, np.uint32]:
+        """Run-time values of the next update, and the seed, as the compiled step takes them."""
+        return self.run.hyper(self.step), self._seed
+
+    def begun(self, shapes: Shapes, metrics: Metrics) -> None:
+        """The next update is being computed, and these will be its metrics.
+
+        Raises:
+            NotFiniteError: an update a few steps ago was not finite.
+        """
         self.step += 1
         self._next_sample += self.run.trainer.global_batch_size
         self._pending.append((self.step, shapes, metrics))

@@ -91,6 +91,12 @@ def train_step(spec: Spec):
 
     hyper is float32 [k], the values of `spec.hyper_names`; seed uint32 [].
     """
+    whole = NamedSharding(spec.mesh, PartitionSpec())
+    return jax.jit(update(spec), donate_argnums=0, out_shardings=(spec.state.shardings, whole))
+
+
+def update(spec: Spec):
+    """The step as a plain function, to be traced."""
 
     def objective(params, rest, batch, key):
         sums = spec.task.sums(merge(spec.graphdef, params, rest), batch, key=key)
@@ -152,10 +158,7 @@ def train_step(spec: Spec):
         pairs = jnp.stack([jnp.stack([jnp.float32(v), jnp.float32(w)]) for v, w in totals.values()])
         return new, Metrics(tuple(totals), pairs, finite)
 
-    whole = NamedSharding(spec.mesh, PartitionSpec())
-    return jax.jit(
-        _in_force(spec, step), donate_argnums=0, out_shardings=(spec.state.shardings, whole)
-    )
+    return _in_force(spec, step)
 
 
 @functools.lru_cache(maxsize=64)

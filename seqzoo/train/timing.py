@@ -23,6 +23,13 @@ from seqzoo.train.state import merge, structure_of
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
+class Pauses:
+    """Seconds that belong to no lap; the runs of a group share them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
 class Timing:
     """Measures laps from line to line of the log; evaluations and saves stand outside.
 
@@ -30,17 +37,21 @@ class Timing:
         run: what is trained.
         path: timing.jsonl; None = write nothing.
         attempt: which start of the run this is.
+        pauses: where evaluations and saves are counted; None = this run stands alone.
     """
 
-    def __init__(self, run: Setup, path: pathlib.Path | None, attempt: int):
+    def __init__(
+        self, run: Setup, path: pathlib.Path | None, attempt: int, pauses: Pauses | None = None
+    ):
         self._run, self._path, self._attempt = run, path, attempt
         self._updates: collections.Counter[Shapes] = collections.Counter()
         self._began = self._since = time.perf_counter()
+        self._pauses = pauses or Pauses()
         self._paused = self._waited = 0.0
 
     def start(self) -> None:
         """The first update is about to begin."""
-        self._since = time.perf_counter()
+        self._since, self._paused = time.perf_counter(), self._pauses.seconds
 
     def count(self, shapes: Shapes) -> None:
         """An update with a batch of these shapes was begun."""
@@ -53,7 +64,7 @@ class Timing:
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - began
+            self._pauses.seconds += time.perf_counter() - began
 
     def lap(self, step: int, waited: float) -> dict[str, Any]:
         """Ends a lap, writes its line and returns it.
@@ -68,7 +79,7 @@ class Timing:
             again; on a CPU relative to a matrix product measured here), data_wait (a share).
         """
         now = time.perf_counter()
-        seconds = max(now - self._since - self._paused, 1e-9)
+        seconds = max(now - self._since - (self._pauses.seconds - self._paused), 1e-9)
         tokens = sum(n * _tokens(shapes) for shapes, n in self._updates.items())
         flops = sum(n * update_flops(self._run, shapes) for shapes, n in self._updates.items())
         values = {
@@ -83,7 +94,8 @@ class Timing:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, "attempt": self._attempt} | values) + "\n")
         self._updates.clear()
-        self._paused, self._waited, self._since = 0.0, waited, time.perf_counter()
+        self._waited = waited
+        self.start()
         return values
 
 
