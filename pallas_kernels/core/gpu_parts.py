@@ -27,6 +27,18 @@ def layout_cast(x: jax.Array, layout: Any, config: GpuConfig) -> jax.Array:
     return x if config.interpret else plgpu.layout_cast(x, layout)
 
 
+def read(ref: Any, layout: Any, config: GpuConfig) -> jax.Array:
+    """What stands there, in a layout, however slowly it comes: `ref[...]` asks for a fast way.
+
+    The way to numbers in memory in a layout of the matrix unit. The interpreter does not know it.
+    """
+    if config.interpret:
+        return ref[...]
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
 def each(count: int, do: Callable[[Any], None]) -> None:
     """Does something for 0 ... count - 1, in a loop."""
 
