@@ -33,10 +33,12 @@ SPECS = (
     _spec("m2_bert_up", 8, 4, 1536, 192, t=128),
     _spec("square_1024", 8, 32, 32, 32, (32, 32, 32), t=128),
     # The matrices of M2-BERT-80M's MLP, block-diagonal (as published) and of order 2.
-    _spec("m2_bert_80m_up", 2, 4, 1536, 192, tags={"tpu"}, t=8192),
-    _spec("m2_bert_80m_down", 2, 4, 192, 768, tags={"tpu"}, t=8192),
-    _spec("m2_bert_80m_monarch_up", 2, 4, 192, 192, (4, 1536, 192), {"tpu", "primary"}, t=8192),
-    _spec("m2_bert_80m_monarch_down", 2, 4, 192, 768, (4, 192, 192), {"tpu"}, t=8192),
+    _spec("m2_bert_80m_up", 2, 4, 1536, 192, tags={"tpu", "gpu"}, t=8192),
+    _spec("m2_bert_80m_down", 2, 4, 192, 768, tags={"tpu", "gpu"}, t=8192),
+    _spec(
+        "m2_bert_80m_monarch_up", 2, 4, 192, 192, (4, 1536, 192), {"tpu", "gpu", "primary"}, t=8192
+    ),
+    _spec("m2_bert_80m_monarch_down", 2, 4, 192, 768, (4, 192, 192), {"tpu", "gpu"}, t=8192),
 )
 
 

@@ -118,7 +118,7 @@ def _forward_kernel(x_ref, w1_ref, w2_ref, back_ref, y_ref, *refs, w1, w2, save:
         for l in range(n_blocks):
             z_s[:, l * r + i * piece : l * r + (i + 1) * piece] = z[:, l * piece : (l + 1) * piece]
     plgpu.commit_smem()
-    if save:
+    if z_ref is not None:
         plgpu.copy_smem_to_gmem(z_s, z_ref.at[rows])
     plgpu.barrier_wait(barrier)
 
