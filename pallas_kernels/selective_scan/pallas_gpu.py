@@ -1,5 +1,177 @@
-"""selective_scan as a Mosaic GPU kernel: its place, not written yet (dispatch falls to xla)."""
+"""selective_scan as Mosaic GPU kernels for Hopper, forward and backward.
 
-from pallas_kernels.core.unwritten import refuses, run
+Kept between the two: the arguments, and the state at the start of each chunk. README.md has grid,
+buffers and bytes.
+"""
 
-__all__ = ["refuses", "run"]
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core import dispatch, gpu
+from pallas_kernels.core.segments import boundaries
+from pallas_kernels.selective_scan.gpu_backward import backward
+from pallas_kernels.selective_scan.gpu_forward import forward
+from pallas_kernels.selective_scan.gpu_parts import F32, FORGET, LOG2_E, How, states_at_a_time
+
+_CHUNKS = (64, 32, 16)
+_GROUPS = (8, 16)
+_SPARE = 4096  # bytes of shared memory that the compiler takes: barriers, sums between warps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasGpuConfig(gpu.GpuConfig):
+    """How the work is cut.
+
+    Attributes:
+        chunk: tokens per step backward, and between two states that are kept: 16, 32 or 64.
+        tile: tokens per step forward; divides the chunk.
+        group: tokens that pass over the states together, forward: 8 or 16; divides the tile.
+        states: states worked on together, forward: 2 or 4.
+        group_backward: as `group`, backward; divides the chunk.
+    """
+
+    chunk: int = 64
+    tile: int = 16
+    group: int = 8
+    states: int = 4
+    group_backward: int = 16
+
+    def __post_init__(self):
+        if self.chunk not in _CHUNKS:
+            raise ValueError(f"selective_scan: chunk is {self.chunk}; it must be 16, 32 or 64")
+        for name in ("group", "group_backward"):
+            if getattr(self, name) not in _GROUPS:
+                raise ValueError(
+                    f"selective_scan: {name} is {getattr(self, name)}; it must be 8 or 16"
+                )
+        if self.states not in (2, 4):
+            raise ValueError(f"selective_scan: states is {self.states}; it must be 2 or 4")
+        if self.tile % self.group or self.chunk % self.tile:
+            raise ValueError(
+                f"selective_scan: tile is {self.tile}; it must be a multiple of group="
+                f"{self.group} and divide chunk={self.chunk}"
+            )
+
+    @classmethod
+    def heuristic(
+        cls, sizes: Mapping[str, int], device_kind: str | None = None
+    ) -> "PallasGpuConfig":
+        """The longest chunk that shared memory holds backward."""
+        n, itemsize = sizes["n"], sizes.get("itemsize", 4)
+        chunk = next((x for x in _CHUNKS if _fits(x, n, itemsize)), _CHUNKS[-1])
+        return cls(chunk=chunk, device_kind=device_kind)
+
+
+def _fits(chunk: int, n: int, itemsize: int, group: int = 16) -> bool:
+    """Whether a chunk's buffers fit into shared memory, backward (gpu_backward.py lists them)."""
+    n, along = _round_up(n, 4), (2 * n + 2) * chunk * 4 * 2
+    vectors = 6 * chunk * itemsize + (chunk // group + 4) * n * 4 + 4 * 4
+    products = 64 * (gpu.WARPGROUP + 8) * 4
+    return gpu.WARPGROUP * vectors + along + products + 2 * n * chunk * 4 <= (
+        gpu.SHARED_MEMORY - _SPARE
+    )
+
+
+def refuses(shapes, device_kind) -> str | None:
+    """The reason against a call; see `selective_scan`."""
+    n = shapes[2].shape[1]
+    reason = gpu.refuses_device(device_kind) or gpu.refuses_dtypes(shapes)
+    if reason is None and not _fits(_CHUNKS[-1], n, 4):
+        return f"{n} states per channel do not fit into {gpu.SHARED_MEMORY} bytes of shared memory"
+    return reason
+
+
+def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_softplus, config):
+    """See `selective_scan`; h `[b e n]` float32. Returns y, h, last_id."""
+    b, t, e = u.shape
+    n = A.shape[1]
+    sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
+    config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))
+    reset = valid = None
+    tokens, channels = _round_up(t, config.chunk), _round_up(e, gpu.WARPGROUP)
+    if segment_ids is not None:
+        reset, valid, last_id = boundaries(segment_ids, last_id)
+    elif tokens > t:
+        valid = jnp.ones((b, t), bool)
+        reset = jnp.zeros((b, t), bool)
+    most = max(config.states, states_at_a_time(config.group_backward))
+    how = How(
+        delta_softplus, _round_up(n, most), valid is not None, config.chunk, config.tile, config
+    )
+
+    def by_token(x):
+        return None if x is None else _pad(x, b, tokens, channels)
+
+    def along(x):  # [b n t]
+        x = x if valid is None else jnp.where(valid[..., None], x, 0)
+        return _pad(jnp.swapaxes(x, 1, 2).astype(F32), b, how.n, tokens)
+
+    def state(x):  # [... n e] of [... e n]
+        return _pad(jnp.swapaxes(x, -1, -2), *x.shape[:-2], how.n, channels)
+
+    def by_channel(x):
+        return jnp.zeros((channels,), F32) if x is None else _pad(x.astype(F32), channels)
+
+    arrays = dict(
+        **dict(u=by_token(u), delta=by_token(delta), z=by_token(z), B=along(B), C=along(C)),
+        **dict(A=state(A.astype(F32)), D=by_channel(D), bias=by_channel(delta_bias), h=state(h)),
+    )
+    flags = None
+    if valid is not None:
+        flags = jnp.stack([valid.astype(F32), jnp.where(reset, FORGET, 0).astype(F32)], axis=1)
+        flags = _pad(flags, b, 2, tokens)
+    given = {name: x for name, x in arrays.items() if x is not None}
+    y, last = _scan(given, flags, how)
+    return y[:, :t, :e], jnp.swapaxes(last, 1, 2)[:, :e, :n], last_id
+
+
+def _round_up(x: int, to: int) -> int:
+    return -(-x // to) * to
+
+
+def _pad(x: jax.Array, *shape: int) -> jax.Array:
+    """Zeros at the ends of axes."""
+    more = [(0, new - old) for old, new in zip(x.shape, shape, strict=True)]
+    return jnp.pad(x, more) if any(end for _, end in more) else x
+
+
+def _inputs(arrays: dict, flags: jax.Array | None) -> dict:
+    """What both kernels take, without states."""
+    along = [arrays["B"], arrays["C"], *([] if flags is None else [flags])]
+    channels = [arrays["A"] * LOG2_E, arrays["D"][None], arrays["bias"][None]]
+    some = {name: arrays[name] for name in ("u", "delta", "z") if name in arrays}
+    return dict(**some, along=jnp.concatenate(along, 1), channels=jnp.concatenate(channels, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scan(arrays, flags, how: How):
+    """y `[b t e]` and the last state `[b n e]`; B, C `[b n t]`, A `[n e]`, h `[b n e]`."""
+    found = forward({**_inputs(arrays, flags), "h": arrays["h"]}, how, save=False)
+    return found["y"], found["h"]
+
+
+def _scan_forward(arrays, flags, how: How):
+    found = forward({**_inputs(arrays, flags), "h": arrays["h"]}, how, save=True)
+    kept = {name: x for name, x in arrays.items() if name != "h"}
+    return (found["y"], found["h"]), (kept, found["starts"], flags)
+
+
+def _scan_backward(how: How, residuals, cotangents):
+    arrays, starts, flags = residuals
+    dy, dlast = cotangents
+    more = dict(dy=dy, starts=starts, dlast=dlast)
+    found = backward({**_inputs(arrays, flags), **more}, how)
+    b, n, t = arrays["B"].shape
+    group = how.config.group_backward
+    both = jnp.sum(found.pop("BC"), axis=1).reshape(b, t // group, n, 2, group)
+    both = jnp.transpose(both, (3, 0, 2, 1, 4)).reshape(2, b, n, t)
+    sums = jnp.sum(found.pop("sums"), axis=0)
+    found["A"] = jnp.sum(found["A"], axis=0)
+    return dict(**found, B=both[0], C=both[1], D=sums[0], bias=sums[1]), None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)

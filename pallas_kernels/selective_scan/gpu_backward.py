@@ -1,0 +1,241 @@
+"""selective_scan's backward kernel for Hopper: from the last chunk of tokens to the first.
+
+From the state at its start, a chunk's states before each group of tokens are computed again and
+kept in shared memory; then the gradient by the state walks back, group by group. README.md has the
+formulas.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.gpu import WARPGROUP, kernel_call
+from pallas_kernels.core.gpu_parts import each, layout_cast, named, sigmoid
+from pallas_kernels.selective_scan import gpu_parts as parts
+from pallas_kernels.selective_scan.gpu_parts import F32, LOG2_E, REDUCED, SLOTS, How, Refs
+
+EARLY = ("u", "delta")  # needed for computing the states again, so two chunks at a time
+LATE = ("z", "dy")  # needed on the way back: they arrive meanwhile
+# What is written where its input lay.
+WRITTEN = dict(u="dy", delta="delta", z="z")
+APART = 8  # numbers between two rows that are summed, so that threads read different banks
+
+
+def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
+    """The kernel's call.
+
+    Args:
+        arrays: as for `forward` without h, and starts `[b t/chunk n e]`, dy `[b t e]` in the dtype
+            of u, dlast `[b n e]`.
+        how: settings.
+
+    Returns:
+        Gradients u, delta and z `[b t e]`, h `[b n e]`; those to be summed over rows, A `[b n e]`,
+        sums `[b 2 e]` (of D and of delta_bias); over blocks of channels, B and C as BC
+        `[b blocks t/group n/some 64]`, the last axis being (some states, B or C, group).
+    """
+    u, n, group = arrays["u"], how.n, how.config.group_backward
+    (b, t, e), chunk = u.shape, how.chunk
+    blocks, some = e // WARPGROUP, parts.states_at_a_time(group)
+    reduced = (n // some, REDUCED)
+    state = jax.ShapeDtypeStruct((b, n, e), F32)
+    names = tuple(x for x in (*EARLY, *LATE) if x in arrays)
+    outputs = {x: jax.ShapeDtypeStruct(u.shape, arrays[x].dtype) for x in WRITTEN if x in arrays}
+    outputs |= dict(h=state, A=state, sums=jax.ShapeDtypeStruct((b, 2, e), F32))
+    outputs["BC"] = jax.ShapeDtypeStruct((b, blocks, t // group, *reduced), F32)
+    own = {
+        x: parts.vectors(*((SLOTS,) if x in EARLY else ()), chunk, dtype=arrays[x].dtype)
+        for x in names
+    }
+    own |= dict(
+        along=plgpu.SMEM((SLOTS, how.along, chunk), F32),
+        channels=parts.vectors(n + 2),
+        start=parts.vectors(n),
+        before=parts.vectors(chunk // group, n),
+        lam=parts.vectors(n),
+        A=parts.vectors(n),
+        sums=parts.vectors(2),
+        products=plgpu.SMEM((REDUCED, WARPGROUP + APART), F32),
+        BC=plgpu.SMEM((chunk // group, *reduced), F32),
+        early=plgpu.Barrier(num_arrivals=len(EARLY) + 1, num_barriers=SLOTS),
+        late=plgpu.Barrier(num_arrivals=len(names) - len(EARLY)),
+        started=plgpu.Barrier(),
+        begun=plgpu.Barrier(num_arrivals=2),
+    )
+    found = kernel_call(
+        named(
+            lambda *refs: _body(*refs, how=how, steps=t // chunk), arrays, outputs, own
+        ),
+        name="selective_scan_backward",
+        config=how.config,
+        out_type=tuple(outputs.values()),
+        scratch_types=tuple(own.values()),
+        grid=(b, blocks),
+        grid_names=("rows", "blocks"),
+        approx_math=True,
+        unsafe_no_auto_barriers=True,
+    )(*arrays.values())
+    return dict(zip(outputs, found, strict=True))
+
+
+def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
+    row, here = parts.place()
+    chunk, groups = how.chunk, how.chunk // how.config.group_backward
+    early, late = own["early"], own["late"]
+    tokens = lambda i: pl.ds(i * chunk, chunk)
+
+    def load_early(i, slot):
+        parts.loads(ins, own, EARLY, (row, tokens(i), here), slot, early.at[slot])
+
+    def load_start(i):
+        plgpu.copy_gmem_to_smem(ins["starts"].at[row, i, :, here], own["start"], own["started"])
+
+    plgpu.copy_gmem_to_smem(ins["channels"].at[:, here], own["channels"], own["begun"])
+    plgpu.copy_gmem_to_smem(ins["dlast"].at[row, :, here], own["lam"], own["begun"])
+    load_early(steps - 1, 0)
+    load_start(steps - 1)
+    each(how.n, lambda n: _set(own["A"], n, jnp.zeros((WARPGROUP,), F32)))
+    plgpu.barrier_wait(own["begun"])
+
+    def step(s, sums):
+        i, slot = steps - 1 - s, lax.rem(s, SLOTS)
+        plgpu.barrier_wait(early.at[slot])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the step before wrote is out
+        for x in LATE:
+            if x in own:
+                plgpu.copy_gmem_to_smem(ins[x].at[row, tokens(i), here], own[x], late)
+        pl.when(s + 1 < steps)(lambda: load_early(i - 1, 1 - slot))
+        plgpu.barrier_wait(own["started"])
+        each(how.n, lambda n: _set(own["before"].at[0], n, own["start"][n]))
+        plgpu.commit_smem()  # all have read the start
+        pl.when(s + 1 < steps)(lambda: load_start(i - 1))
+        each(groups - 1, lambda k: _again(own, slot, k, how))
+        plgpu.barrier_wait(late)
+        sums = lax.fori_loop(
+            0, groups, lambda k, sums: _back(own, slot, groups - 1 - k, sums, how), sums
+        )
+        plgpu.commit_smem()
+        for x in WRITTEN:
+            if x in outs:
+                buffer = own[WRITTEN[x]]
+                buffer = buffer.at[slot] if WRITTEN[x] in EARLY else buffer
+                plgpu.copy_smem_to_gmem(
+                    buffer, outs[x].at[row, tokens(i), here], commit_group=False
+                )
+        at = outs["BC"].at[row, lax.axis_index("blocks"), pl.ds(i * groups, groups)]
+        plgpu.copy_smem_to_gmem(own["BC"], at)
+        return sums
+
+    zero = jnp.zeros((WARPGROUP,), F32)
+    own["sums"][0], own["sums"][1] = lax.fori_loop(0, steps, step, (zero, zero))
+    plgpu.commit_smem()
+    for x, buffer in (("h", "lam"), ("A", "A"), ("sums", "sums")):
+        plgpu.copy_smem_to_gmem(own[buffer], outs[x].at[row, :, here])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _set(ref, n, value) -> None:
+    ref[n] = value
+
+
+def _again(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
+    """The states after a group of tokens, from those before it."""
+    group = how.config.group_backward
+    some = parts.states_at_a_time(group)
+    first = k * group
+    tokens = [parts.token(own, slot, first + g, how) for g in range(group)]
+    dus = [x.d * x.u for x in tokens]
+
+    def states(i):
+        for j in range(some):
+            n = i * some + j
+            rates, h = own["channels"][n], own["before"][k, n]
+            for g, x in enumerate(tokens):
+                h = parts.decay(x, rates) * h + dus[g] * own["along"][slot, n, first + g]
+            own["before"][k + 1, n] = h
+
+    each(how.n // some, states)
+
+
+def _back(own: Refs, slot: jax.Array, k: jax.Array, sums: tuple, how: How) -> tuple:
+    """Walks back through a group of tokens, writing their gradients; sums of D's and the bias's."""
+    group = how.config.group_backward
+    some = parts.states_at_a_time(group)
+    first = k * group
+    tokens = [parts.token(own, slot, first + g, how) for g in range(group)]
+    dus = [x.d * x.u for x in tokens]
+    gs = [_before_gate(own, x, first + g)[0] for g, x in enumerate(tokens)]
+
+    def states(i, carry):
+        inputs, sizes, ys = (list(x) for x in carry)
+        for j in range(some):
+            n = i * some + j
+            rates, h = own["channels"][n], own["before"][k, n]
+            lam, dA = own["lam"][n], own["A"][n]
+            decays, kept = [], []
+            for g, x in enumerate(tokens):
+                decays.append(parts.decay(x, rates))
+                kept.append(decays[g] * h)
+                h = kept[g] + dus[g] * own["along"][slot, n, first + g]
+                if ys:
+                    ys[g] = ys[g] + h * own["along"][slot, how.n + n, first + g]
+                _set_product(own, h * gs[g], (j, 1, g), group)
+            for g, x in reversed(list(enumerate(tokens))):
+                lam = lam + gs[g] * own["along"][slot, how.n + n, first + g]
+                _set_product(own, lam * dus[g], (j, 0, g), group)
+                inputs[g] = inputs[g] + lam * own["along"][slot, n, first + g]
+                by_decay = lam * kept[g]  # lam_t times exp(d A) h_{t-1}
+                dA = dA + by_decay * x.d
+                sizes[g] = sizes[g] + by_decay * rates
+                lam = lam * decays[g]
+            own["lam"][n], own["A"][n] = lam, dA
+        plgpu.commit_smem()  # all products are there
+        rows = own["products"][:, pl.ds(0, WARPGROUP)]
+        rows = layout_cast(rows, plgpu.Layout.WGMMA, how.config)
+        own["BC"][k, i] = jnp.sum(rows, axis=1)
+        plgpu.commit_smem()  # all have read them
+        return tuple(inputs), tuple(sizes), tuple(ys)
+
+    zeros = (jnp.zeros((WARPGROUP,), F32),) * group
+    ys = zeros if "z" in own else ()
+    inputs, sizes, ys = lax.fori_loop(0, how.n // some, states, (zeros, zeros, ys))
+    for g, x in enumerate(tokens):
+        sums = _write(own, slot, first + g, (inputs[g], sizes[g], ys[g] if ys else None), sums, how)
+    return sums
+
+
+def _set_product(own: Refs, x: jax.Array, at: tuple[int, int, int], group: int) -> None:
+    """Puts a product into its row, by state, B or C, token."""
+    j, of_c, g = at
+    own["products"][(2 * j + of_c) * group + g, pl.ds(0, WARPGROUP)] = x
+
+
+def _before_gate(own: Refs, x: parts.Token, t: jax.Array):
+    """The gradient before the gate, that of y, z and sigmoid(z); the last two None without one."""
+    dy = parts.only(x.there, own["dy"][t].astype(F32))
+    if "z" not in own:
+        return dy, dy, None, None
+    z = parts.only(x.there, own["z"][t].astype(F32))
+    s = sigmoid(z)
+    return dy * z * s, dy, z, s
+
+
+def _write(own: Refs, slot: jax.Array, t: jax.Array, of: tuple, sums: tuple, how: How) -> tuple:
+    """The gradients of token t, from its sums over states: by input, by size, y."""
+    by_input, by_size, y = of
+    x = parts.token(own, slot, t, how)
+    skip = own["channels"][how.skip]
+    g, dy, z, s = _before_gate(own, x, t)
+    if z is not None:
+        dz = dy * (y + skip * x.u) * s * (1 + z * (1 - s))
+        own["z"][t] = dz.astype(own["z"].dtype)
+    du = x.d * by_input + skip * g
+    ddelta = x.u * by_input + by_size * (1 / LOG2_E)
+    if how.softplus:
+        ddelta = ddelta * sigmoid(parts.before_softplus(own, slot, t, how))
+    ddelta = parts.only(x.there, ddelta)
+    own["dy"][t] = du.astype(own["dy"].dtype)
+    own["delta"][slot, t] = ddelta.astype(own["delta"].dtype)
+    return sums[0] + g * x.u, sums[1] + ddelta

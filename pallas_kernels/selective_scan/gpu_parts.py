@@ -1,0 +1,150 @@
+"""What selective_scan's two GPU kernels share.
+
+One channel per thread: 128 channels are the 128 threads of a block, a vector of 128 numbers is one
+register of each. States lie in shared memory as `[n 128]` and are in registers while a group of
+tokens passes over them; B and C are scalars that all threads read.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.gpu import WARPGROUP
+from pallas_kernels.core.gpu_parts import softplus
+
+F32 = jnp.float32
+LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
+SLOTS = 2  # buffers in turn: one is worked on while the next arrives
+FORGET = -1e30  # added to the exponent where a document begins: the decay is then 0
+REDUCED = 64  # rows that are summed over channels at a time, a warpgroup's matrix layout
+Refs = dict[str, Any]
+
+
+class How(NamedTuple):
+    """Static settings.
+
+    Attributes:
+        softplus: whether delta goes through softplus.
+        n: states per channel, padded.
+        documents: whether rows of `valid` and `reset` follow B and C.
+        chunk: tokens between two states that are kept; those of a step, backward.
+        tile: tokens of a step, forward.
+        config: PallasGpuConfig.
+    """
+
+    softplus: bool
+    n: int
+    documents: bool
+    chunk: int
+    tile: int
+    config: Any
+
+    @property
+    def along(self) -> int:
+        """Rows of the array that B, C and flags share."""
+        return 2 * self.n + 2 * self.documents
+
+    @property
+    def valid(self) -> int:
+        """The row of 1 where there is a token, 0 at padding."""
+        return 2 * self.n
+
+    @property
+    def reset(self) -> int:
+        """The row of `FORGET` where a document begins, else 0."""
+        return 2 * self.n + 1
+
+    @property
+    def skip(self) -> int:
+        """The row of D, after A log2 e."""
+        return self.n
+
+    @property
+    def bias(self) -> int:
+        """The row of delta_bias."""
+        return self.n + 1
+
+
+def states_at_a_time(group: int) -> int:
+    """States worked on together backward: those whose sums over channels fill `REDUCED` rows."""
+    return REDUCED // (2 * group)
+
+
+def vectors(*shape: int, dtype: Any = F32) -> Any:
+    """A buffer of shared memory, one number per thread in its last axis."""
+    return plgpu.SMEM((*shape, WARPGROUP), dtype)
+
+
+class Token(NamedTuple):
+    """A token's numbers for the channel of each thread.
+
+    Attributes:
+        d: step size.
+        u: input.
+        there: where there is a token; None = everywhere.
+        forget: added to the exponent of its decay; None = nothing.
+    """
+
+    d: jax.Array
+    u: jax.Array
+    there: jax.Array | None
+    forget: jax.Array | None
+
+
+def before_softplus(own: Refs, slot: Any, t: Any, how: How) -> jax.Array:
+    """delta + delta_bias."""
+    return own["delta"][slot, t].astype(F32) + own["channels"][how.bias]
+
+
+def token(own: Refs, slot: Any, t: Any, how: How) -> Token:
+    """What every kernel needs of token t of a step."""
+    there = forget = None
+    if how.documents:
+        there = spread(own["along"][slot, how.valid, t]) > 0
+        forget = own["along"][slot, how.reset, t]
+    x = before_softplus(own, slot, t, how)
+    d = only(there, softplus(x) if how.softplus else x)
+    return Token(d, only(there, own["u"][slot, t].astype(F32)), there, forget)
+
+
+def decay(of: Token, rates: jax.Array) -> jax.Array:
+    """exp(d A); 0 where a document begins. rates: A log2 e."""
+    x = of.d * rates
+    return jnp.exp2(x if of.forget is None else x + of.forget)
+
+
+def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
+    """Sets padding to 0, whatever stands there."""
+    return x if there is None else lax.select(there, x, jnp.zeros_like(x))
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """A scalar for every thread."""
+    return lax.broadcast(x, (WARPGROUP,))
+
+
+def loads(ins: Refs, own: Refs, names: tuple[str, ...], at: tuple, slot: Any, arrived: Any) -> None:
+    """Begins to fetch tokens of some arrays, and of B and C, into a slot.
+
+    Args:
+        ins: arrays in global memory.
+        own: buffers in shared memory.
+        names: which have channels.
+        at: row, tokens, channels.
+        slot: of the buffers.
+        arrived: barrier, `len(names) + 1` arrivals.
+    """
+    row, time, here = at
+    for name in names:
+        plgpu.copy_gmem_to_smem(ins[name].at[row, time, here], own[name].at[slot], arrived)
+    plgpu.copy_gmem_to_smem(ins["along"].at[row, :, time], own["along"].at[slot], arrived)
+
+
+def place() -> tuple[Any, Any]:
+    """The row of this block, and its channels."""
+    channels = pl.ds(lax.axis_index("blocks") * WARPGROUP, WARPGROUP)
+    return lax.axis_index("rows"), channels
