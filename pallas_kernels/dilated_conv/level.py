@@ -17,8 +17,11 @@ from pallas_kernels.dilated_conv.reference import level as next_level
 
 # Elements of a tile: 128 KiB in float32, which a core's second cache holds with what comes of it.
 _TILE = 2**15
+# The same where taps' gradients are summed, each in a loop of its own over the whole tile: two such
+# tiles fit into the first cache.
+_SUMS_TILE = 2**13
 # Parts of a tile whose products are added up at once when a tap's gradient is summed.
-_GROUPS = 8
+_GROUPS = 16
 
 
 class Tile(NamedTuple):
@@ -65,6 +68,17 @@ def tile_of(b: int, t: int, dilation: int, e: int, taps: int) -> Tile:
     return Tile(batch, rows, phases, -(-n // rows) * rows)
 
 
+def finer(tile: Tile, e: int, taps: int) -> Tile:
+    """A part of the tile, to sum gradients of taps in."""
+    most = max(_SUMS_TILE // e, 1)
+    whole = [k for k in range(1, tile.rows + 1) if tile.rows % k == 0 and k >= taps - 1]
+    even = [k for k in whole if k % _GROUPS == 0] or whole or [tile.rows]
+    rows = min(even, key=lambda k: max(k / most, most / k))
+    phases = divisor(tile.phases, most // rows)
+    batch = divisor(tile.batch, most // (rows * phases)) if phases == tile.phases else 1
+    return Tile(batch, rows, phases, tile.n)
+
+
 def divisor(n: int, most: int) -> int:
     """The largest divisor of n that is no larger."""
     return max(k for k in range(1, max(1, min(n, most)) + 1) if n % k == 0)
@@ -108,8 +122,11 @@ def _level_backward(how, residuals, dy):
         a = _sum(_inputs(x, at, w, how), weight, bias, cuts(at), d, how.forward)
         return _put(da, jnp.where(a > 0, _cut(dy, at, tile), 0), at)
 
+    small = finer(tile, e, w)
+
     def products(at, sums):
-        part, g, seen = _inputs(x, at, w, how), _cut(da, at, tile), cuts(at)
+        part, g = _inputs(x, at, w, how._replace(tile=small)), _cut(da, at, small)
+        seen = [_cut(sight, at, small) for sight in (behind, ahead)]
         new = [_products(_seen(g, seen, (j - how.forward) * d), _tap(part, w, j)) for j in range(w)]
         return [old + more for old, more in zip(sums, [*new, _products(g)], strict=True)]
 
@@ -117,9 +134,11 @@ def _level_backward(how, residuals, dy):
     da = dy
     if how.activation == "relu_res":
         da = _each(tile, (b, d), through_relu, jnp.zeros_like(dy))
-    zero = jnp.zeros((tile.batch, tile.rows // _groups(tile.rows), tile.phases, e), dy.dtype)
+    by_row, by_phase = _groups(small.rows, small.phases)
+    shape = (small.batch, small.rows // by_row, small.phases // by_phase, e)
+    zero = jnp.zeros(shape, dy.dtype)
     *dweight, dbias = (
-        jnp.sum(total, axis=(0, 1, 2)) for total in _each(tile, (b, d), products, [zero] * (w + 1))
+        jnp.sum(total, axis=(0, 1, 2)) for total in _each(small, (b, d), products, [zero] * (w + 1))
     )
 
     # x[q] is read by row q + j - forward through tap j.
@@ -171,19 +190,26 @@ def _seen(x, sights, lag: int):
     return jnp.where(lag <= behind if lag > 0 else -lag <= ahead, x, 0)
 
 
-def _groups(rows: int) -> int:
-    return math.gcd(rows, _GROUPS) if rows > _GROUPS else rows
+def _groups(rows: int, phases: int) -> tuple[int, int]:
+    """Into how many parts rows are cut, and phases where there are few rows."""
+    by_row = math.gcd(rows, _GROUPS) if rows > _GROUPS else rows
+    return by_row, math.gcd(phases, _GROUPS // by_row)
 
 
 def _products(*factors):
-    """Their product `[b rows p e]`, with parts of the rows added up.
+    """Their product `[b rows p e]`, with parts of the rows and phases added up.
 
     Term by term: XLA makes one loop of it over whole vectors, which it does of no sum over an axis.
     """
-    rows = factors[0].shape[1]
-    size = rows // _groups(rows)
-    part = lambda i: math.prod(x[:, i : i + size] for x in factors)
-    return sum(part(i) for i in range(size, rows, size)) + part(0)
+    _, rows, phases, _ = factors[0].shape
+    by_row, by_phase = _groups(rows, phases)
+    row, phase = rows // by_row, phases // by_phase
+    parts = [
+        math.prod(x[:, i : i + row, k : k + phase] for x in factors)
+        for i in range(0, rows, row)
+        for k in range(0, phases, phase)
+    ]
+    return sum(parts[1:], start=parts[0])
 
 
 def _each(tile: Tile, sizes: tuple[int, int], body: Callable, carry: Any) -> Any:

@@ -28,12 +28,18 @@ def test_agrees_with_and_without_documents(spec):
 def test_agrees_in_many_tiles(spec, monkeypatch):
     """Rows, phases and the batch cut: as long sequences are."""
     monkeypatch.setattr(level, "_TILE", 40)
+    monkeypatch.setattr(level, "_SUMS_TILE", 8)
+    monkeypatch.setattr(level, "_GROUPS", 4)
     monkeypatch.setattr(stack, "_PART", 100)
     monkeypatch.setattr(stack, "_CHANNELS", 1)
-    assert level.tile_of(4, 130, 4, 3, taps=3) == level.Tile(1, 16, 1, 48)
-    assert level.tile_of(4, 19, 1, 1, taps=3) == level.Tile(1, 24, 1, 24)
-    assert level.tile_of(1, 41, 1, 100, taps=34) == level.Tile(1, 40, 1, 80)
+    assert level.tile_of(4, 130, 4, 3, taps=3) == level.Tile(1, 12, 1, 36)
+    assert level.tile_of(4, 19, 1, 1, taps=3) == level.Tile(2, 20, 1, 20)
+    assert level.tile_of(1, 41, 1, 100, taps=34) == level.Tile(1, 36, 1, 72)
     assert level.tile_of(4, 4, 4, 3, taps=1) == level.Tile(4, 1, 4, 1)
+    finer = lambda rows, e, taps: level.finer(level.Tile(4, rows, 4, 2 * rows), e, taps)
+    assert finer(36, 1, 3) == level.Tile(1, 12, 1, 72)  # a multiple of the parts
+    assert finer(36, 1, 34) == level.Tile(1, 36, 1, 72)  # neighbours hold what taps reach
+    assert finer(1, 1, 1) == level.Tile(2, 1, 4, 2)
     testing.check_agrees(dilated_conv, spec, 130, documents=spec is WHOLE)
     case = testing.draw_case(dilated_conv, spec, 130)
     fresh = lambda implementation: jax.tree.map(
