@@ -11,7 +11,7 @@ from typing import Any
 
 from seqzoo.config.build import build
 from seqzoo.config.compose import compose
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, suggest
 from seqzoo.sweep import storage
 from seqzoo.sweep.settings import LauncherSettings, Settings, SweepSettings
 from seqzoo.sweep.space import Space
@@ -21,6 +21,7 @@ from seqzoo.train.identity import experiment_name, plain
 FILE = "study.json"
 # Settings that may change under a study: they say how much and where, not what.
 _FREE = ("name", "n_trials", "max_failures", "storage", "patience_minutes")
+_VECTORIZE = ("vectorize", "vectorize_by", "vectorize_most")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ def define(
     fixed = {k: v for k, v in dataclasses.asdict(settings.sweep).items() if k not in _FREE}
     if settings.sweep.pruner == "none":
         fixed = {k: v for k, v in fixed.items() if not k.startswith("pruner_")}
+    if not settings.sweep.vectorize:
+        fixed = {k: v for k, v in fixed.items() if k not in _VECTORIZE}
+    _check_searched(settings.sweep, space)
     text = json.dumps([space.description, fixed, hashes], sort_keys=True)
     hashed = hashlib.sha256(text.encode()).hexdigest()[:10]
     experiment = experiment_name(config, settings.words)
@@ -106,6 +110,19 @@ def define(
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         place=uuid.uuid4().hex[:12],
     )
+
+
+def _check_searched(sweep: SweepSettings, space: Space) -> None:
+    """Refuses to vectorise what no word searches."""
+    searched = {one.word.setting for one in space.parameters}
+    if sweep.seeds > 1:
+        searched.add("trainer.seed")
+    for key in sweep.vectorize:
+        if key not in searched:
+            raise ConfigError(
+                f"sweep.vectorize holds {key}, which is not searched"
+                f"{suggest(key, searched)}; searched are {', '.join(sorted(searched)) or 'none'}"
+            )
 
 
 def read(folder: pathlib.Path) -> Definition:

@@ -11,6 +11,16 @@ from seqzoo.errors import ConfigError, suggest
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "halving")
 LAUNCHERS = ("local", "slurm")
+CARRIERS = ("map", "vmap")
+# What members of a vectorised group may differ in: run-time values of the compiled step, and the
+# scale of initial values (model.embed_std, and any init_std of a part of the model).
+VECTORIZED = (
+    "trainer.seed",
+    "data.seed",
+    "optimizer.lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,11 @@ class SweepSettings:
         max_failures: trials that may fail; one more ends the sweep with exit 1.
         storage: a database URL; null = SEQZOO_STORAGE, else journal.log in the study's folder.
         patience_minutes: for a storage that cannot be reached, before workers save and stop.
+        vectorize: settings, as in [optimizer.lr,trainer.seed]; runs that differ in these alone are
+            trained together, by one program in one process.
+        vectorize_by: map = one after the other inside the program, vmap = batched; null = map on a
+            CPU, vmap on an accelerator.
+        vectorize_most: runs in one group.
     """
 
     name: str | None = None
@@ -45,13 +60,53 @@ class SweepSettings:
     max_failures: int = 3
     storage: str | None = None
     patience_minutes: float = 5.0
+    vectorize: list[str] = dataclasses.field(default_factory=list)
+    vectorize_by: str | None = None
+    vectorize_most: int = 16
 
     def __post_init__(self) -> None:
         _one_of("sweep.sampler", self.sampler, SAMPLERS)
         _one_of("sweep.pruner", self.pruner, PRUNERS)
         _at_least("sweep", self, 1, "n_trials", "seeds", "pruner_min_step", "pruner_startup")
+        _at_least("sweep", self, 1, "vectorize_most")
         _at_least("sweep", self, 2, "pruner_factor")
         _at_least("sweep", self, 0, "seed", "max_failures", "patience_minutes")
+        if self.vectorize_by is not None:
+            _one_of("sweep.vectorize_by", self.vectorize_by, CARRIERS)
+        if self.vectorize:
+            self._check_vectorize()
+
+    def _check_vectorize(self) -> None:
+        for key in self.vectorize:
+            if key not in VECTORIZED and not is_initial_scale(key):
+                raise ConfigError(
+                    f"sweep.vectorize holds {key}{suggest(key, VECTORIZED)}: runs of a group share "
+                    "one compiled program and its steps. They may differ in "
+                    f"{', '.join(VECTORIZED)}, model.embed_std, and init_std of parts of the "
+                    f"model. Leave {key} searched as it is: its values make groups of their own"
+                )
+        if self.sampler == "tpe":
+            raise ConfigError(
+                "sweep.sampler=tpe draws each point from trials that have ended, and those of a "
+                "group run together: take sweep=grid or sweep=random, or leave sweep.vectorize out"
+            )
+        if self.pruner != "none":
+            raise ConfigError(
+                f"sweep.pruner={self.pruner} ends trials to save their time, but runs of a group "
+                "are one program: set sweep.pruner=none, or leave sweep.vectorize out"
+            )
+        if self.seeds > 1 and "trainer.seed" not in self.vectorize:
+            raise ConfigError(
+                f"sweep.seeds={self.seeds}: the seeds of a trial run together, so put trainer.seed "
+                "into sweep.vectorize"
+            )
+
+
+def is_initial_scale(key: str) -> bool:
+    """Whether a setting is a standard deviation that initial values are drawn with."""
+    section, _, rest = key.partition(".")
+    last = rest.rpartition(".")[2]
+    return section == "model" and (last == "embed_std" or last.endswith("init_std"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

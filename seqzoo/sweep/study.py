@@ -261,12 +261,39 @@ class Study:
         now = time.monotonic()
         for frozen in trials:
             if self._orphaned(frozen) and self._busy.get(frozen.number, 0) < now:
-                claimed = self._take_over(frozen.number)
-                if claimed is not None:
-                    return claimed
+                with contextlib.suppress(LockedError):
+                    claimed = self.take(frozen.number)
+                    if claimed is not None:
+                        return claimed
         if any(frozen.state == TrialState.WAITING for frozen in trials):
             return self._ask()
         return None
+
+    def take(self, number: int) -> Claimed | None:
+        """Takes this very trial, which waits or lost its worker; None = it ended, or was put aside.
+
+        Raises:
+            LockedError: somebody else has it.
+        """
+        lock = self._lock(number)
+        if lock is None:
+            self._busy[number] = time.monotonic() + 5.0
+            raise LockedError(f"another worker has trial {number}")
+        frozen = self._frozen(number)
+        if frozen.state == TrialState.WAITING:
+            begin = self.optuna._storage.set_trial_state_values
+            self.patience(begin, frozen._trial_id, TrialState.RUNNING)
+            frozen = self._frozen(number)
+        elif not self._orphaned(frozen):  # it ended while we looked
+            lock.release()
+            return None
+        return self._begin(Trial(self.optuna, frozen._trial_id), frozen, lock)
+
+    def free(self, frozen: FrozenTrial) -> bool:
+        """Whether a trial waits, or lost its worker, by the look of it."""
+        if self._busy.get(frozen.number, 0) > time.monotonic():
+            return False
+        return frozen.state == TrialState.WAITING or self._orphaned(frozen)
 
     def skip(self, claimed: Claimed, seconds: float = 5.0) -> None:
         """Does not look at a trial again for a while: somebody works in its run folder."""
@@ -347,17 +374,6 @@ class Study:
         if lock is None:  # somebody was quicker: it goes on there
             return None
         return self._begin(trial, frozen, lock)
-
-    def _take_over(self, number: int) -> Claimed | None:
-        lock = self._lock(number)
-        if lock is None:
-            self._busy[number] = time.monotonic() + 5.0
-            return None
-        frozen = self._frozen(number)
-        if not self._orphaned(frozen):  # it ended while we looked
-            lock.release()
-            return None
-        return self._begin(Trial(self.optuna, frozen._trial_id), frozen, lock)
 
     def _begin(self, trial: Trial, frozen: FrozenTrial, lock: RunLock) -> Claimed | None:
         try:

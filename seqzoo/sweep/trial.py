@@ -7,7 +7,7 @@ import pathlib
 import signal
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from seqzoo.config.compose import compose
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted, Pruned
@@ -18,6 +18,7 @@ from seqzoo.train.folder import RunFolder, read_metrics, read_status
 from seqzoo.train.hooks import Hook
 from seqzoo.train.hooks.hook import Values
 from seqzoo.train.identity import plain
+from seqzoo.train.result import Result
 from seqzoo.train.setup import build_data
 
 
@@ -34,6 +35,14 @@ class Planned:
     words: list[str]
     config: Mapping[str, Any]
     path: pathlib.Path
+
+
+class Ended(NamedTuple):
+    """How a run ended: its value, what the test split gave, the seconds that it took."""
+
+    value: float
+    test: float | None
+    seconds: float
 
 
 class Watch(Hook):
@@ -97,27 +106,12 @@ def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
         StorageError: the storage is away; the run was saved.
         SeqzooError: it cannot go on.
     """
-    told, metric = study.definition, study.definition.metric
-    runs = plan(study, claimed.words)
-    pattern = runs[0].config["model"].get("pattern") or ()
-    claimed.note(
-        runs=[str(one.path.relative_to(study.path)) for one in runs],
-        architecture="+".join(dict.fromkeys(pattern)) or "model",
-    )
-    values: list[float] = []
-    tests: list[float | None] = []
-    seconds = 0.0
+    runs = begin(study, claimed)
+    watch = watch_of(study, claimed, runs)
+    ended: list[Ended] = []
     for number, one in enumerate(runs):
-        # A median over seeds is there at the end only; meanwhile the first seed speaks for all.
-        watch = Watch(
-            claimed,
-            one.path,
-            metric,
-            prunes=told.sweep.pruner != "none",
-            first=told.sweep.pruner_min_step or 0,
-        )
         try:
-            value, test, took = _train(one, study, [watch] if number == 0 else [])
+            ended.append(_train(one, study, [watch] if number == 0 else []))
         except Pruned as error:
             claimed.tell(None)
             return str(error)
@@ -125,19 +119,47 @@ def run(study: Study, claimed: Claimed, size: Size = lambda path: None) -> str:
             if watch.lost is not None:
                 raise watch.lost from None
             raise
-        values.append(told.worst if math.isnan(value) else value)
-        tests.append(test)
-        seconds += took
+    return finish(study, claimed, runs, ended, size)
+
+
+def begin(study: Study, claimed: Claimed) -> list[Planned]:
+    """The runs of a trial; the study is told where they lie."""
+    runs = plan(study, claimed.words)
+    pattern = runs[0].config["model"].get("pattern") or ()
+    claimed.note(
+        runs=[str(one.path.relative_to(study.path)) for one in runs],
+        architecture="+".join(dict.fromkeys(pattern)) or "model",
+    )
+    return runs
+
+
+def watch_of(study: Study, claimed: Claimed, runs: Sequence[Planned]) -> Watch:
+    """What looks on at the first seed.
+
+    A median over seeds is there at the end only; meanwhile the first seed speaks for all.
+    """
+    sweep = study.definition.sweep
+    prunes, first = sweep.pruner != "none", sweep.pruner_min_step or 0
+    return Watch(claimed, runs[0].path, study.definition.metric, prunes=prunes, first=first)
+
+
+def finish(
+    study: Study, claimed: Claimed, runs: Sequence[Planned], ended: Sequence[Ended], size: Size
+) -> str:
+    """Tells the study how the runs of a trial ended; returns it in a few words."""
+    worst = study.definition.worst
+    values = [worst if math.isnan(one.value) else one.value for one in ended]
+    seconds = sum(one.seconds for one in ended)
     claimed.note(
         values=[str(value) for value in values],  # JSON has no word for what is not finite
-        tests=tests,
-        diverged=values.count(told.worst),
+        tests=[one.test for one in ended],
+        diverged=values.count(worst),
         seconds=round(seconds + claimed.attrs.get("seconds", 0.0), 1),
         size=size(runs[0].path),
     )
     value = statistics.median(values)
     claimed.tell(value)
-    return f"{metric} {value:.4g}" if math.isfinite(value) else "diverged"
+    return f"{study.definition.metric} {value:.4g}" if math.isfinite(value) else "diverged"
 
 
 def plan(study: Study, words: Sequence[str]) -> list[Planned]:
@@ -159,19 +181,29 @@ def _planned(study: Study, words: list[str], config: Any) -> Planned:
     return Planned(words, plain(config), folder.path)
 
 
-def _train(one: Planned, study: Study, hooks: Sequence[Hook]) -> tuple[float, float | None, float]:
-    """Value, test and seconds of a run; a run that diverged before is not run again."""
-    metric, worst = study.definition.metric, study.definition.worst
+def _train(one: Planned, study: Study, hooks: Sequence[Hook]) -> Ended:
+    """Trains a run; one that diverged before is not run again."""
+    diverged = Ended(study.definition.worst, None, 0.0)
     if read_status(one.path).get("state") == "not_finite":
-        return worst, None, 0.0
+        return diverged
     try:
         result = loop.train(one.config, overrides=one.words, root=study.path, hooks=hooks)
     except NotFiniteError:
-        return worst, None, 0.0
+        return diverged
+    return ended_with(study, one, result)
+
+
+def ended_with(study: Study, one: Planned, result: Result) -> Ended:
+    """How a run ended that came to its end.
+
+    Raises:
+        ConfigError: it is scored by another metric than the study.
+    """
+    metric = study.definition.metric
     if result.metric != metric:
         raise ConfigError(
             f"{one.path.name} is scored by {result.metric}, the study by {metric}: search tasks "
             "of one metric"
         )
-    value = worst if result.value is None else result.value
-    return value, result.test.get(metric), result.seconds
+    value = study.definition.worst if result.value is None else result.value
+    return Ended(value, result.test.get(metric), result.seconds)

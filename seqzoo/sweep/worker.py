@@ -5,7 +5,7 @@ a step boundary when its study or its parent says so. A trial that it leaves is 
 whoever comes next.
 """
 
-import functools
+import contextlib
 import os
 import pathlib
 import signal
@@ -55,53 +55,72 @@ def work(
     """
     study = Study.open(path, say=say)
     prepare(study.definition.threads)
-    from seqzoo.sweep import trial  # starts jax's import
+    from seqzoo.sweep import trial, vectorize  # starts jax's import
+
+    def take() -> list[Claimed]:
+        if study.definition.sweep.vectorize:
+            return vectorize.claim(study)
+        claimed = study.claim()
+        return [] if claimed is None else [claimed]
+
+    def run(claims: list[Claimed]) -> str:
+        if study.definition.sweep.vectorize:
+            return vectorize.run(study, claims, size=size, say=say)
+        return trial.run(study, claims[0], size=size)
 
     with _Ear(study.path) as ear:
         while True:
             ear.check()
             if why := study.stopped():
                 raise Stopped(f"the study was stopped: {why}")
-            claimed = study.claim()
-            if claimed is not None:
-                with claimed:
-                    _one(study, claimed, functools.partial(trial.run, size=size), say)
+            claims = take()
+            if claims:
+                with contextlib.ExitStack() as stack:
+                    for claimed in claims:
+                        stack.enter_context(claimed)
+                    _work_on(study, claims, run, say)
             elif study.finished():
                 return 0
             else:
                 time.sleep(_POLL_SECONDS)
 
 
-def _one(
+def _work_on(
     study: Study,
-    claimed: Claimed,
-    run: Callable[[Study, Claimed], str],
+    claims: list[Claimed],
+    run: Callable[[list[Claimed]], str],
     say: Callable[[str], None],
 ) -> None:
-    """Runs a trial; what goes wrong with it stays with it."""
-    say(f"trial {claimed.number}: {' '.join(study.space.own_words(claimed.point))}")
+    """Runs a trial, or those of a group; what goes wrong stays with them."""
+    for claimed in claims:
+        say(f"trial {claimed.number}: {' '.join(study.space.own_words(claimed.point))}")
+    numbers = ", ".join(str(claimed.number) for claimed in claims)
+    name = f"trial {numbers}" if len(claims) == 1 else f"trials {numbers}"
     try:
-        told = run(study, claimed)
+        told = run(claims)
     except Preempted as error:
-        claimed.leave()
-        raise Stopped(f"trial {claimed.number}: {error}") from error
+        for claimed in claims:
+            claimed.leave()
+        raise Stopped(f"{name}: {error}") from error
     except StorageError:
         raise
     except LockedError as error:
-        say(f"trial {claimed.number} waits: {error}")
-        study.skip(claimed)
+        say(f"{name} waits: {error}")
+        for claimed in claims:
+            study.skip(claimed)
     except SeqzooError as error:
-        _failed(claimed, str(error), say)
+        _failed(claims, str(error), say)
     except Exception as error:
         traceback.print_exc()
-        _failed(claimed, f"{type(error).__name__}: {error}", say)
+        _failed(claims, f"{type(error).__name__}: {error}", say)
     else:
-        say(f"trial {claimed.number}: {told}")
+        say(f"{name}: {told}")
 
 
-def _failed(claimed: Claimed, error: str, say: Callable[[str], None]) -> None:
-    say(f"trial {claimed.number} failed: {error}")
-    claimed.fail(error)
+def _failed(claims: list[Claimed], error: str, say: Callable[[str], None]) -> None:
+    for claimed in claims:
+        say(f"trial {claimed.number} failed: {error}")
+        claimed.fail(error)
 
 
 class _Ear:

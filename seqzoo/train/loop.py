@@ -159,7 +159,7 @@ def open_folder(
     fingerprint: str,
     force: bool = False,
     strict: bool = False,
-    **layout: Any,
+    layout: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Opens the run folder, process 0 before the others; `layout` is what changes rounding."""
     if not processes.first():
@@ -175,7 +175,7 @@ def open_folder(
             layout={
                 "mesh": dict(run.spec.mesh.shape),
                 "microbatches": run.spec.grad_accum_steps,
-                **layout,
+                **(layout or {}),
             },
             process_index=jax.process_index(),
         )

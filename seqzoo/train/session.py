@@ -67,7 +67,7 @@ class Session:
     ):
         self.run, self.folder, self.stop = run, folder, stop
         self.step = 0
-        self.state: TrainState = run.state
+        self._state: TrainState | None = None
         self.best: Best | None = None
         self.reached = False
         self.doing: programs.Program | None = None  # what runs, for the message if memory ends
@@ -127,6 +127,16 @@ class Session:
             hook.start(self.step)
         self._open_stream()
         self._timing.start()
+
+    @property
+    def state(self) -> TrainState:
+        """After the updates that were begun."""
+        assert self._state is not None
+        return self._state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
 
     def say(self, text: str) -> None:
         """Prints, on process 0."""
@@ -303,18 +313,10 @@ class Session:
                 f"{self._next_sample:,}: batches have another size now"
             )
             self._next_sample = start * trainer.global_batch_size
-        part = meshes.feed(self.run.spec.mesh, self.run.spec.rules)
-        self._stream = pipeline.batches(
-            self.run.data,
-            "train",
-            global_batch_size=trainer.global_batch_size,
-            start_step=start,
-            stop_step=start + trainer.steps - self.step,
-            process_index=part.index,
-            process_count=part.count,
-            workers=trainer.workers,
-            prefetch=trainer.prefetch,
-        )
+        self._stream = self._stream_from(start, start + trainer.steps - self.step)
+
+    def _stream_from(self, start: int, stop: int) -> pipeline.Stream:
+        return stream_of(self.run, start, stop)
 
     def _compile(self, batch: dict[str, jax.Array]) -> programs.Program:
         self.folder.phase("compile", self.step)
@@ -394,3 +396,19 @@ class Session:
             hook.evaluated(self.step, split, values)
         self.folder.phase("train", self.step)
         return values
+
+
+def stream_of(run: Setup, start: int, stop: int | None) -> pipeline.Stream:
+    """The batches that a run learns from in steps start to stop of its data."""
+    part = meshes.feed(run.spec.mesh, run.spec.rules)
+    return pipeline.batches(
+        run.data,
+        "train",
+        global_batch_size=run.trainer.global_batch_size,
+        start_step=start,
+        stop_step=stop,
+        process_index=part.index,
+        process_count=part.count,
+        workers=run.trainer.workers,
+        prefetch=run.trainer.prefetch,
+    )

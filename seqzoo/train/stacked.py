@@ -41,7 +41,7 @@ def _batched(one, states, batches, hypers, seeds, active):
 
 
 def _mapped(one, states, batches, hypers, seeds, active):
-    """Each place is read, updated and written where it lies; one that is not active costs nothing."""
+    """Each place is read, updated and written where it lies; one that rests costs nothing."""
     shapes = jax.eval_shape(one, *(at(tree, 0) for tree in (states, batches, hypers, seeds)))[1]
     n = len(active)
     metrics = jax.tree.map(lambda a: jnp.zeros((n, *a.shape), a.dtype), shapes)
@@ -60,9 +60,7 @@ def _mapped(one, states, batches, hypers, seeds, active):
 
 def at(tree: Any, place: Any) -> Any:
     """The arrays of one place."""
-    return jax.tree.map(
-        lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), tree
-    )
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), tree)
 
 
 taken = jax.jit(at)

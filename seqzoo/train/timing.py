@@ -29,6 +29,15 @@ class Pauses:
     def __init__(self) -> None:
         self.seconds = 0.0
 
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Time spent inside belongs to no lap."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
 
 class Timing:
     """Measures laps from line to line of the log; evaluations and saves stand outside.
@@ -57,14 +66,9 @@ class Timing:
         """An update with a batch of these shapes was begun."""
         self._updates[shapes] += 1
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> contextlib.AbstractContextManager[None]:
         """Time spent inside belongs to no lap."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._pauses.seconds += time.perf_counter() - began
+        return self._pauses.counted()
 
     def lap(self, step: int, waited: float) -> dict[str, Any]:
         """Ends a lap, writes its line and returns it.

@@ -1,0 +1,421 @@
+"""Runs that differ in run-time values alone, trained in one process by one program.
+
+Each of them is a run like any other: a folder, a Session, the loop of loop.py. Only the update is
+common: the states lie in one array each (stacked.py), and what a step needs is asked of all. A run
+that ends, at its target or because it is no longer finite, leaves its place empty. What was killed
+goes on from each run's own checkpoint: those that are behind catch up first.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from seqzoo.allocator import keep_freed_memory
+from seqzoo.data import pipeline
+from seqzoo.data.source import Batch
+from seqzoo.errors import ConfigError, NotFiniteError, Preempted
+from seqzoo.train import branch as branches
+from seqzoo.train import checkpoint, loop, precision, processes, programs, stacked
+from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.hooks import Hook, make_hooks
+from seqzoo.train.hooks.progress import Progress
+from seqzoo.train.identity import plain
+from seqzoo.train.result import Result, finished_before
+from seqzoo.train.session import Session, stream_of
+from seqzoo.train.setup import Setup, build_data, check_data, setup
+from seqzoo.train.signals import StopRequest
+from seqzoo.train.state import TrainState
+from seqzoo.train.step import Metrics
+from seqzoo.train.timing import Pauses, Shapes, row_length, shapes_of
+
+_LINE_SECONDS = 10.0
+
+
+class Job(NamedTuple):
+    """A run of a group, before it is trained.
+
+    Attributes:
+        config: composed and checked.
+        overrides: what was typed.
+        hooks: look on.
+    """
+
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    hooks: Sequence[Hook] = ()
+
+
+Outcome = Result | Exception
+
+
+def train_group(
+    jobs: Sequence[Job | None],
+    *,
+    name: str,
+    root: str | os.PathLike = "runs",
+    by: str | None = None,
+) -> list[Outcome | None]:
+    """Trains runs together, or goes on with them.
+
+    Args:
+        jobs: the runs, each at its place; None = nothing is to be done there.
+        name: of the group: the same for the same runs in the same places.
+        root: the folder of all runs.
+        by: map or vmap (stacked.py); None = map on a CPU, vmap on an accelerator.
+
+    Returns:
+        Of each place its result, or why it ended: NotFiniteError, or an error of that run alone.
+
+    Raises:
+        Preempted: they were asked to stop, and saved.
+        ConfigError: the runs differ in more than run-time values.
+    """
+    keep_freed_memory()
+    places = [None if job is None else _Place.of(number, job, root)
+              for number, job in enumerate(jobs)]  # fmt: skip
+    outcomes: list[Outcome | None] = [one and one.before() for one in places]
+    due = [one for one in places if one is not None and outcomes[one.number] is None]
+    if not due:
+        return outcomes
+    processes.start()
+    with StopRequest() as stop, contextlib.ExitStack() as stack:
+        warning = precision.prepare(due[0].job.config["trainer"], due[0].folder.path)
+        programs.use_disk_cache()
+        runs = [setup(one.job.config, data=one.data) for one in due]
+        _check_alike(runs)
+        for data in {run.data: run for run in runs}.values():
+            check_data(data)
+        by = by or ("map" if jax.default_backend() == "cpu" else "vmap")
+        group = Group(runs[0], len(jobs), by, stop)
+        stack.callback(group.close)
+        if warning:
+            group.say(f"warning: {warning}")
+        for one, run in zip(due, runs, strict=True):
+            layout = {"group": f"{name}, {len(jobs)} by {by}", "place": one.number}
+            folder = loop.open_folder(
+                run, one.job.overrides, root, fingerprint=one.fingerprint, layout=layout
+            )
+            stack.callback(folder.close)
+            group.add(one.number, one.job, run, folder)
+        for number, ended in group.train().items():
+            outcomes[number] = ended
+    for outcome in outcomes:
+        if isinstance(outcome, Preempted):
+            raise outcome
+    return outcomes
+
+
+class _Place(NamedTuple):
+    """A job and where its run lies."""
+
+    number: int
+    job: Job
+    data: Any
+    fingerprint: str
+    folder: RunFolder
+
+    @classmethod
+    def of(cls, number: int, job: Job, root: str | os.PathLike) -> "_Place":
+        config = plain(job.config)
+        data = build_data(config)
+        fingerprint = data.fingerprint()
+        folder = RunFolder.locate(config, job.overrides, root=root, data_fingerprint=fingerprint)
+        return cls(number, job._replace(config=config), data, fingerprint, folder)
+
+    def before(self) -> Outcome | None:
+        """How it ended before; None = it did not."""
+        if self.folder.finished():
+            return finished_before(self.folder)
+        status = read_status(self.folder.path)
+        if status.get("state") == "not_finite":
+            return NotFiniteError(status.get("error", "it was not finite"))
+        return None
+
+
+def _check_alike(runs: Sequence[Setup]) -> None:
+    first = runs[0]
+    if first.spec.mesh.size > 1:
+        raise ConfigError(
+            f"a group of runs takes one device, and the mesh has {first.spec.mesh.size}: set "
+            "mesh.data=1, or leave sweep.vectorize out"
+        )
+    if first.trainer.profile is not None:
+        raise ConfigError("trainer.profile traces a run alone: leave sweep.vectorize out for it")
+    for run in runs[1:]:
+        changed = [
+            name
+            for name in first.spec._fields
+            if getattr(run.spec, name) != getattr(first.spec, name)
+        ]
+        changed += [
+            f"trainer.{name}"
+            for name in ("steps", "global_batch_size")
+            if getattr(run.trainer, name) != getattr(first.trainer, name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"runs of one group must share one program, and {', '.join(changed)} differ: what "
+                "sweep.vectorize names may change initial values, rates and data alone"
+            )
+
+
+class Member(Session):
+    """A run whose state lies at a place of its group's."""
+
+    def __init__(self, group: "Group", place: int, job: Job, run: Setup, folder: RunFolder):
+        self.group, self.place = group, place
+        self.overrides = job.overrides
+        progress = Progress("none", steps=run.trainer.steps, metric=run.task.metric, log=folder.log)
+        hooks = [*make_hooks(run, folder), *job.hooks]
+        super().__init__(
+            run, folder, progress=progress, hooks=hooks, stop=group.stop, pauses=group.pauses
+        )
+
+    @property
+    def state(self) -> TrainState:
+        """After the updates that were begun."""
+        return stacked.taken(self.group.states, self.place)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self.group.put(self.place, state)
+
+    def batch(self) -> Batch:
+        """What its next update learns from."""
+        assert self._stream is not None
+        for hook in self._hooks:
+            hook.before_step(self.step, None)
+        return next(self._stream)[1]
+
+    def _stream_from(self, start: int, stop: int) -> Any:
+        return self.group.feed(self.run).reader(start)
+
+
+class Group:
+    """The runs of one program.
+
+    Args:
+        run: one of them.
+        n: places.
+        by: how they are carried.
+        stop: who asks them to stop.
+
+    Attributes:
+        states: of all places.
+    """
+
+    def __init__(self, run: Setup, n: int, by: str, stop: StopRequest):
+        self.stop, self.pauses = stop, Pauses()
+        self.states = stacked.empty(run.spec, n)()
+        self._run, self._n = run, n
+        self._step = stacked.group_step(run.spec, by)
+        self._programs: dict[Shapes, programs.Program] = {}
+        self._whole = NamedSharding(run.spec.mesh, PartitionSpec())
+        self._feeds: dict[Any, Feed] = {}
+        self._members: dict[int, Member] = {}
+        self._loops: dict[int, Iterator[dict[str, float] | None]] = {}
+        self._outcomes: dict[int, Outcome] = {}
+        self._began = time.monotonic()
+        self._told = time.monotonic()
+        kind = "none" if run.logger.progress == "none" else "lines"
+        self.say: Callable[[str], None] = Progress(
+            kind, steps=run.trainer.steps, metric=run.task.metric, log=lambda text: None
+        ).say
+
+    def add(self, place: int, job: Job, run: Setup, folder: RunFolder) -> None:
+        """Takes a run in, at the step that it has come to."""
+        member = Member(self, place, job, run, folder)
+        self._members[place] = member
+        self._loops[place] = loop.fit(member)
+        saved = checkpoint.list_steps(folder.checkpoints)
+        self._try(member, member.begin, None if saved else branches.find(run.config))
+
+    def train(self) -> dict[int, Outcome]:
+        """Trains all to their ends."""
+        try:
+            while self._loops:
+                for member in self._there():
+                    self._try(member, self._to_the_update, member)
+                if self._loops and self.stop.received is None:
+                    self._advance()
+        except BaseException as error:
+            known = loop.known_as(error, next(iter(self._there()), None))
+            for member in self._there():
+                loop.leave(member.folder, member, known or error)
+            if known is None:
+                raise
+            raise known from error
+        return self._outcomes
+
+    def put(self, place: int, state: TrainState) -> None:
+        """Lays a state into its place."""
+        self.states = stacked.put(self.states, state, np.int32(place))
+
+    def feed(self, run: Setup) -> "Feed":
+        """Where a run reads; those that read the same share it."""
+        return self._feeds.setdefault(run.data, Feed(run))
+
+    def close(self) -> None:
+        for feed in self._feeds.values():
+            feed.close()
+
+    def _there(self) -> list[Member]:
+        return [self._members[place] for place in self._loops]
+
+    def _to_the_update(self, member: Member) -> None:
+        tested = next(self._loops[member.place])
+        if tested is None:
+            return
+        member.close()
+        # All share the time; each is told its part.
+        seconds = (time.monotonic() - self._began) / len(self._members)
+        self._end(
+            member,
+            Result.of(member.run, member.folder, member, tested, seconds, member.overrides),
+        )
+
+    def _try(self, member: Member, do: Callable[..., None], *arguments: Any) -> None:
+        """What goes wrong with one run ends that run alone."""
+        try:
+            do(*arguments)
+        except Exception as error:
+            known = loop.known_as(error, member) or error
+            loop.leave(member.folder, member, known)
+            self._end(member, known)
+            if not isinstance(known, Preempted):
+                self.say(f"{member.folder.path.name}: {known}")
+
+    def _end(self, member: Member, outcome: Outcome) -> None:
+        self._outcomes[member.place] = outcome
+        del self._loops[member.place]
+        member.folder.close()
+
+    def _advance(self) -> None:
+        """Begins the next update of those that are furthest behind."""
+        there = self._there()
+        step = min(member.step for member in there)
+        due = [member for member in there if member.step == step]
+        batches = {member.place: member.batch() for member in due}
+        alike: dict[Shapes, list[Member]] = {}
+        for member in due:  # data sets of other seeds may have rows of another length here
+            alike.setdefault(shapes_of(batches[member.place]), []).append(member)
+        for shapes, members in alike.items():
+            metrics = self._update(shapes, members, batches)
+            for member in members:
+                self._try(member, member.begun, shapes, Row(metrics, member.place))
+        if time.monotonic() - self._told > _LINE_SECONDS:
+            self._told = time.monotonic()
+            steps = self._run.trainer.steps
+            self.say(f"step {step + 1}/{steps}  {len(self._loops)} of {self._n} runs")
+
+    def _update(
+        self, shapes: Shapes, members: Sequence[Member], batches: Mapping[int, Batch]
+    ) -> Metrics:
+        """One call of the program; places that take no part get what the first one gets."""
+        taking = {member.place: member for member in members}
+        rows = [taking.get(place, members[0]) for place in range(self._n)]
+        host = jax.tree.map(lambda *a: np.stack(a), *(batches[one.place] for one in rows))
+        hypers, seeds = (np.stack(a) for a in zip(*(one.arguments() for one in rows), strict=True))
+        active = np.array([place in taking for place in range(self._n)])
+        arguments = jax.device_put((host, hypers, seeds, active), self._whole)
+        if shapes not in self._programs:
+            self._programs[shapes] = self._compile(members[0], batches, arguments)
+        for member in members:
+            member.doing = self._programs[shapes]
+        self.states, metrics = self._programs[shapes](self.states, *arguments)
+        return metrics
+
+    def _compile(
+        self, member: Member, batches: Mapping[int, Batch], arguments: Iterable[Any]
+    ) -> programs.Program:
+        batch = batches[member.place]
+        rows, length = len(next(iter(batch.values()))), row_length(batch)
+        member.folder.phase("compile", member.step)
+        with self.pauses.counted():
+            program = programs.compiled(
+                self._step,
+                *(self.states, *arguments),
+                name=f"train step of {self._n} runs",
+                what=f"{self._n} runs, {rows} rows of {length} tokens each",
+                say=self.say,
+            )
+        member.folder.phase("train", member.step)
+        return program
+
+
+class Row(NamedTuple):
+    """The metrics of one place; fetched with those of the others when they are looked at."""
+
+    all: Metrics
+    place: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.all.names
+
+    @property
+    def pairs(self) -> np.ndarray:
+        return np.asarray(self.all.pairs)[self.place]
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.asarray(self.all.finite)[self.place])
+
+
+class Feed:
+    """The batches of one data set, each made once for all runs that are at the same step."""
+
+    def __init__(self, run: Setup):
+        self._run = run
+        self._stream: pipeline.Stream | None = None
+        self._at = -1
+        self._batch: Batch = {}
+        self._waited = 0.0
+
+    def reader(self, start: int) -> "Reader":
+        return Reader(self, start)
+
+    def read(self, step: int) -> Batch:
+        """The batch of a step of the data."""
+        if step == self._at:
+            return self._batch
+        if self._stream is None or step != self._at + 1:
+            self.close()
+            self._stream = stream_of(self._run, step, None)
+        self._at, self._batch = next(self._stream)
+        return self._batch
+
+    @property
+    def waited(self) -> float:
+        return self._waited + (0.0 if self._stream is None else self._stream.waited)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._waited = self.waited
+            self._stream.close()
+            self._stream = None
+
+
+class Reader:
+    """One run's place in a feed; in its session it stands for a stream."""
+
+    def __init__(self, feed: Feed, start: int):
+        self._feed, self._next = feed, start
+
+    def __next__(self) -> tuple[int, Batch]:
+        step, self._next = self._next, self._next + 1
+        return step, self._feed.read(step)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that its feed kept all of them waiting."""
+        return self._feed.waited
+
+    def close(self) -> None:
+        """The feed stays open for the others."""
