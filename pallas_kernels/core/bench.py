@@ -1,7 +1,7 @@
 """Measuring operators: candidates take turns, so that a busy machine slows all of them alike."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,61 @@ def take_turns(
     return {
         name: measured._replace(seconds=tuple(seconds[name]))
         for name, (_, measured) in compiled.items()
+    }
+
+
+def take_turns_over_sets(
+    candidates: Mapping[str, Callable],
+    sets: Sequence[tuple],
+    *,
+    rounds: int = 15,
+    least: float = 0.01,
+) -> dict[str, Measured | Exception]:
+    """As `take_turns` on a device that works while Python goes on.
+
+    In each round a candidate is called over the sets in turn, as often as takes `least` seconds,
+    and waited for once: starting a call costs what many a kernel takes.
+
+    Args:
+        candidates: functions of the same arguments, by name.
+        sets: sets of arguments; together they should outgrow the caches.
+        rounds: how many.
+        least: seconds of a candidate's part of a round; 0 = one call.
+
+    Returns:
+        What each took per call, by name; of one that cannot be compiled or run its exception.
+    """
+
+    def compiled(function: Callable) -> Any:
+        try:
+            program, measured = compile_(function, *sets[0])
+            for given in (*sets, sets[0]) if least else sets[:1]:
+                jax.block_until_ready(program(*given))
+            return program, measured
+        except Exception as error:  # a kernel that fails is a finding about it alone
+            return error
+
+    found: dict[str, Any] = {name: compiled(function) for name, function in candidates.items()}
+    ready = {name: one for name, one in found.items() if not isinstance(one, Exception)}
+    counts: dict[str, int] = {}
+    for name, (program, _) in ready.items():
+        started = time.perf_counter()
+        if least:
+            jax.block_until_ready(program(*sets[0]))
+        once = max(time.perf_counter() - started, 1e-6)
+        counts[name] = min(max(len(sets), round(least / once)), 500) if least else 1
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, (program, _) in ready.items():
+            started = time.perf_counter()
+            result = None
+            for i in range(counts[name]):
+                result = program(*sets[i % len(sets)])
+            jax.block_until_ready(result)
+            seconds[name].append((time.perf_counter() - started) / counts[name])
+    return {
+        name: one if isinstance(one, Exception) else one[1]._replace(seconds=tuple(seconds[name]))
+        for name, one in found.items()
     }
 
 

@@ -155,8 +155,8 @@ def _call(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any, **more
     return op(**given, **spec.options, **more, implementation=implementation)
 
 
-def _y(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any) -> Any:
-    found = _call(op, spec, implementation, *arrays)
+def _y(op: Callable, spec: ArgSpec, implementation: str, *arrays: Any, **more: Any) -> Any:
+    found = _call(op, spec, implementation, *arrays, **more)
     return found[0] if op.axes.state else found  # type: ignore[attr-defined]
 
 

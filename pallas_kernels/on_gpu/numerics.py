@@ -1,0 +1,196 @@
+"""The suite on the device: outputs, states and every gradient against float64.
+
+Inputs are drawn anew for each report (its seed is on the page). Before the second run of a program
+as much memory as its results take is filled with nan and freed, so that what a kernel does not
+write shows; both runs must give the same bits.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.core import kernel_check
+from pallas_kernels.core.testing import (
+    ArgSpec,
+    Arrays,
+    Case,
+    assert_close,
+    draw_case,
+    oracle,
+    results,
+    tolerance_of,
+)
+from pallas_kernels.on_gpu.result import Result
+
+FORM = "pallas_gpu"
+TAGS = frozenset({"tpu", "gpu"})
+_POISON = 2 * 2**30  # bytes that are filled with nan beside those of the results
+
+
+class How(NamedTuple):
+    """How the work is done here.
+
+    Attributes:
+        seed: of the inputs.
+        dry: interpreted on a CPU, at the smallest shapes.
+    """
+
+    seed: int
+    dry: bool
+
+
+def config_of(op: Any, how: How) -> Any:
+    """None on a GPU, the form's own configuration with `interpret` in a dry run."""
+    if not how.dry:
+        return None
+    from pallas_kernels.core.gpu import GpuConfig
+
+    found = [
+        x
+        for x in vars(op.forms[FORM]).values()
+        if isinstance(x, type) and issubclass(x, GpuConfig) and x is not GpuConfig
+    ]
+    return (found[0] if found else GpuConfig)(interpret=True)
+
+
+def with_state(op: Any) -> Any:
+    """The operator as the suite calls it: one without a state ignores that of others."""
+    if op.axes.state:
+        return op
+
+    @functools.wraps(op)
+    def call(*arrays, initial_state=None, segment_ids=None, **given):
+        del initial_state, segment_ids
+        return op(*arrays, **given), None
+
+    return call
+
+
+def small_specs(op: Any) -> list[ArgSpec]:
+    """The calls that the suite takes on a CPU too."""
+    module = op.__module__.rsplit(".", 1)[0]
+    specs = __import__(f"{module}.arg_specs", fromlist=["SPECS"]).SPECS
+    return [s for s in specs if s.tags & {"test", "extreme"}]
+
+
+def one_row(spec: ArgSpec) -> ArgSpec:
+    """The call with one sequence: for the interpreter, which takes its time."""
+    return dataclasses.replace(spec, sizes={**spec.sizes, "b": 1})
+
+
+def check(op: Any, how: How) -> Iterator[Result | str]:
+    """The findings about an operator, and what is done next."""
+    small = small_specs(op)
+    if how.dry:
+        spec = one_row(small[0])
+        for dtype in ("float32", "bfloat16"):  # matrix units take no float32
+            yield f"{spec.name}, 16 tokens, {dtype}"
+            found = _one(op, spec, 16, dtype, False, how)
+            yield found
+            if not found.status.startswith("refused"):
+                break
+        return
+    primary = kernel_check.specs_of(op, primary=True, tags=TAGS)
+    wide = [s for s in kernel_check.specs_of(op, tags=TAGS) if s.name.endswith("_f32")]
+    for spec in (*primary[:1], *wide[:1]):
+        length, dtype = spec.sizes["t"], kernel_check.dtype_of(spec)
+        for documents in (False, True)[: 2 if op.axes.state and spec in primary else 1]:
+            yield f"{spec.name}, {'documents' if documents else 'whole'}"
+            yield _one(op, spec, length, dtype, documents, how, wide="xla")
+    for spec in small:
+        for dtype in ("float32", "bfloat16"):
+            yield f"{spec.name}, {dtype}"
+            yield _one(op, spec, 130, dtype, bool(op.axes.state), how)
+
+
+def _one(
+    op: Any,
+    spec: ArgSpec,
+    length: int,
+    dtype: str,
+    documents: bool,
+    how: How,
+    *,
+    wide: str = "reference",
+) -> Result:
+    """One call; without documents where the kernel takes none."""
+    part = "y, states, gradients" + (", documents" if documents else "")
+    op = with_state(op)
+    row = Result("numerics", op.__name__, f"{spec.name} t={length}", dtype, part, FORM)
+    case = draw_case(op, spec, length, dtype=dtype, documents=documents, seed=how.seed % 2**32)
+    try:
+        run = results(op, spec, implementation=FORM, config=config_of(op, how))
+        got = run(case)
+    except NotImplementedError as error:
+        if documents and "segment ids" in str(error):
+            return _one(op, spec, length, dtype, False, how, wide=wide)
+        return row._replace(status=f"refused: {' '.join(str(error).split())[:200]}")
+    expected = _oracle(op, spec, wide)(case)
+    error, allowed = _worst(got, expected, dtype)
+    row = row._replace(error=error, allowed=allowed)
+    if not how.dry:
+        _poison(got)
+        again = run(case)
+        differ = [k for k in got if got[k].tobytes() != again[k].tobytes()]
+        if differ:
+            text = f"WRONG: a second run over poisoned memory differs in {', '.join(differ)[:200]}"
+            return row._replace(status=text)
+    for name, array in got.items():
+        if not np.all(np.isfinite(array.astype(np.float64))):
+            return row._replace(status=f"WRONG: {name} is not finite")
+    try:
+        assert_close(got, expected, dtype, implementation=FORM)
+    except AssertionError as error_text:
+        text = " / ".join(str(error_text).splitlines())
+        return row._replace(status=f"WRONG: {text[:300]}")
+    return row
+
+
+def _oracle(op: Any, spec: ArgSpec, form: str) -> Any:
+    """The reference in float64 on the CPU; for long sequences the portable form on the device."""
+    if form == "reference":
+        run = oracle(op, spec)
+
+        def on_cpu(case: Case) -> Arrays:
+            with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                return run(case)
+
+        return on_cpu
+    run = results(op, spec, implementation=form)
+
+    def in_float64(case: Case) -> Arrays:
+        wide = lambda x: x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        with jax.enable_x64(True):
+            return run(jax.tree.map(wide, case))
+
+    return in_float64
+
+
+def _worst(got: Arrays, expected: Arrays, dtype: str) -> tuple[float, float]:
+    """The relative root mean square error that is nearest to, or furthest over, what is allowed."""
+    tolerance = tolerance_of(dtype, FORM)
+    found = [(0.0, tolerance.rms)]
+    for name, want in expected.items():
+        if not jnp.issubdtype(want.dtype, jnp.floating) or not want.size:
+            continue
+        have, want = got[name].astype(np.float64), want.astype(np.float64)
+        scale = max(float(np.sqrt(np.mean(want**2))), 1e-5)
+        error = float(np.sqrt(np.mean((have - want) ** 2))) / scale
+        allowed = tolerance.rms * (tolerance.gradients if name.startswith("grad") else 1)
+        found.append((error, allowed))
+    return max(found, key=lambda pair: pair[0] / pair[1])
+
+
+def _poison(like: Arrays) -> None:
+    """Fills memory that the next program's results will take with nan."""
+    floats = [x for x in like.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+    arrays = [jnp.full(x.shape, jnp.nan, x.dtype) for x in floats]
+    arrays.append(jnp.full((_POISON // 4,), jnp.nan, jnp.float32))
+    for array in arrays:
+        array.block_until_ready()
+        array.delete()

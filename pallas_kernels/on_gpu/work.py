@@ -1,0 +1,68 @@
+"""A process of the report: one phase of one operator; rows and progress as lines of JSON."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+from pallas_kernels.on_gpu import shapes
+from pallas_kernels.on_gpu.result import Result
+
+# In their order: whether kernels are right comes before how fast they are. Seconds that one
+# process of a phase may take.
+PHASES = {"numerics": 110, "rates": 45, "times": 75, "peers": 50, "attention": 45, "ours": 40}
+BY_OPERATOR = ("numerics", "times")
+BY_PEER = ("peers", "ours")
+
+
+def names_of(phase: str, names: list[str]) -> list[str]:
+    """The processes of a phase, of operators in the order of a report; one has no name."""
+    if phase in BY_PEER:
+        return [name for name in names if name in shapes.PEERS]
+    return names if phase in BY_OPERATOR else [""]
+
+
+def work(phase: str, name: str, *, seed: int, dry: bool, folder: pathlib.Path) -> int:
+    """Prints the findings of a phase; the exit code is 0 unless the process itself broke."""
+    for told in _findings(phase, name, seed, dry, folder):
+        line = {"doing": told} if isinstance(told, str) else told._asdict()
+        print(json.dumps(line), flush=True)
+    return 0
+
+
+def _findings(
+    phase: str, name: str, seed: int, dry: bool, folder: pathlib.Path
+) -> Iterator[Result | str]:
+    if phase == "peers":  # no jax: the GPU's memory is PyTorch's
+        from pallas_kernels.on_gpu import peers
+
+        yield from peers.measure(name, seed, dry, folder)
+        return
+    from pallas_kernels.on_gpu import lines, numerics, times
+
+    how = numerics.How(seed, dry)
+    if phase == "device":
+        yield _device()
+    elif phase == "rates":
+        yield from times.rates(how)
+    elif phase == "attention":
+        yield from lines.attention(how)
+    elif phase == "ours":
+        yield from lines.ours(name, how, folder)
+    else:
+        from pallas_kernels import OPERATORS
+        from pallas_kernels.core import kernel_check
+
+        op = OPERATORS[name]
+        if not kernel_check.has_kernel(op, numerics.FORM):
+            text = "NOT WRITTEN: there is no GPU kernel; dispatch takes xla"
+            yield Result(phase, name, what=numerics.FORM, status=text)
+            return
+        yield from (numerics.check if phase == "numerics" else times.measure)(op, how)
+
+
+def _device() -> Result:
+    import jax
+
+    device = jax.local_devices()[0]
+    versions = f"jax {jax.__version__}, {device.client.platform_version}"
+    return Result("device", device.device_kind, what=device.platform, detail=versions)
