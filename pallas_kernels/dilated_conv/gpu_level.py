@@ -1,0 +1,288 @@
+"""A level of the stack by one kernel each way: a thread has a channel and walks along a phase.
+
+With dilation d, token t lies in row t // d, phase t % d: taps then step from row to row, and what
+they read is the last w inputs, which stay in registers. A block of threads has 128 channels and a
+part of the rows of one phase, then of the next; rows come 16 at a time.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core import gpu
+from pallas_kernels.core.gpu_parts import each
+
+LANES = gpu.WARPGROUP
+STAGES = 3  # chunks of rows that are on their way or worked on
+_BLOCKS = 3 * 132  # that keep a device busy
+_LEAST = 8  # chunks of a part: what its neighbours have is read again
+
+
+class Walk(NamedTuple):
+    """What is static of a level.
+
+    Attributes:
+        taps: w.
+        ahead: of them, those that look ahead.
+        dilation: d.
+        rows: of a chunk, at least w - 1.
+        chunks: of a part.
+        parts: of the rows.
+        phases: that a block of threads takes, one after the other.
+        residual: whether a level is added to what it reads.
+        sights: numbers per token: 0, 1 (how many rows behind it sees) or 2 (and ahead).
+        past: whether there are rows before the first.
+    """
+
+    taps: int
+    ahead: int
+    dilation: int
+    rows: int
+    chunks: int
+    parts: int
+    phases: int
+    residual: bool
+    sights: int
+    past: bool
+
+    @property
+    def behind(self) -> int:
+        """Taps that look back."""
+        return self.taps - 1 - self.ahead
+
+    @property
+    def late(self) -> int:
+        """Chunks by which outputs are late: what looks ahead waits."""
+        return int(self.ahead > 0)
+
+    @property
+    def edge(self) -> int:
+        """Rows before a part that are read first."""
+        return self.rows * (1 + self.late)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Groups of phases, and parts."""
+        return self.dilation // self.phases, self.parts
+
+
+def walk_of(b: int, t: int, e: int, taps: int, dilation: int, **more: Any) -> Walk:
+    """How a level of `[b t e]` is walked; e is a multiple of 128."""
+    rows = chunk_rows(taps)
+    chunks = pl.cdiv(pl.cdiv(t, dilation), rows)
+    blocks = b * (e // LANES)
+    fits = lambda n, most: max(i for i in range(1, max(1, min(n, most)) + 1) if n % i == 0)
+    phases = fits(dilation, blocks * dilation // _BLOCKS)
+    most = min(chunks // _LEAST, _BLOCKS // (blocks * (dilation // phases)))
+    parts = 1 if more["past"] else fits(chunks, most)
+    return Walk(
+        taps=taps, dilation=dilation, rows=rows, chunks=chunks // parts, parts=parts,
+        phases=phases, **more,
+    )  # fmt: skip
+
+
+def chunk_rows(taps: int) -> int:
+    """Rows of a chunk."""
+    return 16 if taps <= 17 else 32
+
+
+# --- What both kernels are made of --------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where a block of threads is: row of the batch, channels, phase, part."""
+
+    row: Any
+    channels: Any
+    phase: Any
+    part: Any
+
+    def rows(self, first: Any, n: int) -> tuple[Any, ...]:
+        """n rows of `[b n d e]`."""
+        lanes = pl.ds(self.channels * LANES, LANES)
+        return self.row, pl.ds(first, n), self.phase, lanes
+
+    def block(self, n: int, index) -> plgpu.BlockSpec:
+        """The same rows as a block of a pipeline; index(step) gives which, in blocks."""
+        where = lambda c: (self.row, index(c), self.phase, self.channels)
+        return plgpu.BlockSpec((None, n, None, LANES), where)
+
+    def numbers(self, n: int, walk: Walk, index) -> plgpu.BlockSpec:
+        """Numbers of these rows, of `[b*d n]`."""
+        return plgpu.BlockSpec(
+            (None, n), lambda c: (self.row * walk.dilation + self.phase, index(c))
+        )
+
+
+def places(walk: Walk):
+    """The function of a phase (0 ... walk.phases - 1) that gives the Place."""
+    row, channels, group, part = (
+        lax.axis_index(name) for name in ("batch", "channels", "phases", "part")
+    )
+    return lambda i: Place(row, channels, group * walk.phases + i, part)
+
+
+def rows_of(ref, n: int) -> list[jax.Array]:
+    """The first n rows of a reference `[n 128]`, each float32 `[128]`."""
+    return [ref[i].astype(jnp.float32) for i in range(n)]
+
+
+def only(here, x: jax.Array) -> jax.Array:
+    """x, or 0 where a scalar says that there is nothing."""
+    return lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
+
+
+def before(refs, at: Place, walk: Walk) -> list[jax.Array]:
+    """What the first step of a part has of rows before: as many as taps look back, and a chunk more
+    if outputs are late."""
+    edge_s, barrier = refs["edge_s"], refs["barrier"]
+    n = walk.behind + walk.late * walk.rows
+    if n == 0:
+        return []
+    if walk.past:
+        source, there = refs["past"].at[at.rows(0, walk.edge)], None
+    else:
+        first = at.part * (walk.chunks * walk.rows)
+        there = first > 0
+        source = refs["x"].at[at.rows(lax.max(first - walk.edge, 0), walk.edge)]
+    plgpu.copy_gmem_to_smem(source, edge_s, barrier)
+    plgpu.barrier_wait(barrier)
+    rows = [edge_s[i].astype(jnp.float32) for i in range(walk.edge - n, walk.edge)]
+    return rows if there is None else [only(there, row) for row in rows]
+
+
+def seen_by(sights, walk: Walk) -> list[list[Any]]:
+    """Of each row of a chunk and each tap: None (it sees it) or a scalar that says so."""
+    if not sights:
+        return [[None] * walk.taps] * walk.rows
+    found = []
+    for i in range(walk.rows):
+        numbers = [ref[i] for ref in sights]
+        lags = [j - walk.ahead for j in range(walk.taps)]
+        found.append([numbers[0] >= lag if lag >= 0 else numbers[1] >= -lag for lag in lags])
+    return found
+
+
+def sum_of(values, i: int, weights, seen, walk: Walk) -> jax.Array:
+    """The convolution at row i of a chunk; values from as far before as taps look back."""
+    total = weights[walk.taps]
+    for j in range(walk.taps):
+        value = values[walk.behind + i - j + walk.ahead]
+        total = total + weights[j] * (value if seen[i][j] is None else only(seen[i][j], value))
+    return total
+
+
+def weight_rows(refs, walk: Walk) -> list[jax.Array]:
+    """Weights of the taps and at last the bias."""
+    lanes = pl.ds(lax.axis_index("channels") * LANES, LANES)
+    plgpu.copy_gmem_to_smem(refs["weight"].at[:, lanes], refs["weight_s"], refs["barrier"])
+    plgpu.barrier_wait(refs["barrier"])
+    return rows_of(refs["weight_s"], walk.taps + 1)
+
+
+def scratch(walk: Walk, dtype) -> dict[str, Any]:
+    """That of both kernels; dtype is that of what is read before a part."""
+    return dict(
+        weight_s=plgpu.SMEM((walk.taps + 1, LANES), jnp.float32),
+        edge_s=plgpu.SMEM((walk.edge, LANES), jnp.float32 if walk.past else dtype),
+        barrier=plgpu.Barrier(),
+    )
+
+
+def arguments(x, weight, bias, past, sights) -> dict[str, Any]:
+    """Those of both kernels by name."""
+    found = dict(x=x, weight=jnp.concatenate([weight, bias[None]]))
+    if past is not None:
+        found["past"] = past
+    return found | dict(zip(("sees_behind", "sees_ahead"), sights, strict=False))
+
+
+# --- Forward ------------------------------------------------------------------------------------
+
+
+def forward(x, weight, bias, past, sights, walk: Walk, dtype, config):
+    """The next level `[b n d e]`.
+
+    Args:
+        x: `[b n d e]`, n rows of d phases.
+        weight: `[w e]`, bias: `[e]`, float32.
+        past: float32 `[b walk.edge d e]`, the rows before the first; None = zeros.
+        sights: walk.sights arrays int32 `[b*d n]`, rows that a token sees behind (and ahead); -1
+            at padding.
+        walk: see Walk.
+        dtype: of the result.
+        config: of the form.
+    """
+    b, _, _, e = x.shape
+    given = arguments(x, weight, bias, past, sights)
+    own = scratch(walk, x.dtype) | dict(y_s=plgpu.SMEM((2, walk.rows, LANES), dtype))
+
+    def body(*refs):
+        _forward_kernel(dict(zip((*given, "y", *own), refs, strict=True)), walk)
+
+    return gpu.kernel_call(
+        body,
+        name="dilated_conv_forward",
+        config=config,
+        out_type=jax.ShapeDtypeStruct(x.shape, dtype),
+        grid=(b, e // LANES, *walk.grid),
+        grid_names=("batch", "channels", "phases", "part"),
+        scratch_types=list(own.values()),
+    )(*given.values())
+
+
+def _forward_kernel(refs, walk: Walk):
+    weights, place = weight_rows(refs, walk), places(walk)
+    last = walk.parts * walk.chunks - 1
+    names = [name for name in ("sees_behind", "sees_ahead") if name in refs]
+
+    def phase(index):
+        at = place(index)
+        first = at.part * walk.chunks
+
+        def step(indices, x_s, *more):
+            (c,), (sights, values) = indices, (more[:-1], more[-1])
+            new = rows_of(x_s, walk.rows)
+            if walk.late:
+                new = [only(first + c <= last, row) for row in new]
+            values = [*values, *new]
+            seen, y_s = seen_by(sights, walk), refs["y_s"].at[lax.rem(c, 2)]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            for i in range(walk.rows):
+                y = sum_of(values, i, weights, seen, walk)
+                if walk.residual:
+                    y = values[walk.behind + i] + lax.max(y, jnp.zeros_like(y))
+                if sights:
+                    y = only(sights[0][i] >= 0, y)
+                y_s[i] = y.astype(y_s.dtype)
+            plgpu.commit_smem()
+
+            def store():
+                rows = at.rows((first + c - walk.late) * walk.rows, walk.rows)
+                plgpu.copy_smem_to_gmem(y_s, refs["y"].at[rows])
+
+            if walk.late:
+                pl.when(c > 0)(store)
+            else:
+                store()
+            return tuple(values[walk.rows :])
+
+        now = lambda c: lax.min(first + c, last)
+        done = lambda c: lax.max(first + c - walk.late, 0)
+        plgpu.emit_pipeline(
+            step,
+            grid=(walk.chunks + walk.late,),
+            in_specs=[
+                at.block(walk.rows, now),
+                *(at.numbers(walk.rows, walk, done) for _ in names),
+            ],
+            max_concurrent_steps=STAGES,
+            init_carry=tuple(before(refs, at, walk)),
+        )(refs["x"], *(refs[name] for name in names))
+        plgpu.wait_smem_to_gmem(0)
+
+    each(walk.phases, phase)
