@@ -91,7 +91,7 @@ class Timing:
             "step_seconds": round(seconds / max(1, self._updates.total()), 6),
             "tokens_per_second": round(tokens / seconds, 1),
             "flops_per_second": round(flops / seconds),
-            "mfu": round(flops / seconds / peak_flops(self._run), 4),
+            "mfu": float(f"{flops / seconds / peak_flops(self._run):.4g}"),
             "data_wait": round(min(1.0, (waited - self._waited) / seconds), 4),
         }
         if self._path is not None:
