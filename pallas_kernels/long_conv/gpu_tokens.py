@@ -1,0 +1,246 @@
+"""The kernel that convolves tokens: a row of the batch and a few channels in a block.
+
+Tokens come as they lie, channels beside one another; gated, they are turned round into a plane per
+channel, which is transformed, multiplied by the kernel's spectrum and transformed back in its
+place, channel by channel; then the planes are turned back, gated and written.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core import gpu
+from pallas_kernels.core.gpu_parts import each, layout_cast, read
+from pallas_kernels.long_conv import gpu_stages
+from pallas_kernels.long_conv.gpu_plan import ROWS, WARPGROUPS, Plan, waves
+from pallas_kernels.long_conv.gpu_stages import BF16, WGMMA, Shared, meet, warpgroup
+
+
+class Work(NamedTuple):
+    """What a call does beside the convolution of x times its gate.
+
+    Attributes:
+        adjoint: a correlation instead.
+        convolve: False = nothing but turning x round.
+        keep: the planes are a result, `[b e rows 2M]` bfloat16.
+        pair: planes of another call come in, and the spectrum of the kernel's gradient goes out,
+            `[b e 2 2 64 M]`: warpgroup, real and imaginary part, r, q.
+        gated: whether x has a gate.
+        bias: whether there is one.
+    """
+
+    adjoint: bool = False
+    convolve: bool = True
+    keep: bool = False
+    pair: bool = False
+    gated: bool = False
+    bias: bool = False
+
+
+def convolve(
+    x: jax.Array,
+    gate: jax.Array | None,
+    spectrum: jax.Array,
+    bias: jax.Array | None,
+    planes: jax.Array | None,
+    gates: tuple[jax.Array | None, ...],
+    *,
+    name: str,
+    adjoint: bool = False,
+    keep: bool = False,
+    plan: Plan,
+) -> list[jax.Array]:
+    """The convolution of x times gate, times each of gates (None = 1).
+
+    Args:
+        x: `[b rows 2M e]`.
+        gate: of its shape.
+        spectrum: of kernels, `[e 2 2 64 M]`.
+        bias: `[e]` float32.
+        planes: see Work.
+        gates: of x's shape; an output for each, in its dtype.
+        name: of the kernel.
+        adjoint: see Work.
+        keep: see Work.
+        plan: see Plan.
+
+    Returns:
+        The outputs, then planes, then the gradient's spectrum, those that are wanted.
+    """
+    b, _, _, e = x.shape
+    work = Work(adjoint, bool(gates), keep, planes is not None, gate is not None, bias is not None)
+    outputs = [jax.ShapeDtypeStruct(x.shape, (x if g is None else g).dtype) for g in gates]
+    if keep:
+        outputs.append(jax.ShapeDtypeStruct((b, e, plan.rows, plan.width), BF16))
+    if work.pair:
+        outputs.append(jax.ShapeDtypeStruct((b, *spectrum.shape), BF16))
+    given = [x, gate, spectrum, bias, planes, *gates, *waves(plan)]
+    body = functools.partial(
+        _body, plan=plan, work=work, gates=tuple(g is not None for g in gates)
+    )
+    plane = plgpu.SMEM((plan.channels, ROWS, plan.width), BF16)
+    stage = plgpu.SMEM((WARPGROUPS, plan.piece, plan.width, plan.channels), BF16)
+    return gpu.kernel_call(
+        body,
+        name=name,
+        config=plan.config,
+        out_type=outputs,
+        grid=(e // plan.channels, b),
+        grid_names=("channels", "batch"),
+        num_threads=WARPGROUPS,
+        thread_name="warpgroup",
+        scratch_types=[*gpu_stages.shared(plan), plane, stage],
+        approx_math=True,
+    )(*(a for a in given if a is not None))
+
+
+class _Tokens(NamedTuple):
+    """Where a block's tokens are, in shared memory and in memory."""
+
+    planes: Any
+    stage: Any
+    row: Any
+    channels: Any
+
+
+def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
+    refs = list(refs)
+    take = lambda there=True: refs.pop(0) if there else None
+    x, gate, spectrum, bias = take(), take(work.gated), take(), take(work.bias)
+    pair = take(work.pair)
+    gates_in = [take(there) for there in gates]
+    first, last, second, odd = (take() for _ in range(4))
+    outputs = [take() for _ in gates]
+    kept, gradient = take(work.keep), take(work.pair)
+    shared = Shared(*(take() for _ in Shared._fields))
+    channels = pl.ds(jax.lax.axis_index("channels") * plan.channels, plan.channels)
+    tokens = _Tokens(take(), take(), jax.lax.axis_index("batch"), channels)
+
+    if work.convolve:
+        gpu_stages.fetch_waves(first, last, second, shared, plan)
+    _load(x, gate, tokens, plan)
+    meet(shared)
+    if work.keep:
+        _keep(kept, tokens, shared, plan)
+    if not work.convolve:
+        return
+    row_layout = WGMMA.reduce(1)
+    rho = tuple(read(odd.at[i], row_layout, plan.config) for i in (0, 1))
+
+    columns = gpu_stages.blocks(plan, plan.m)
+
+    def channel(c):
+        e, w = channels.start + c, warpgroup()
+        operand = shared.operands.at[w + shared.zero[0]]
+        others = []
+        if work.pair:
+            for block in gpu_stages.blocks(plan, plan.width):
+                _other(pair.at[tokens.row, e, :, block], operand.at[:, block], plan)
+            plgpu.commit_smem()
+            gpu_stages.first_stage(operand, rho, shared, plan)
+            for at in columns:
+                found = gpu_stages.second_stage(operand, at, shared, plan)
+                others.append(gpu_stages.narrow(*found))
+        for block in gpu_stages.blocks(plan, plan.width):
+            line = tokens.planes[c, :, block]
+            operand[:, block] = layout_cast(line, gpu_stages.lines(plan), plan.config)
+        plgpu.commit_smem()
+        gpu_stages.first_stage(operand, rho, shared, plan)
+        products = []
+        for i, at in enumerate(columns):
+            k, l = (read(spectrum.at[e, w, j, :, at], WGMMA, plan.config) for j in (0, 1))
+            x, y = gpu_stages.second_stage(operand, at, shared, plan)
+            if work.pair:
+                p, q = (part.astype(jnp.float32) for part in others[i])
+                gradient[tokens.row, e, w, 0, :, at] = (p * x + q * y).astype(BF16)
+                gradient[tokens.row, e, w, 1, :, at] = (p * y - q * x).astype(BF16)
+            k, l = k.astype(jnp.float32), l.astype(jnp.float32)
+            l = -l if work.adjoint else l
+            products.append(gpu_stages.narrow(x * k - y * l, x * l + y * k))
+        gpu_stages.put(operand, products, plan)
+        z = gpu_stages.back(operand, rho, shared, plan)
+        tokens.planes[c, :, pl.ds(plan.m * w, plan.m)] = z.astype(BF16)
+
+    each(plan.channels, channel)
+    meet(shared)
+    _store(outputs, gates_in, bias, tokens, plan)
+
+
+def _pieces(plan: Plan, body) -> None:
+    """Runs body(first row) for each piece of this warpgroup."""
+
+    each(
+        plan.rows // (WARPGROUPS * plan.piece),
+        lambda i: body((WARPGROUPS * i + warpgroup()) * plan.piece),
+    )
+
+
+def _single(plan: Plan) -> Any:
+    """The layout of a piece of one channel: one number per thread and step."""
+    return plgpu.Layout.WG_STRIDED((plan.piece, plan.width), vec_size=1)
+
+
+def _load(x, gate, tokens: _Tokens, plan: Plan) -> None:
+    """Fills the planes."""
+    if plan.rows < ROWS:
+
+        def clear(c):
+            rest = (ROWS - plan.rows, plan.width)
+            tokens.planes[c, plan.rows :, :] = jnp.zeros(rest, BF16)
+
+        each(plan.channels, clear)
+    stage = tokens.stage.at[warpgroup()]
+
+    def piece(row):
+        at = (tokens.row, pl.ds(row, plan.piece), slice(None), tokens.channels)
+        v = x[at]
+        if gate is not None:
+            v = (v.astype(jnp.float32) * gate[at].astype(jnp.float32)).astype(BF16)
+        stage[...] = v
+        for c in range(plan.channels):
+            line = layout_cast(stage[:, :, c], _single(plan), plan.config)
+            tokens.planes[c, pl.ds(row, plan.piece), :] = line
+
+    _pieces(plan, piece)
+
+
+def _keep(kept, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
+    """Writes the planes as they are."""
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(
+        tokens.planes.at[:, : plan.rows], kept.at[tokens.row, tokens.channels]
+    )
+    plgpu.wait_smem_to_gmem(0)
+    meet(shared)
+
+
+def _other(source, target, plan: Plan) -> None:
+    """Rows of a plane in memory into an operand; the rest is 0."""
+    if plan.rows < ROWS:
+        target[plan.rows :, :] = jnp.zeros((ROWS - plan.rows, plan.tile), BF16)
+    line = read(source, gpu_stages.lines(plan), plan.config)
+    target[: plan.rows, :] = line
+
+
+def _store(outputs, gates, bias, tokens: _Tokens, plan: Plan) -> None:
+    """Planes times each gate to each output."""
+    stage = tokens.stage.at[warpgroup()]
+
+    def piece(row):
+        for c in range(plan.channels):
+            line = tokens.planes[c, pl.ds(row, plan.piece), :]
+            line = layout_cast(line, _single(plan), plan.config)
+            if bias is not None:
+                line = (line.astype(jnp.float32) + bias[tokens.channels.start + c]).astype(BF16)
+            stage[:, :, c] = line
+        z = stage[...].astype(jnp.float32)
+        at = (tokens.row, pl.ds(row, plan.piece), slice(None), tokens.channels)
+        for output, gate in zip(outputs, gates, strict=True):
+            y = z if gate is None else z * gate[at].astype(jnp.float32)
+            output[at] = y.astype(output.dtype)
+
+    _pieces(plan, piece)
