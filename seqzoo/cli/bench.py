@@ -52,7 +52,8 @@ def modules() -> dict[str, str]:
 
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     found = {n: f"{package.__name__}.{n}" for n in names if not n.startswith(("_", "peer_"))}
-    return found | {"sweep": "seqzoo.sweep.bench"}  # sweeps stand above seqzoo.eval
+    # Sweeps stand above seqzoo.eval.
+    return found | {"sweep": "seqzoo.sweep.bench", "vectorize": "seqzoo.sweep.bench_vectorize"}
 
 
 def run(args: argparse.Namespace) -> int:

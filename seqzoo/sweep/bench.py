@@ -14,7 +14,7 @@ from seqzoo.sweep import sampler
 from seqzoo.sweep.settings import split
 from seqzoo.sweep.study import Study
 
-_TINY = (
+TINY = (
     "data.vocab_size=32", "data.seq_len=16", "data.num_kv_pairs=2", "data.valid_samples=32",
     "data.test_samples=32", "model=transformer_small", "model.d_model=16", "model.n_layers=1",
     "trainer.steps=20", "trainer.global_batch_size=16", "trainer.eval_every=10",
@@ -50,7 +50,7 @@ def run(quick: bool = False) -> list[dict[str, object]]:
 
 def overhead(root: pathlib.Path, trials: int) -> list[float]:
     """Seconds of each trial but the first that were not steps: one worker, one after another."""
-    words = [*_TINY, *_SPACE, "sweep=random", f"sweep.n_trials={trials}", "sweep.name=small"]
+    words = [*TINY, *_SPACE, "sweep=random", f"sweep.n_trials={trials}", "sweep.name=small"]
     command = [sys.executable, "-m", "seqzoo.cli.main", "sweep", *words, "launcher.workers=1"]
     subprocess.run([*command, "--runs", str(root)], check=True, stdout=subprocess.DEVNULL)
     study = Study.open(root / "sweeps/small")

@@ -1,0 +1,127 @@
+"""Runs in one program: how many times one run they take, and what jax.vmap loses on a CPU."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqzoo.allocator import keep_freed_memory
+from seqzoo.config.compose import compose
+from seqzoo.sweep.bench import TINY
+from seqzoo.train import loop, stacked
+from seqzoo.train.group import Job, train_group
+from seqzoo.train.session import stream_of
+from seqzoo.train.setup import initial_state, setup
+from seqzoo.train.step import train_step
+
+_DEFAULT = ("mesh.data=1",)  # the default MQAR experiment
+_RUN = ("trainer.stop_at_target=false", "logger.progress=none", "logger.tensorboard=false")
+
+
+def run(quick: bool = False) -> list[dict[str, object]]:
+    """Rows: a step of one run and of a group; a whole run and a whole group."""
+    words, n = (TINY, 4) if quick else (_DEFAULT, 16)
+    rounds, steps = (3, 8) if quick else (8, 200)
+    keep_freed_memory()
+    rows = _step_rows(words, n, stacked.FORMS, rounds)
+    if not quick:
+        rows += _without_kept_memory(n, rounds)
+    seconds = whole(words, n, steps)
+    rows += [
+        {"bench": "vectorize", "case": f"one run of {steps} steps, compiled before",
+         "ms": round(1e3 * seconds["alone"]), "times one run": 1.0},
+        {"bench": "vectorize", "case": f"{n} of them as a group, compiled before",
+         "ms": round(1e3 * seconds["group"]),
+         "times one run": round(seconds["group"] / seconds["alone"], 1)},
+    ]  # fmt: skip
+    return rows
+
+
+def _step_rows(
+    words: Sequence[str], n: int, forms: Sequence[str], rounds: int, note: str = ""
+) -> list[dict[str, object]]:
+    seconds = step_seconds(words, n, forms, rounds)
+    rows: list[dict[str, object]] = []
+    for name, took in seconds.items():
+        case = "step of one run" if name == "one" else f"step of {n} runs by {name}"
+        times = round(took / seconds["one"], 1)
+        rows.append({"bench": "vectorize", "case": case + note, "ms": round(1e3 * took, 1),
+                     "times one run": times})  # fmt: skip
+    return rows
+
+
+def step_seconds(
+    words: Sequence[str], n: int, forms: Sequence[str], rounds: int
+) -> dict[str, float]:
+    """The best of some rounds, in turns: of a step of one run, and of a step of n."""
+    one = setup(compose(list(words)))
+    _, host = next(stream_of(one, 0, 1))
+    batch = {name: jnp.asarray(a) for name, a in host.items()}
+    batches = {name: jnp.stack([a] * n) for name, a in batch.items()}
+    hyper = one.hyper(0)
+    hypers, seeds, active = np.stack([hyper] * n), np.arange(n, dtype=np.uint32), np.ones(n, bool)
+    state = initial_state(one)
+    alone = train_step(one.spec).lower(state, batch, hyper, seeds[0]).compile()
+    states, steps = {}, {}
+    for by in forms:
+        states[by] = stacked.empty(one.spec, n)()
+        for place in range(n):
+            states[by] = stacked.put(states[by], state, np.int32(place))
+        step = stacked.group_step(one.spec, by)
+        steps[by] = step.lower(states[by], batches, hypers, seeds, active).compile()
+    best = dict.fromkeys(("one", *forms), float("inf"))
+    for _ in range(rounds):
+        for _ in range(n):  # as often as the others do it
+            began = time.perf_counter()
+            state, _ = alone(state, batch, hyper, seeds[0])
+            jax.block_until_ready(state)
+            best["one"] = min(best["one"], time.perf_counter() - began)
+        for by in forms:
+            began = time.perf_counter()
+            states[by], _ = steps[by](states[by], batches, hypers, seeds, active)
+            jax.block_until_ready(states[by])
+            best[by] = min(best[by], time.perf_counter() - began)
+    return best
+
+
+def whole(words: Sequence[str], n: int, steps: int) -> dict[str, float]:
+    """Seconds of one run and of a group of n, with evaluations, saves and tests; no compilation."""
+    lines = [[*words, *_RUN, f"trainer.steps={steps}", f"trainer.seed={i}"] for i in range(n)]
+    jobs = [Job(compose(line), line) for line in lines]
+    seconds = {}
+    with tempfile.TemporaryDirectory() as name:
+        root = pathlib.Path(name)
+        for attempt in ("compiling", "measured"):
+            began = time.perf_counter()
+            loop.train(jobs[0].config, overrides=lines[0], root=root / attempt / "alone")
+            seconds["alone"] = time.perf_counter() - began
+            began = time.perf_counter()
+            for outcome in train_group(jobs, name="bench", root=root / attempt / "group"):
+                if isinstance(outcome, Exception):
+                    raise outcome
+            seconds["group"] = time.perf_counter() - began
+    return seconds
+
+
+def _without_kept_memory(n: int, rounds: int) -> list[dict[str, object]]:
+    """The same steps in a process whose freed memory goes back to the kernel (allocator.py)."""
+    code = (
+        "import json; from seqzoo.train import programs; programs.use_disk_cache();"
+        "from seqzoo.sweep import bench_vectorize as b;"
+        f"print(json.dumps(b._step_rows(b._DEFAULT, {n}, b.stacked.FORMS, {rounds},"
+        "', freed memory given back')))"
+    )
+    # Any variable of malloc's keeps our settings away; this one is its default.
+    env = {**os.environ, "MALLOC_TOP_PAD_": "131072"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
