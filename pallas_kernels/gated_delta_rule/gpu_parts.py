@@ -1,0 +1,141 @@
+"""What the GPU kernels of the gated delta rule share: numbers of a chunk, products, copies."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.gpu import GpuConfig
+
+CHUNK = 64  # tokens: the rows of a product of one warpgroup
+BLOCK = 64  # columns of keys or values that are worked on together
+# Rows of a chunk's numbers: what D is made of, beta, f, d, f at the last token.
+UPTO, AFTER, BETA, START, END, THROUGH = range(6)
+GATES = 6
+LOWEST = -1e5  # exp of it is 0
+# jax 0.10 wants an index beside the reference, 0.11 wants none.
+_NO_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+
+
+class How(NamedTuple):
+    """What is fixed.
+
+    Attributes:
+        config: of the form.
+        scale: of q.
+    """
+
+    config: GpuConfig
+    scale: float
+
+
+class Turned(NamedTuple):
+    """A factor of a product that is read transposed."""
+
+    ref: Any
+
+
+def tile(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for factors of products `[... rows columns]`, as wgmma and TMA read them."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def gates(*shape: int) -> Any:
+    """Shared memory for the numbers of a chunk."""
+    return plgpu.SMEM((*shape, GATES, CHUNK), jnp.float32)
+
+
+def accumulate(
+    how: How, shapes: Sequence[tuple[int, int]], body: Callable[[Callable], Any]
+) -> tuple[jax.Array, ...]:
+    """Sums of products, float32 of the shapes: body calls `add(n, a, b)` for sum n.
+
+    What body gives back follows the sums. The interpreter of jax 0.10 has no transposed references,
+    hence products of its own there.
+    """
+    if not how.config.interpret:
+
+        def scoped(*sums):
+            more = body(lambda n, a, b: plgpu.wgmma(sums[n], _turned(a), _turned(b)))
+            return *(x[...] for x in sums), *(() if more is None else more)
+
+        return pl.run_scoped(scoped, *(plgpu.ACC(x, jnp.float32) for x in shapes))
+
+    sums = [jnp.zeros(x, jnp.float32) for x in shapes]
+
+    def add(n, a, b):
+        sums[n] = sums[n] + jnp.dot(_read(a), _read(b), preferred_element_type=jnp.float32)
+
+    more = body(add)
+    return *sums, *(() if more is None else more)
+
+
+def product(how: How, a: Any, b: Any, shape: tuple[int, int] = (CHUNK, BLOCK)) -> jax.Array:
+    """a b in float32; a and b are references or `Turned` ones."""
+    return accumulate(how, [shape], lambda add: add(0, a, b))[0]
+
+
+def products_done(how: How) -> None:
+    """Waits inside `accumulate` until what the products read may be written over."""
+    if not how.config.interpret:
+        plgpu.wgmma_wait(0)
+
+
+def _turned(x: Any) -> Any:
+    return plgpu.transpose_ref(x.ref, (1, 0)) if isinstance(x, Turned) else x
+
+
+def _read(x: Any) -> jax.Array:
+    return x.ref[...].T if isinstance(x, Turned) else x[...]
+
+
+def down(row: jax.Array, columns: int = BLOCK) -> jax.Array:
+    """`[64]` as `[64 columns]`: number i stands all along row i."""
+    return lax.broadcast_in_dim(row, (row.shape[0], columns), (0,))
+
+
+def across(row: jax.Array, rows: int = CHUNK) -> jax.Array:
+    """`[64]` as `[rows 64]`: number j stands all down column j."""
+    return lax.broadcast_in_dim(row, (rows, row.shape[0]), (1,))
+
+
+def iota(axis: int) -> jax.Array:
+    """The row (0) or the column (1) of each place of `[64 64]`."""
+    return lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
+
+
+def faded(numbers: Any, zero: Any = 0, *, strictly: bool = False) -> jax.Array:
+    """D `[64 64]`: what is left at token i of what token j brought; 0 for j > i (j >= i)."""
+    i, j = iota(0) + zero, iota(1) + zero
+    sees = i > j if strictly else i >= j
+    return jnp.exp(jnp.where(sees, down(numbers[UPTO]) - across(numbers[AFTER]), LOWEST))
+
+
+def bfloat16(x: jax.Array) -> jax.Array:
+    """Rounded, to be a factor."""
+    return x.astype(jnp.bfloat16)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bfloat16 parts whose sum has 16 bits of x."""
+    high = bfloat16(x)
+    return high, bfloat16(x - high.astype(jnp.float32))
+
+
+def tokens_at(ref: Any, row: Any, chunk: Any, head: Any, column: Any, width: int) -> Any:
+    """A chunk's columns of one head of `[b t h ...]`."""
+    return ref.at[row, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(column, width)]
+
+
+def from_global(how: How, ref: Any) -> jax.Array:
+    """`[64 64]` float32 from global memory straight into registers, as a product's result lies."""
+    if how.config.interpret:
+        return ref[...]
+    index = (None,) if _NO_INDEX else ()
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA, optimized=False)
