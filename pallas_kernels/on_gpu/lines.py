@@ -3,6 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,8 @@ def ours(name: str, how: How, folder: pathlib.Path) -> Iterator[Result | str]:
         how: as everywhere.
         folder: where the peer's process left its results.
     """
-    op, peer = OPERATORS[name], shapes.PEERS[name]
+    op: Any = OPERATORS[name]
+    peer = shapes.PEERS[name]
     yield "the agreed numbers"
     yield from _agree(name, how, folder)
     written = kernel_check.has_kernel(op, FORM)
@@ -71,7 +73,8 @@ def _draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nda
 
 def _agree(name: str, how: How, folder: pathlib.Path) -> Iterator[Result]:
     """y of both at one shape, on the same numbers, in bfloat16."""
-    op, peer = OPERATORS[name], shapes.PEERS[name]
+    op: Any = OPERATORS[name]
+    peer = shapes.PEERS[name]
     arrays = shapes.agreed(peer, how.seed)
     for function in peer.functions:
         row = Result("peers", name, "agreement", "bfloat16", "forward", f"fla {function}")

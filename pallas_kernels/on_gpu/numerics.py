@@ -126,10 +126,10 @@ def _one(
     try:
         run = results(op, spec, implementation=FORM, config=config_of(op, how))
         got = run(case)
-    except NotImplementedError as error:
-        if documents and "segment ids" in str(error):
+    except NotImplementedError as refusal:
+        if documents and "segment ids" in str(refusal):
             return _one(op, spec, length, dtype, False, how, wide=wide)
-        return row._replace(status=f"refused: {' '.join(str(error).split())[:200]}")
+        return row._replace(status=f"refused: {' '.join(str(refusal).split())[:200]}")
     expected = _oracle(op, spec, wide)(case)
     error, allowed = _worst(got, expected, dtype)
     row = row._replace(error=error, allowed=allowed)
@@ -145,8 +145,8 @@ def _one(
             return row._replace(status=f"WRONG: {name} is not finite")
     try:
         assert_close(got, expected, dtype, implementation=FORM)
-    except AssertionError as error_text:
-        text = " / ".join(str(error_text).splitlines())
+    except AssertionError as differences:
+        text = " / ".join(str(differences).splitlines())
         return row._replace(status=f"WRONG: {text[:300]}")
     return row
 

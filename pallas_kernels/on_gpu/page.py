@@ -125,7 +125,7 @@ def _times(rows: list[Result]) -> list[str]:
         "| call | dtype | pass | kernel | floor | of it | xla | by xla | associative_scan |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    groups: dict[tuple[str, ...], dict[str, Result]] = {}
+    groups: dict[tuple[str, str, str], dict[str, Result]] = {}
     for row in (r for r in rows if r.phase == "times"):
         key = (f"{row.operator} {row.call}".strip(), row.dtype, row.part)
         groups.setdefault(key, {})[row.what] = row

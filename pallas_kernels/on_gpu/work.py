@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from pallas_kernels.on_gpu import shapes
 from pallas_kernels.on_gpu.result import Result
@@ -52,7 +53,7 @@ def _findings(
         from pallas_kernels import OPERATORS
         from pallas_kernels.core import kernel_check
 
-        op = OPERATORS[name]
+        op: Any = OPERATORS[name]
         if not kernel_check.has_kernel(op, numerics.FORM):
             text = "NOT WRITTEN: there is no GPU kernel; dispatch takes xla"
             yield Result(phase, name, what=numerics.FORM, status=text)
