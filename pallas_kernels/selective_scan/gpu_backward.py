@@ -5,6 +5,8 @@ kept in shared memory; then the gradient by the state walks back, group by group
 formulas.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP, kernel_call
-from pallas_kernels.core.gpu_parts import each, layout_cast, named, sigmoid
+from pallas_kernels.core.gpu_parts import each, named, read, sigmoid
 from pallas_kernels.selective_scan import gpu_parts as parts
 from pallas_kernels.selective_scan.gpu_parts import F32, LOG2_E, REDUCED, SLOTS, How, Refs
 
@@ -65,9 +67,7 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
         begun=plgpu.Barrier(num_arrivals=2),
     )
     found = kernel_call(
-        named(
-            lambda *refs: _body(*refs, how=how, steps=t // chunk), arrays, outputs, own
-        ),
+        named(lambda *refs: _body(*refs, how=how, steps=t // chunk), arrays, outputs, own),
         name="selective_scan_backward",
         config=how.config,
         out_type=tuple(outputs.values()),
@@ -108,7 +108,7 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
                 plgpu.copy_gmem_to_smem(ins[x].at[row, tokens(i), here], own[x], late)
         pl.when(s + 1 < steps)(lambda: load_early(i - 1, 1 - slot))
         plgpu.barrier_wait(own["started"])
-        each(how.n, lambda n: _set(own["before"].at[0], n, own["start"][n]))
+        each(how.n, lambda n: _set(own["before"].at[0], n, parts.row(how, own["start"], n)))
         plgpu.commit_smem()  # all have read the start
         pl.when(s + 1 < steps)(lambda: load_start(i - 1))
         each(groups - 1, lambda k: _again(own, slot, k, how))
@@ -145,97 +145,162 @@ def _again(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
     group = how.config.group_backward
     some = parts.states_at_a_time(group)
     first = k * group
-    tokens = [parts.token(own, slot, first + g, how) for g in range(group)]
-    dus = [x.d * x.u for x in tokens]
+
+    def one(g):
+        x = parts.token(own, slot, first + g, how)
+        _put(own, 0, g, x.d, group)
+        _put(own, 1, g, x.d * x.u, group)
+
+    each(group, one)
+    ds, dus = (_rows(own, i, how) for i in range(2))
+    forgets = parts.forgets(own, slot, first, group, how)
 
     def states(i):
         for j in range(some):
             n = i * some + j
-            rates, h = own["channels"][n], own["before"][k, n]
-            for g, x in enumerate(tokens):
-                h = parts.decay(x, rates) * h + dus[g] * own["along"][slot, n, first + g]
+            rates, h = parts.row(how, own["channels"], n), parts.row(how, own["before"], k, n)
+            for g in range(group):
+                h = parts.decay(ds[g], rates, forgets[g]) * h
+                h = h + dus[g] * own["along"][slot, n, first + g]
             own["before"][k + 1, n] = h
 
     each(how.n // some, states)
 
 
 def _back(own: Refs, slot: jax.Array, k: jax.Array, sums: tuple, how: How) -> tuple:
-    """Walks back through a group of tokens, writing their gradients; sums of D's and the bias's."""
+    """Walks back through a group of tokens, writing their gradients.
+
+    Args:
+        own: buffers.
+        slot: of those that come in turn.
+        k: which group of the chunk.
+        sums: so far, of the gradients of D and of delta_bias.
+        how: settings.
+    """
+    group, first = how.config.group_backward, k * how.config.group_backward
+
+    def one(g):
+        x = parts.token(own, slot, first + g, how)
+        for i, row in enumerate((x.d, x.d * x.u, _gradient(own, x, first + g, how).before_gate)):
+            _put(own, i, g, row, group)
+
+    each(group, one)
+    rows = tuple(_rows(own, i, how) for i in range(3))
+    inputs, sizes, ys = _states(own, slot, k, rows, how)
+    for g in range(group):
+        for i, row in enumerate((inputs[g], sizes[g], *ys[g : g + 1])):
+            _put(own, i, g, row, group)
+    write = lambda g, sums: _write(own, slot, first, g, sums, how)
+    return lax.fori_loop(0, group, write, sums)
+
+
+def _states(own: Refs, slot: jax.Array, k: jax.Array, of_tokens: tuple, how: How) -> tuple:
+    """A group of tokens, state by state: sums over states by input, by size, of y.
+
+    Args:
+        own: buffers.
+        slot: of those that come in turn.
+        k: which group of the chunk.
+        of_tokens: d, d u and the gradient before the gate, of each token.
+        how: settings.
+    """
+    ds, dus, gs = of_tokens
     group = how.config.group_backward
-    some = parts.states_at_a_time(group)
-    first = k * group
-    tokens = [parts.token(own, slot, first + g, how) for g in range(group)]
-    dus = [x.d * x.u for x in tokens]
-    gs = [_before_gate(own, x, first + g)[0] for g, x in enumerate(tokens)]
+    some, first = parts.states_at_a_time(group), k * group
+    forgets = parts.forgets(own, slot, first, group, how)
 
     def states(i, carry):
         inputs, sizes, ys = (list(x) for x in carry)
         for j in range(some):
             n = i * some + j
-            rates, h = own["channels"][n], own["before"][k, n]
-            lam, dA = own["lam"][n], own["A"][n]
+            rates, h = parts.row(how, own["channels"], n), parts.row(how, own["before"], k, n)
+            lam, dA = (parts.row(how, own[x], n) for x in ("lam", "A"))
+            Bs = [own["along"][slot, n, first + g] for g in range(group)]
+            Cs = [own["along"][slot, how.n + n, first + g] for g in range(group)]
             decays, kept = [], []
-            for g, x in enumerate(tokens):
-                decays.append(parts.decay(x, rates))
+            for g in range(group):
+                decays.append(parts.decay(ds[g], rates, forgets[g]))
                 kept.append(decays[g] * h)
-                h = kept[g] + dus[g] * own["along"][slot, n, first + g]
+                h = kept[g] + dus[g] * Bs[g]
                 if ys:
-                    ys[g] = ys[g] + h * own["along"][slot, how.n + n, first + g]
-                _set_product(own, h * gs[g], (j, 1, g), group)
-            for g, x in reversed(list(enumerate(tokens))):
-                lam = lam + gs[g] * own["along"][slot, how.n + n, first + g]
-                _set_product(own, lam * dus[g], (j, 0, g), group)
-                inputs[g] = inputs[g] + lam * own["along"][slot, n, first + g]
+                    ys[g] = ys[g] + h * Cs[g]
+                _put(own, 2 * j + 1, g, h * gs[g], group)
+            for g in reversed(range(group)):
+                lam = lam + gs[g] * Cs[g]
+                _put(own, 2 * j, g, lam * dus[g], group)
+                inputs[g] = inputs[g] + lam * Bs[g]
                 by_decay = lam * kept[g]  # lam_t times exp(d A) h_{t-1}
-                dA = dA + by_decay * x.d
+                dA = dA + by_decay * ds[g]
                 sizes[g] = sizes[g] + by_decay * rates
                 lam = lam * decays[g]
             own["lam"][n], own["A"][n] = lam, dA
         plgpu.commit_smem()  # all products are there
-        rows = own["products"][:, pl.ds(0, WARPGROUP)]
-        rows = layout_cast(rows, plgpu.Layout.WGMMA, how.config)
+        products = own["products"].at[:, pl.ds(0, WARPGROUP)]
+        rows = read(products, plgpu.Layout.WGMMA, how.config)
         own["BC"][k, i] = jnp.sum(rows, axis=1)
         plgpu.commit_smem()  # all have read them
         return tuple(inputs), tuple(sizes), tuple(ys)
 
     zeros = (jnp.zeros((WARPGROUP,), F32),) * group
     ys = zeros if "z" in own else ()
-    inputs, sizes, ys = lax.fori_loop(0, how.n // some, states, (zeros, zeros, ys))
-    for g, x in enumerate(tokens):
-        sums = _write(own, slot, first + g, (inputs[g], sizes[g], ys[g] if ys else None), sums, how)
-    return sums
+    return lax.fori_loop(0, how.n // some, states, (zeros, zeros, ys))
 
 
-def _set_product(own: Refs, x: jax.Array, at: tuple[int, int, int], group: int) -> None:
-    """Puts a product into its row, by state, B or C, token."""
-    j, of_c, g = at
-    own["products"][(2 * j + of_c) * group + g, pl.ds(0, WARPGROUP)] = x
+def _put(own: Refs, i: int, g: Any, row: jax.Array, group: int) -> None:
+    """Writes the row of token g into the ith group of rows."""
+    own["products"][i * group + g, pl.ds(0, WARPGROUP)] = row
 
 
-def _before_gate(own: Refs, x: parts.Token, t: jax.Array):
-    """The gradient before the gate, that of y, z and sigmoid(z); the last two None without one."""
-    dy = parts.only(x.there, own["dy"][t].astype(F32))
+def _get(own: Refs, i: int, g: Any, how: How) -> jax.Array:
+    """Reads what `_put` wrote."""
+    row = i * how.config.group_backward + g
+    return parts.row(how, own["products"], row, pl.ds(0, WARPGROUP))
+
+
+def _rows(own: Refs, i: int, how: How) -> list[jax.Array]:
+    """The ith group of rows."""
+    return [_get(own, i, g, how) for g in range(how.config.group_backward)]
+
+
+class Gradient(NamedTuple):
+    """A token's gradient.
+
+    Attributes:
+        before_gate: by y before the gate.
+        dy: by y.
+        z: what the gate is made of; None = there is none.
+        gate: sigmoid(z).
+    """
+
+    before_gate: jax.Array
+    dy: jax.Array
+    z: jax.Array | None
+    gate: jax.Array | None
+
+
+def _gradient(own: Refs, x: parts.Token, t: jax.Array, how: How) -> Gradient:
+    dy = parts.only(x.there, parts.row(how, own["dy"], t).astype(F32))
     if "z" not in own:
-        return dy, dy, None, None
-    z = parts.only(x.there, own["z"][t].astype(F32))
-    s = sigmoid(z)
-    return dy * z * s, dy, z, s
+        return Gradient(dy, dy, None, None)
+    z = parts.only(x.there, parts.row(how, own["z"], t).astype(F32))
+    gate = sigmoid(z)
+    return Gradient(dy * z * gate, dy, z, gate)
 
 
-def _write(own: Refs, slot: jax.Array, t: jax.Array, of: tuple, sums: tuple, how: How) -> tuple:
-    """The gradients of token t, from its sums over states: by input, by size, y."""
-    by_input, by_size, y = of
+def _write(own: Refs, slot: jax.Array, first: jax.Array, g: jax.Array, sums: tuple, how: How):
+    """The gradients of token g of a group, from its sums over states."""
+    t = first + g
+    by_input, by_size = (_get(own, i, g, how) for i in range(2))
     x = parts.token(own, slot, t, how)
-    skip = own["channels"][how.skip]
-    g, dy, z, s = _before_gate(own, x, t)
-    if z is not None:
-        dz = dy * (y + skip * x.u) * s * (1 + z * (1 - s))
+    skip, of = parts.row(how, own["channels"], how.skip), _gradient(own, x, t, how)
+    if of.z is not None:
+        y = _get(own, 2, g, how) + skip * x.u
+        dz = of.dy * y * of.gate * (1 + of.z * (1 - of.gate))
         own["z"][t] = dz.astype(own["z"].dtype)
-    du = x.d * by_input + skip * g
     ddelta = x.u * by_input + by_size * (1 / LOG2_E)
     if how.softplus:
         ddelta = ddelta * sigmoid(parts.before_softplus(own, slot, t, how))
     ddelta = parts.only(x.there, ddelta)
-    own["dy"][t] = du.astype(own["dy"].dtype)
+    own["dy"][t] = (x.d * by_input + skip * of.before_gate).astype(own["dy"].dtype)
     own["delta"][slot, t] = ddelta.astype(own["delta"].dtype)
-    return sums[0] + g * x.u, sums[1] + ddelta
+    return sums[0] + of.before_gate * x.u, sums[1] + ddelta

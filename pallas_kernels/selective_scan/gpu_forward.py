@@ -105,7 +105,7 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, names: tuple[str, ...],
 
 def _keep(own: Refs, slot: jax.Array, how: How) -> None:
     def one(n):
-        own["start"][slot, n] = own["h"][n]
+        own["start"][slot, n] = parts.row(how, own["h"], n)
 
     each(how.n, one)
 
@@ -116,22 +116,26 @@ def _group(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
     first = k * group
     tokens = [parts.token(own, slot, first + g, how) for g in range(group)]
     dus = [x.d * x.u for x in tokens]
+    forgets = parts.forgets(own, slot, first, group, how)
 
     def some(i, ys):
         ys = list(ys)
         for j in range(at_a_time):
             n = i * at_a_time + j
-            rates, h = own["channels"][n], own["h"][n]
+            rates, h = (parts.row(how, own[x], n) for x in ("channels", "h"))
             for g, x in enumerate(tokens):
-                h = parts.decay(x, rates) * h + dus[g] * own["along"][slot, n, first + g]
+                h = (
+                    parts.decay(x.d, rates, forgets[g]) * h
+                    + dus[g] * own["along"][slot, n, first + g]
+                )
                 ys[g] = ys[g] + h * own["along"][slot, how.n + n, first + g]
             own["h"][n] = h
         return tuple(ys)
 
-    skip = own["channels"][how.skip]
+    skip = parts.row(how, own["channels"], how.skip)
     ys = lax.fori_loop(0, how.n // at_a_time, some, tuple(skip * x.u for x in tokens))
     for g, (x, y) in enumerate(zip(tokens, ys, strict=True)):
         if "z" in own:
-            z = own["z"][slot, first + g].astype(F32)
+            z = parts.row(how, own["z"], slot, first + g).astype(F32)
             y = parts.only(x.there, y * z * sigmoid(z))
         own["y"][slot, first + g] = y.astype(own["y"].dtype)

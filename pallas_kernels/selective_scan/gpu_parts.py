@@ -14,12 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP
-from pallas_kernels.core.gpu_parts import softplus
+from pallas_kernels.core.gpu_parts import layout_cast, softplus
 
 F32 = jnp.float32
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
 SLOTS = 2  # buffers in turn: one is worked on while the next arrives
 FORGET = -1e30  # added to the exponent where a document begins: the decay is then 0
+THREADS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # a number each
 REDUCED = 64  # rows that are summed over channels at a time, a warpgroup's matrix layout
 Refs = dict[str, Any]
 
@@ -79,6 +80,11 @@ def vectors(*shape: int, dtype: Any = F32) -> Any:
     return plgpu.SMEM((*shape, WARPGROUP), dtype)
 
 
+def row(how: How, ref: Any, *at: Any) -> jax.Array:
+    """Numbers of the threads. That layout is named at each: the search for one is exponential."""
+    return layout_cast(ref[at], THREADS, how.config)
+
+
 class Token(NamedTuple):
     """A token's numbers for the channel of each thread.
 
@@ -86,35 +92,40 @@ class Token(NamedTuple):
         d: step size.
         u: input.
         there: where there is a token; None = everywhere.
-        forget: added to the exponent of its decay; None = nothing.
     """
 
     d: jax.Array
     u: jax.Array
     there: jax.Array | None
-    forget: jax.Array | None
 
 
 def before_softplus(own: Refs, slot: Any, t: Any, how: How) -> jax.Array:
     """delta + delta_bias."""
-    return own["delta"][slot, t].astype(F32) + own["channels"][how.bias]
+    return row(how, own["delta"], slot, t).astype(F32) + row(how, own["channels"], how.bias)
 
 
 def token(own: Refs, slot: Any, t: Any, how: How) -> Token:
     """What every kernel needs of token t of a step."""
-    there = forget = None
-    if how.documents:
-        there = spread(own["along"][slot, how.valid, t]) > 0
-        forget = own["along"][slot, how.reset, t]
+    there = spread(own["along"][slot, how.valid, t]) > 0 if how.documents else None
     x = before_softplus(own, slot, t, how)
     d = only(there, softplus(x) if how.softplus else x)
-    return Token(d, only(there, own["u"][slot, t].astype(F32)), there, forget)
+    return Token(d, only(there, row(how, own["u"], slot, t).astype(F32)), there)
 
 
-def decay(of: Token, rates: jax.Array) -> jax.Array:
-    """exp(d A); 0 where a document begins. rates: A log2 e."""
-    x = of.d * rates
-    return jnp.exp2(x if of.forget is None else x + of.forget)
+def forgets(own: Refs, slot: Any, first: Any, group: int, how: How) -> list:
+    """What is added to the exponents of decays: `FORGET` where a document begins, else 0.
+
+    None where there are no documents.
+    """
+    if not how.documents:
+        return [None] * group
+    return [own["along"][slot, how.reset, first + g] for g in range(group)]
+
+
+def decay(d: jax.Array, rates: jax.Array, forget: jax.Array | None) -> jax.Array:
+    """exp(d A); rates: A log2 e."""
+    x = d * rates
+    return jnp.exp2(x if forget is None else x + forget)
 
 
 def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
