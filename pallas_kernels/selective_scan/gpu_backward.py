@@ -267,24 +267,20 @@ class Gradient(NamedTuple):
 
     Attributes:
         before_gate: by y before the gate.
-        dy: by y.
-        z: what the gate is made of; None = there is none.
-        gate: sigmoid(z).
+        by_gate: of the gate, by y before it: z's gradient is y times that; None = no gate.
     """
 
     before_gate: jax.Array
-    dy: jax.Array
-    z: jax.Array | None
-    gate: jax.Array | None
+    by_gate: jax.Array | None
 
 
 def _gradient(own: Refs, x: parts.Token, t: jax.Array, how: How) -> Gradient:
     dy = parts.only(x.there, parts.row(how, own["dy"], t).astype(F32))
     if "z" not in own:
-        return Gradient(dy, dy, None, None)
+        return Gradient(dy, None)
     z = parts.only(x.there, parts.row(how, own["z"], t).astype(F32))
     gate = sigmoid(z)
-    return Gradient(dy * z * gate, dy, z, gate)
+    return Gradient(dy * z * gate, dy * gate * (1 + z * (1 - gate)))
 
 
 def _write(own: Refs, slot: jax.Array, first: jax.Array, g: jax.Array, sums: tuple, how: How):
@@ -293,9 +289,8 @@ def _write(own: Refs, slot: jax.Array, first: jax.Array, g: jax.Array, sums: tup
     by_input, by_size = (_get(own, i, g, how) for i in range(2))
     x = parts.token(own, slot, t, how)
     skip, of = parts.row(how, own["channels"], how.skip), _gradient(own, x, t, how)
-    if of.z is not None:
-        y = _get(own, 2, g, how) + skip * x.u
-        dz = of.dy * y * of.gate * (1 + of.z * (1 - of.gate))
+    if of.by_gate is not None:
+        dz = of.by_gate * (_get(own, 2, g, how) + skip * x.u)
         own["z"][t] = dz.astype(own["z"].dtype)
     ddelta = x.u * by_input + by_size * (1 / LOG2_E)
     if how.softplus:

@@ -121,7 +121,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
         **dict(A=state(A.astype(F32)), D=by_channel(D), bias=by_channel(delta_bias), h=state(h)),
     )
     flags = None
-    if valid is not None:
+    if valid is not None and reset is not None:
         flags = jnp.stack([valid.astype(F32), jnp.where(reset, FORGET, 0).astype(F32)], axis=1)
         flags = _pad(flags, b, 2, tokens)
     given = {name: x for name, x in arrays.items() if x is not None}
