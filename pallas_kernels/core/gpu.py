@@ -38,6 +38,8 @@ def kernel_call(
     scratch_types: Sequence[Any] | dict[str, Any] = (),
     num_threads: int | None = None,
     thread_name: str | None = None,
+    cluster: tuple[int, ...] = (),
+    cluster_names: tuple[str, ...] = (),
     **compiler_params: Any,
 ) -> Callable:
     """`plgpu.kernel` with Warpgroup semantics, or by interpretation as the config says.
@@ -56,6 +58,8 @@ def kernel_call(
         scratch_types: plgpu.SMEM(...), plgpu.Barrier(...), ...
         num_threads: warpgroups of a block; None = 1.
         thread_name: name of their axis.
+        cluster: blocks that share what lies in their shared memory.
+        cluster_names: names of its axes.
         **compiler_params: more of plgpu.CompilerParams.
     """
     body = _named(body, name)
@@ -67,6 +71,8 @@ def kernel_call(
         grid_names=grid_names,
         num_threads=num_threads,
         thread_name=thread_name,
+        cluster=cluster,
+        cluster_names=cluster_names,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **compiler_params
         ),

@@ -1,5 +1,156 @@
-"""neural_memory as a Mosaic GPU kernel: its place, not written yet (dispatch falls to xla)."""
+"""neural_memory as Mosaic GPU kernels for Hopper, for memories of one and two layers.
 
-from pallas_kernels.core.unwritten import refuses, run
+A block of threads has a row and a head and goes through its tokens, 64 at a time; the hidden units
+of a memory of two layers are shared by the blocks of a cluster. README.md ("On a GPU") has what
+moves, what is kept and what is refused.
+"""
 
-__all__ = ["refuses", "run"]
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.gpu import GpuConfig, refuses_device, refuses_dtypes
+from pallas_kernels.neural_memory import gpu_backward, gpu_forward
+from pallas_kernels.neural_memory.gpu_block import Call
+from pallas_kernels.neural_memory.gpu_chunk import SIZE, Form
+from pallas_kernels.neural_memory.memory import Weights
+
+_MOST_BLOCKS = 8  # of a cluster that any Hopper starts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasGpuConfig(GpuConfig):
+    """How the work is cut: by sizes alone."""
+
+
+def refuses(shapes, device_kind) -> str | None:
+    """Refuses wide heads, three layers and more, and rows that are several documents."""
+    (q, _, v, *_), (opening, _), _, segment_ids = shapes
+    if reason := refuses_device(device_kind) or refuses_dtypes(shapes):
+        return reason
+    if opening.w_hidden is not None:
+        layers = 2 + opening.w_hidden.shape[1]
+        return f"the memory has {layers} layers (w_hidden); the kernel serves one and two"
+    if max(q.shape[3], v.shape[3]) > SIZE:
+        return f"heads are {max(q.shape[3], v.shape[3])} wide; the kernel serves up to {SIZE}"
+    most = SIZE * _MOST_BLOCKS
+    if opening.w_in is not None and opening.w_in.shape[1] > most:
+        return f"the memory has {opening.w_in.shape[1]} hidden units; the kernel serves up to {most}"
+    if segment_ids is not None:
+        return "rows are several documents (segment_ids); the kernel serves one per row"
+    return None
+
+
+def refuses_options(shapes, device_kind, *, how, fresh, still) -> str | None:
+    """Refuses long chunks, and streams."""
+    del shapes, device_kind, still
+    if how.chunk > SIZE:
+        return f"chunk is {how.chunk}; the kernel serves up to {SIZE}"
+    return None if fresh else "a state came with the call; the kernel begins with documents only"
+
+
+def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
+    """See `neural_memory`; the state in float32. Returns y and the state's fields.
+
+    Args:
+        tokens: q, k, v, alpha, eta, theta.
+        opening: weights and momentum `[h ...]` that documents begin with.
+        state: weights at the chunk's start, now, and the momentum, `[b h ...]`; count, last_id.
+        segment_ids: None.
+        how: static settings.
+        fresh: whether the state is an opening one, nothing read.
+        still: whether its momentum is 0 besides.
+        config: PallasGpuConfig or None.
+    """
+    del opening, segment_ids, fresh, still
+    _, now, momentum, count, last_id = state
+    (q, k, v), shares = tokens[:3], tokens[3:]
+    (b, t, h, _), width, dtype = q.shape, v.shape[3], v.dtype
+    hidden = 0 if now.w_in is None else now.w_in.shape[2]
+    blocks = 1 << (-(-hidden // SIZE) - 1).bit_length() if hidden else 1
+    narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    if not narrow:
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    call = Call(
+        form=Form(how, width, blocks),
+        config=PallasGpuConfig.of(config, dict(b=b, t=t, h=h)),
+        b=b,
+        h=h,
+        n=-(-t // how.chunk),
+        narrow=narrow,
+        mlp=hidden > 0,
+        gain=now.gamma is not None,
+    )
+    laid_out = tuple(_filled(x, blocks * SIZE) for x in (now, momentum))
+    y, last = _memory(call, laid_out, _blocks(call, q, k, v), _gates(call, shares))
+    y = y.reshape(b, call.n, SIZE, h, SIZE)[:, :, : how.chunk, :, :width]
+    y = y.reshape(b, -1, h, width)[:, :t].astype(dtype)
+    return y, (*(_cut(x, now) for x in last), count + t, last_id)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _memory(call: Call, carry, tokens, gates):
+    """y `[b t h 64]` and the last (start, now, momentum)."""
+    y, last, _ = gpu_forward.forward(call, carry, tokens, gates, keep=False)
+    return y, last
+
+
+def _forward(call, carry, tokens, gates):
+    y, last, kept = gpu_forward.forward(call, carry, tokens, gates, keep=True)
+    return (y, last), (kept, tokens, gates)
+
+
+def _backward(call, residuals, cotangents):
+    kept, tokens, gates = residuals
+    dy, dlast = cotangents
+    dcarry, dtokens, dgates = gpu_backward.backward(call, kept, tokens, gates, dy, dlast)
+    return dcarry, dtokens, jnp.pad(dgates, [(0, 0)] * 3 + [(0, 1), (0, 0)])
+
+
+_memory.defvjp(_forward, _backward)
+
+
+# --- Layouts ------------------------------------------------------------------------------------
+
+
+def _fill(x: jax.Array, *sizes: int) -> jax.Array:
+    """Zeros behind the last axes, up to these sizes."""
+    last = x.ndim - len(sizes)
+    more = [(0, 0 if i < last else sizes[i - last] - n) for i, n in enumerate(x.shape)]
+    return jnp.pad(x, more) if any(n for _, n in more) else x
+
+
+def _filled(weights: Weights, hidden: int) -> Weights:
+    w_in = None if weights.w_in is None else _fill(weights.w_in, hidden, SIZE)
+    gamma = None if weights.gamma is None else _fill(weights.gamma, SIZE)
+    return Weights(_fill(weights.w_out, SIZE, hidden), w_in, None, gamma)
+
+
+def _cut(weights: Weights, like: Weights) -> Weights:
+    take = lambda x, y: x[tuple(slice(n) for n in y.shape)]
+    return jax.tree.map(take, weights, like)
+
+
+def _blocks(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """`[b t h x]` as blocks of 64 tokens, filled up, in a row: `[b n*64 h 64]`."""
+
+    def one(x):
+        chunk = call.form.how.chunk
+        x = _fill(x, call.n * chunk, call.h, SIZE)
+        x = _fill(x.reshape(call.b, call.n, chunk, call.h, SIZE), SIZE, call.h, SIZE)
+        return x.reshape(call.b, call.n * SIZE, call.h, SIZE)
+
+    return tuple(map(one, arrays))
+
+
+def _gates(call: Call, shares) -> jax.Array:
+    """alpha, eta, theta and 1 for each token, as `[b h n 4 64]`."""
+    one = jnp.ones(shares[0].shape, jnp.float32)
+    rows = jnp.stack([*(x.astype(jnp.float32) for x in shares), one], axis=1)
+    chunk = call.form.how.chunk
+    rows = _fill(rows, call.n * chunk, call.h).reshape(call.b, 4, call.n, chunk, call.h)
+    return jnp.transpose(_fill(rows, SIZE, call.h), (0, 4, 2, 1, 3))
+
+

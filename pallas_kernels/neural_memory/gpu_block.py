@@ -1,0 +1,306 @@
+"""What a block of threads of neural_memory's GPU kernels has: memory, tokens, its cluster."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.gpu import SHARED_MEMORY, GpuConfig, kernel_call
+from pallas_kernels.neural_memory.gpu_chunk import SIZE, Form, Tokens
+from pallas_kernels.neural_memory.gpu_machine import (
+    Far,
+    Places,
+    Registers,
+    Tile,
+    Vector,
+    tile_type,
+)
+from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.memory import Weights
+
+_PART = SIZE * SIZE * 2  # bytes of a part of a tile
+_WIDE = SIZE * SIZE * 4
+GATES = 4  # alpha, eta, theta, what counts
+
+
+class Call(NamedTuple):
+    """What of a call is static; sizes are those of the arrays that the kernels get.
+
+    Attributes:
+        form: of what is traced.
+        config: of the kernels.
+        b, h: rows, heads.
+        n: blocks of tokens, of 64 each.
+        narrow: whether q, k and v are bfloat16.
+        mlp, gain: whether there are w_in, gamma.
+    """
+
+    form: Form
+    config: GpuConfig
+    b: int
+    h: int
+    n: int
+    narrow: bool
+    mlp: bool
+    gain: bool
+
+    @property
+    def parts(self) -> int:
+        """Of a tile that products read."""
+        return 2 if self.narrow else 3
+
+    @property
+    def interpret(self) -> bool:
+        return bool(self.config.interpret)
+
+    @property
+    def weights(self) -> Weights:
+        """Of a block, as it is traced."""
+        tile = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+        row = jax.ShapeDtypeStruct((1, SIZE), jnp.float32)
+        return Weights(tile, tile if self.mlp else None, None, row if self.gain else None)
+
+    @property
+    def tokens(self) -> Tokens:
+        tile = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
+        row = jax.ShapeDtypeStruct((1, SIZE), jnp.float32)
+        return Tokens(tile, tile, tile, *[row] * GATES)
+
+    def structs(self, *lead: int) -> Weights:
+        """Weights in device memory, of all heads."""
+        size = self.form.blocks * SIZE
+        new = lambda *shape: jax.ShapeDtypeStruct((*lead, self.h, *shape), jnp.float32)
+        return Weights(
+            new(SIZE, size),
+            new(size, SIZE) if self.mlp else None,
+            None,
+            new(SIZE) if self.gain else None,
+        )
+
+    def room(self, states: int, tokens: int) -> int:
+        """Places for tiles of which there can be in shared memory, beside so many tiles of weights
+        in three parts, and so many of tokens, which come while those before are at work."""
+        taken = states * 3 * _PART + self.narrow * 2 * tokens * _PART + 24 * 1024
+        if self.form.blocks > 1:
+            taken += _WIDE
+        return (SHARED_MEMORY - taken) // (self.parts * _PART)
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def scratch(call: Call, plan: Plan, tokens: int, states: int = 0) -> dict[str, Any]:
+    """Shared memory of a block.
+
+    Args:
+        call: what is static.
+        plan: that is run in it.
+        tokens: tiles of tokens per block of them.
+        states: tiles of weights that stay.
+    """
+    lead = (call.form.blocks,) if call.interpret and call.form.blocks > 1 else ()
+    copies = 2 * (lead or (1,))[0]
+    found: dict[str, Any] = dict(
+        tiles=tile_type(*lead, states * 3 + plan.tiles * call.parts),
+        vectors=plgpu.SMEM((*lead, max(plan.vectors, 1), SIZE), jnp.float32),
+        rows=plgpu.SMEM((*lead, 4, SIZE), jnp.float32),
+        gates=plgpu.SMEM((*lead, 2, GATES, SIZE), jnp.float32),
+        tokens=[tile_type(*lead, 2) for _ in range(tokens * call.narrow)],
+        zero=plgpu.SMEM((1,), jnp.int32),
+        came=plgpu.Barrier(num_arrivals=1 + tokens * call.narrow, num_barriers=copies),
+    )
+    if call.form.blocks > 1:
+        found |= dict(
+            tile=plgpu.SMEM((*lead, SIZE, SIZE), jnp.float32, transforms=() if lead else _FLOAT),
+            row=plgpu.SMEM((*lead, 1, SIZE), jnp.float32),
+            full=_meeting(call, lead),
+            empty=_meeting(call, lead),
+        )
+    return found
+
+
+_FLOAT = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+def _meeting(call: Call, lead: tuple[int, ...]) -> Any:
+    if lead:
+        return plgpu.Barrier(num_arrivals=call.form.blocks)
+    return plgpu.ClusterBarrier(collective_axes=("j",))
+
+
+def start(call: Call, body, *, name: str, inputs, results, memory):
+    """Calls a kernel with a block (or a cluster) for each row and head.
+
+    Interpreted, the blocks of a cluster are the warpgroups of one: the interpreter knows no other
+    way to share memory.
+
+    Args:
+        call: what is static.
+        body: takes a Block, and trees of references: inputs, results.
+        name: of the kernel.
+        inputs: tree of arrays.
+        results: tree of ShapeDtypeStructs.
+        memory: of `scratch`.
+    """
+    given, tree = jax.tree.flatten(inputs)
+    wanted, result_tree = jax.tree.flatten(results)
+    places, scratch_tree = jax.tree.flatten(memory)
+    form = call.form
+
+    def flat(*refs):
+        a, b = len(given), len(given) + len(wanted)
+        block = Block(call, jax.tree.unflatten(scratch_tree, refs[b:]))
+        body(
+            block,
+            jax.tree.unflatten(tree, refs[:a]),
+            jax.tree.unflatten(result_tree, refs[a:b]),
+        )
+
+    several: dict[str, Any] = {}
+    if form.blocks > 1:
+        several = dict(cluster=(form.blocks,), cluster_names=("j",))
+        if call.interpret:
+            several = dict(num_threads=form.blocks, thread_name="j")
+    found = kernel_call(
+        flat,
+        name=name,
+        config=call.config,
+        out_type=wanted,
+        scratch_types=places,
+        grid=(call.b, call.h),
+        grid_names=("b", "h"),
+        **several,
+    )(*given)
+    return jax.tree.unflatten(result_tree, found)
+
+
+class Block:
+    """A block of threads at work: its place, its memory, and the blocks that it works with."""
+
+    def __init__(self, call: Call, memory: dict[str, Any]):
+        self.call, self.memory = call, memory
+        self.registers = Registers(call.interpret)
+        self.zero: Any = 0
+        self.b, self.h = (jax.lax.axis_index(x) for x in "bh")
+        self.blocks = call.form.blocks
+        self.j = jax.lax.axis_index("j") if self.blocks > 1 else jnp.int32(0)
+        self.emulated = call.interpret and self.blocks > 1
+
+    def mine(self, ref: Any) -> Any:
+        return ref.at[self.j] if self.emulated else ref
+
+    def begin(self) -> None:
+        """In a loop, before anything else: places are counted from a 0 that is read from memory.
+
+        The compiler would compute every address and every mask before the loop, and hold them all.
+        """
+        self.zero = self.memory["zero"][0]
+        self.registers = Registers(self.call.interpret, self.zero)
+
+    def tile(self, first: int, parts: int) -> Tile:
+        tiles = self.mine(self.memory["tiles"])
+        found = tuple(tiles.at[self.zero + first + i] for i in range(parts))
+        return Tile(found, self.registers)
+
+    def row(self, of: str, at: int) -> Vector:
+        return Vector(self.mine(self.memory[of]).at[self.zero + at], self.registers)
+
+    def places(self, plan: Plan, far: Any, states: int) -> Places:
+        """Where a plan's values lie; `far` is `[b h j n 64 64]` or None."""
+        parts = self.call.parts
+        return Places(
+            [self.tile(3 * states + i * parts, parts) for i in range(plan.tiles)],
+            lambda at: Far(far.at[self.b, self.h, self.j, self.zero + at], self.registers),
+            lambda at: self.row("vectors", at).ref,
+            self.row("rows", 3).ref,
+        )
+
+    # --- Weights
+
+    def far(self, weights: Weights, *lead: Any) -> Weights:
+        """This block's share of weights in device memory, `[b ... h x y]`."""
+        columns = pl.ds(self.j * SIZE, SIZE) if self.blocks > 1 else slice(None)
+        at = (self.b, *lead, self.h)
+        take = lambda ref, *of: None if ref is None else Far(ref.at[(*at, *of)], self.registers)
+        return Weights(
+            take(weights.w_out, slice(None), columns),
+            take(weights.w_in, columns, slice(None)),
+            None,
+            None if weights.gamma is None else self.once(weights.gamma.at[at]),
+        )
+
+    def once(self, ref: Any) -> Far:
+        """What all blocks of a cluster have, and the first one writes."""
+        return Far(ref, self.registers, None if self.blocks == 1 else self.j == 0)
+
+    def states(self) -> tuple[Weights, Weights]:
+        """Two sets of weights in shared memory."""
+        each = 2 if self.call.mlp else 1
+        return tuple(
+            Weights(
+                self.tile(3 * each * i, 3),
+                self.tile(3 * each * i + 3, 3) if self.call.mlp else None,
+                None,
+                self.row("rows", i) if self.call.gain else None,
+            )
+            for i in range(2)
+        )
+
+    # --- Tokens
+
+    def fetch(self, refs, gates, i, parity) -> None:
+        """Begins to bring block i of tokens `[b t h 64]` and shares `[b h n 4 64]`."""
+        came = self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
+        rows = pl.ds(i * SIZE, SIZE)
+        if self.call.narrow:
+            for ref, place in zip(refs, self.memory["tokens"], strict=True):
+                to = self.mine(place).at[parity]
+                plgpu.copy_gmem_to_smem(ref.at[self.b, rows, self.h], to, came)
+        to = self.mine(self.memory["gates"]).at[parity]
+        plgpu.copy_gmem_to_smem(gates.at[self.b, self.h, i], to, came)
+
+    def fetched(self, refs, i, parity) -> tuple[list[Any], list[Vector]]:
+        """Waits for them: where tokens and shares lie."""
+        plgpu.barrier_wait(
+            self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
+        )
+        rows = pl.ds(i * SIZE, SIZE)
+        if self.call.narrow:
+            found: list[Any] = [
+                Tile((self.mine(place).at[parity],), self.registers)
+                for place in self.memory["tokens"]
+            ]
+        else:
+            found = [Far(ref.at[self.b, rows, self.h], self.registers) for ref in refs]
+        gates = self.mine(self.memory["gates"])
+        return found, [Vector(gates.at[parity, r], self.registers) for r in range(GATES)]
+
+    # --- The cluster
+
+    def open(self) -> None:
+        self.memory["zero"][0] = jnp.int32(0)
+        if self.blocks > 1:
+            plgpu.barrier_arrive(self.memory["empty"])
+
+    def close(self) -> None:
+        """Others may still read what lies here."""
+        if self.blocks > 1:
+            plgpu.barrier_wait(self.memory["empty"])
+
+    def across(self, x: jax.Array, axis: int) -> jax.Array:
+        """The sum over the blocks of a cluster, in the same order in each of them."""
+        ref = self.memory["tile" if x.ndim == 2 else "row"]
+        at = (lambda ref: ref) if x.ndim == 2 else (lambda ref: ref.at[0])
+        plgpu.barrier_wait(self.memory["empty"])
+        at(self.mine(ref))[...] = x
+        plgpu.barrier_arrive(self.memory["full"])
+        plgpu.barrier_wait(self.memory["full"])
+        found = None
+        for j in range(self.blocks):
+            peer = ref.at[j] if self.emulated else plgpu.cluster_ref(ref, {"j": jnp.int32(j)})
+            share = self.registers.cast(at(peer)[...], axis)
+            found = share if found is None else found + share
+        plgpu.barrier_arrive(self.memory["empty"])
+        return found
