@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core.gpu import WARPGROUP, kernel_call
 from pallas_kernels.core.gpu_parts import each, named, read, sigmoid
 from pallas_kernels.selective_scan import gpu_parts as parts
-from pallas_kernels.selective_scan.gpu_parts import F32, LOG2_E, REDUCED, SLOTS, How, Refs
+from pallas_kernels.selective_scan.gpu_parts import F32, LOG2_E, SLOTS, How, Refs
 
 EARLY = ("u", "delta")  # needed for computing the states again, so two chunks at a time
 LATE = ("z", "dy")  # needed on the way back: they arrive meanwhile
@@ -40,8 +40,8 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     """
     u, n, group = arrays["u"], how.n, how.config.group_backward
     (b, t, e), chunk = u.shape, how.chunk
-    blocks, some = e // WARPGROUP, parts.states_at_a_time(group)
-    reduced = (n // some, REDUCED)
+    blocks, some = e // WARPGROUP, how.config.states_backward
+    reduced = (n // some, how.reduced)
     state = jax.ShapeDtypeStruct((b, n, e), F32)
     names = tuple(x for x in (*EARLY, *LATE) if x in arrays)
     outputs = {x: jax.ShapeDtypeStruct(u.shape, arrays[x].dtype) for x in WRITTEN if x in arrays}
@@ -59,7 +59,7 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
         lam=parts.vectors(n),
         A=parts.vectors(n),
         sums=parts.vectors(2),
-        products=plgpu.SMEM((REDUCED, WARPGROUP + APART), F32),
+        products=plgpu.SMEM((max(how.reduced, 3 * group), WARPGROUP + APART), F32),
         BC=plgpu.SMEM((chunk // group, *reduced), F32),
         early=plgpu.Barrier(num_arrivals=len(EARLY) + 1, num_barriers=SLOTS),
         late=plgpu.Barrier(num_arrivals=len(names) - len(EARLY)),
@@ -142,8 +142,7 @@ def _set(ref, n, value) -> None:
 
 def _again(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
     """The states after a group of tokens, from those before it."""
-    group = how.config.group_backward
-    some = parts.states_at_a_time(group)
+    group, some = how.config.group_backward, how.config.states_backward
     first = k * group
 
     def one(g):
@@ -205,8 +204,8 @@ def _states(own: Refs, slot: jax.Array, k: jax.Array, of_tokens: tuple, how: How
         how: settings.
     """
     ds, dus, gs = of_tokens
-    group = how.config.group_backward
-    some, first = parts.states_at_a_time(group), k * group
+    group, some = how.config.group_backward, how.config.states_backward
+    first = k * group
     forgets = parts.forgets(own, slot, first, group, how)
 
     def states(i, carry):
@@ -235,7 +234,7 @@ def _states(own: Refs, slot: jax.Array, k: jax.Array, of_tokens: tuple, how: How
                 lam = lam * decays[g]
             own["lam"][n], own["A"][n] = lam, dA
         plgpu.commit_smem()  # all products are there
-        products = own["products"].at[:, pl.ds(0, WARPGROUP)]
+        products = own["products"].at[pl.ds(0, how.reduced), pl.ds(0, WARPGROUP)]
         rows = read(products, plgpu.Layout.WGMMA, how.config)
         own["BC"][k, i] = jnp.sum(rows, axis=1)
         plgpu.commit_smem()  # all have read them

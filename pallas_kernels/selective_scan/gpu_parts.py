@@ -21,7 +21,6 @@ LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponential
 SLOTS = 2  # buffers in turn: one is worked on while the next arrives
 FORGET = -1e30  # added to the exponent where a document begins: the decay is then 0
 THREADS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # a number each
-REDUCED = 64  # rows that are summed over channels at a time, a warpgroup's matrix layout
 Refs = dict[str, Any]
 
 
@@ -43,6 +42,11 @@ class How(NamedTuple):
     chunk: int
     tile: int
     config: Any
+
+    @property
+    def reduced(self) -> int:
+        """Rows that are summed over channels at a time, backward: those of B and C."""
+        return 2 * self.config.states_backward * self.config.group_backward
 
     @property
     def along(self) -> int:
@@ -68,11 +72,6 @@ class How(NamedTuple):
     def bias(self) -> int:
         """The row of delta_bias."""
         return self.n + 1
-
-
-def states_at_a_time(group: int) -> int:
-    """States worked on together backward: those whose sums over channels fill `REDUCED` rows."""
-    return REDUCED // (2 * group)
 
 
 def vectors(*shape: int, dtype: Any = F32) -> Any:

@@ -15,10 +15,12 @@ from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.selective_scan.gpu_backward import backward
 from pallas_kernels.selective_scan.gpu_forward import forward
-from pallas_kernels.selective_scan.gpu_parts import F32, FORGET, LOG2_E, How, states_at_a_time
+from pallas_kernels.selective_scan.gpu_parts import F32, FORGET, LOG2_E, How
 
 _CHUNKS = (64, 32, 16)
-_GROUPS = (8, 16)
+_GROUPS = (4, 8, 16)
+_STATES = (1, 2, 4, 8)
+_REDUCED = 64  # rows of a layout in which a warpgroup sums quickly
 _SPARE = 4096  # bytes of shared memory that the compiler takes: barriers, sums between warps
 
 
@@ -29,9 +31,11 @@ class PallasGpuConfig(gpu.GpuConfig):
     Attributes:
         chunk: tokens per step backward, and between two states that are kept: 16, 32 or 64.
         tile: tokens per step forward; divides the chunk.
-        group: tokens that pass over the states together, forward: 8 or 16; divides the tile.
-        states: states worked on together, forward: 2 or 4.
+        group: tokens that pass over the states together, forward: 4, 8 or 16; divides the tile.
+        states: states worked on together, forward: 1, 2, 4 or 8.
         group_backward: as `group`, backward; divides the chunk.
+        states_backward: as `states`, backward; with `group_backward` they make 32, for then the
+            sums for B and C are 64, which is as the hardware sums (an interpreter takes any).
     """
 
     chunk: int = 64
@@ -39,21 +43,29 @@ class PallasGpuConfig(gpu.GpuConfig):
     group: int = 8
     states: int = 4
     group_backward: int = 16
+    states_backward: int = 2
 
     def __post_init__(self):
-        if self.chunk not in _CHUNKS:
-            raise ValueError(f"selective_scan: chunk is {self.chunk}; it must be 16, 32 or 64")
-        for name in ("group", "group_backward"):
-            if getattr(self, name) not in _GROUPS:
+        allowed = dict(
+            **dict(chunk=_CHUNKS, group=_GROUPS, group_backward=_GROUPS),
+            **dict(states=_STATES, states_backward=_STATES),
+        )
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
                 raise ValueError(
-                    f"selective_scan: {name} is {getattr(self, name)}; it must be 8 or 16"
+                    f"selective_scan: {name} is {getattr(self, name)}; it must be one of "
+                    f"{', '.join(map(str, values))}"
                 )
-        if self.states not in (2, 4):
-            raise ValueError(f"selective_scan: states is {self.states}; it must be 2 or 4")
         if self.tile % self.group or self.chunk % self.tile:
             raise ValueError(
                 f"selective_scan: tile is {self.tile}; it must be a multiple of group="
                 f"{self.group} and divide chunk={self.chunk}"
+            )
+        rows = 2 * self.states_backward * self.group_backward
+        if rows != _REDUCED and not self.interpret:
+            raise ValueError(
+                f"selective_scan: states_backward x group_backward is {rows // 2}; it must be "
+                f"{_REDUCED // 2}"
             )
 
     @classmethod
@@ -98,7 +110,7 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     elif tokens > t:
         valid = jnp.ones((b, t), bool)
         reset = jnp.zeros((b, t), bool)
-    most = max(config.states, states_at_a_time(config.group_backward))
+    most = max(config.states, config.states_backward)
     how = How(
         delta_softplus, _round_up(n, most), valid is not None, config.chunk, config.tile, config
     )
