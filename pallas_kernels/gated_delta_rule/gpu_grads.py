@@ -3,7 +3,7 @@
 A block of threads has 64 columns of the keys, of one head and chunk, and goes over the values.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,11 +106,10 @@ def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, ho
 
     def over_values(add):
         """Sums over values: of scores, of L, and of what q and k got of states."""
-        by_state = []
-        for step in range(steps):
+
+        def one(step, by_state):
             slot = step % 2
-            if step + 1 < steps:
-                fetch(step + 1)
+            pl.when(step + 1 < steps)(lambda: fetch(step + 1))
             plgpu.barrier_wait(scratch["loaded"].at[slot])
             dy_s, written_s, dmissing_s = (values.at[slot, i] for i in range(3))
             before, after = states.at[slot, 0], states.at[slot, 1]
@@ -119,10 +118,11 @@ def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, ho
             add(2, dy_s, Turned(before))
             add(3, dmissing_s, Turned(before))
             add(4, written_s, Turned(after))
-            parts.products_done(how)
             products = before[...].astype(jnp.float32) * after[...].astype(jnp.float32)
-            by_state.append(jnp.sum(products, axis=1))
-        return (sum(by_state[1:], by_state[0]),)
+            parts.products_done(how)
+            return by_state + jnp.sum(products, axis=1)
+
+        return (parts.loop(how, steps, one, jnp.zeros((BLOCK,), jnp.float32)),)
 
     square = (CHUNK, CHUNK)
     dscores, dlower, of_query, of_missing, of_end, by_state = parts.accumulate(

@@ -81,6 +81,15 @@ def product(how: How, a: Any, b: Any, shape: tuple[int, int] = (CHUNK, BLOCK)) -
     return accumulate(how, [shape], lambda add: add(0, a, b))[0]
 
 
+def loop(how: How, count: int, body: Callable, carry: Any) -> Any:
+    """`lax.fori_loop` from 0 around products inside `accumulate`."""
+    if not how.config.interpret:
+        return lax.fori_loop(0, count, body, carry)
+    for i in range(count):
+        carry = body(i, carry)
+    return carry
+
+
 def products_done(how: How) -> None:
     """Waits inside `accumulate` until what the products read may be written over."""
     if not how.config.interpret:

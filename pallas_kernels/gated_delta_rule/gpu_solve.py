@@ -57,7 +57,7 @@ def inverse(how: How, lower: jax.Array, found_s: Any, factor_s: Any) -> jax.Arra
 
     Squares along the diagonal are merged, from size 1 up: below the first half of a square of twice
     the size stands -T_2 L_21 T_1. The product of powers (I - L)(I + L^2)... would be shorter, and
-    wrong (core/triangular.py). Factors are two bfloat16 parts each: T is rounded to bfloat16 anyway.
+    wrong (core/triangular.py). Factors are two bfloat16 parts each: T is rounded to one at the end.
 
     Args:
         how: what is fixed.

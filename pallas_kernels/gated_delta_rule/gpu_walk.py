@@ -60,7 +60,6 @@ def walk(q, k, v, solved, gates, s, bounds, how: How, *, keep: bool) -> Walked:
     m, values, n = s.shape[1], v.shape[-1], gates.shape[2]
     like = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     kept = [like((b, h, n, width, values)), like(v.shape)]
-    loads = 4 if keep else 5
     found = gpu.kernel_call(
         lambda *refs, **scratch: _body(*refs, how=how, keep=keep, scratch=scratch),
         name="gated_delta_rule_states" if keep else "gated_delta_rule_forward",

@@ -3,7 +3,7 @@
 As the forward walk (gpu_walk.py): a block of threads has 64 columns of the values.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

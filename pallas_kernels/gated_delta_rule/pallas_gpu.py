@@ -51,8 +51,8 @@ def refuses(shapes, device_kind) -> str | None:
         return reason
     if not all(x.dtype == jnp.bfloat16 for x in (q, k, v)):
         return (
-            "q, k or v is float32; its products take bfloat16 factors (the matrix unit's tf32 keeps "
-            "three digits)"
+            "q, k or v is float32; the factors of its products are bfloat16 (tf32, the unit's "
+            "kind for float32, keeps three digits)"
         )
     if k.shape[-1] > _MOST_KEYS:
         return f"keys have {k.shape[-1]} columns; states of up to {_MOST_KEYS} fit"
