@@ -60,6 +60,11 @@ def _create(args: argparse.Namespace) -> int:
     from seqzoo.sweep.study import Study
 
     settings = split(args.overrides, config_dir=args.config_dir)
+    if settings.launcher.kind.startswith("submitit"):
+        raise ConfigError(
+            f"launcher={settings.launcher.kind} submits the runs of 'seqzoo train -m'; for a sweep "
+            "take launcher=slurm"
+        )
     if args.dry_run:
         return _show(settings, args)
     study = Study.create(

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from seqzoo.cli.common import add_config_arguments, add_trust_argument
 from seqzoo.config.compose import compose, expand
-from seqzoo.errors import NotFiniteError, SeqzooError
+from seqzoo.errors import ConfigError, NotFiniteError, SeqzooError
 from seqzoo.train.folder import apply_threads
 
 EPILOG = """examples:
@@ -19,6 +19,7 @@ EPILOG = """examples:
   seqzoo train experiment=text_mamba trainer.steps=2000
   seqzoo train data=text data.path=~/books task=next_token model=mamba_small
   seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3        six runs, one after the other
+  seqzoo train -m launcher=submitit_slurm launcher.partition=gpu optimizer.lr=1e-3,3e-3
   seqzoo train init_from=runs/mqar/RUN@best optimizer.lr=1e-4 'reset=[optimizer]'
   seqzoo train --config-dir mylab/configs model.pattern='[s4d]'
 
@@ -45,8 +46,16 @@ def run(args: argparse.Namespace) -> int:
         config = compose(args.overrides, config_dir=args.config_dir)
         return _train(config, args.overrides, args)
 
+    launching = [word for word in args.overrides if _is_launcher(word)]
+    rest = [word for word in args.overrides if word not in launching]
     # All are composed before the first one runs: a typo in the last must not cost a night.
-    jobs = [(compose(words, config_dir=args.config_dir), words) for words in expand(args.overrides)]
+    jobs = [(compose(words, config_dir=args.config_dir), words) for words in expand(rest)]
+    if launching:
+        from seqzoo.sweep.settings import split  # reads what Optuna needs
+
+        launcher = split(launching, config_dir=args.config_dir).launcher
+        if launcher.kind != "local":
+            return _submit([words for _, words in jobs], launcher, args)
     worst = 0
     for number, (config, words) in enumerate(jobs, 1):
         print(f"run {number} of {len(jobs)}: {' '.join(words)}", flush=True)
@@ -61,6 +70,39 @@ def run(args: argparse.Namespace) -> int:
             raise error
         worst = max(worst, code)
     return worst
+
+
+def _is_launcher(word: str) -> bool:
+    key = word.partition("=")[0]
+    if key == "hydra/launcher":
+        raise ConfigError(f"{word}: here it is {word.removeprefix('hydra/')}")
+    return key.lstrip("+") == "launcher" or key.lstrip("+").startswith("launcher.")
+
+
+def _submit(lines: list[list[str]], launcher, args: argparse.Namespace) -> int:
+    """Submits each run as a job; the same command later submits what is not finished."""
+    from seqzoo.cli import submit
+
+    if launcher.kind not in submit.KINDS:
+        raise ConfigError(
+            f"launcher={launcher.kind} belongs to 'seqzoo sweep'; 'seqzoo train -m' knows local, "
+            f"{', '.join(submit.KINDS)}"
+        )
+    root = pathlib.Path(args.runs).resolve()
+    options = ["--runs", str(root)]
+    if args.config_dir:
+        options += ["--config-dir", str(pathlib.Path(args.config_dir).resolve())]
+    options += [f"--{name}" for name in ("force", "strict") if getattr(args, name)]
+    options += [word for package in args.trust for word in ("--trust", package)]
+    jobs = submit.submit(
+        [["train", *words, *options] for words in lines], launcher, root / "submitit" / "%j"
+    )
+    for job, words in zip(jobs, lines, strict=True):
+        print(f"job {job.job_id}: {' '.join(words)}")
+    print(
+        f"\nwhat they print: {os.path.relpath(root / 'submitit')}\n  seqzoo runs --runs {args.runs}"
+    )
+    return 0
 
 
 def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -> int:

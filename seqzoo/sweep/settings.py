@@ -10,7 +10,7 @@ from seqzoo.errors import ConfigError, suggest
 
 SAMPLERS = ("tpe", "random", "grid")
 PRUNERS = ("none", "median", "halving")
-LAUNCHERS = ("local", "slurm")
+LAUNCHERS = ("local", "slurm", "submitit_slurm", "submitit_local")
 CARRIERS = ("map", "vmap")
 # What members of a vectorised group may differ in: run-time values of the compiled step, and the
 # scale of initial values (model.embed_std, and any init_std of a part of the model).
@@ -111,12 +111,12 @@ def is_initial_scale(key: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LauncherSettings:
-    """Where workers run.
+    """Where workers run; for `seqzoo train -m` where its runs do.
 
     Attributes:
-        kind: local or slurm.
+        kind: local or slurm; of `seqzoo train -m`: local, submitit_slurm or submitit_local.
         workers: on this machine, or per node; null = one per GPU, on a CPU as many as its threads
-            allow.
+            allow. Of submitit: jobs that may run at a time.
         threads: CPU threads of a worker, fixed when the study is created, since they change bits;
             null = two, or what `workers` leaves for each.
         nodes: of slurm: whole nodes.
