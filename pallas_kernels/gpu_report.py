@@ -21,7 +21,7 @@ import time
 from pallas_kernels.core import gpu_table, kernel_command
 from pallas_kernels.on_gpu import page, result
 from pallas_kernels.on_gpu.result import Result
-from pallas_kernels.on_gpu.work import PHASES, names_of, work
+from pallas_kernels.on_gpu.work import PHASES, SHARES, names_of, work
 
 EPILOG = """examples:
   python -m pallas_kernels.gpu_report                   everything, under 8 minutes, into docs/gpu/
@@ -114,8 +114,9 @@ class Report:
             code = self._device()
             if code:
                 return code
-            for phase in self.args.only or tuple(PHASES):
-                self._phase(phase)
+            phases = self.args.only or tuple(PHASES)
+            for i, phase in enumerate(phases):
+                self._phase(phase, phases[i:])
         bad = [r for r in self.rows if r.bad and r.phase == "numerics"]
         red = sum(r.bad for r in self.rows)
         print(
@@ -147,16 +148,17 @@ class Report:
         print(f"{kind}, {row.detail}, seed {self.args.seed}", flush=True)
         return 0
 
-    def _phase(self, phase: str) -> None:
+    def _phase(self, phase: str, later: tuple[str, ...]) -> None:
         names = names_of(phase, self.names)
         jobs = self.args.jobs if phase == "numerics" else 1
+        rest = lambda: self.args.seconds - (time.perf_counter() - self.began)
+        for_later = rest() * (1 - SHARES[phase] / sum(SHARES[x] for x in later))
         left = [len(names)]
 
         def one(name: str) -> None:
-            rest = self.args.seconds - (time.perf_counter() - self.began)
-            # What comes after the times has a claim to a third of what is left.
-            share = 0.65 if phase == "times" else 1.0
-            limit = min(PHASES[phase], share * rest * jobs / max(1, left[0]) + 10, rest)
+            # Numerics take what they need, others a fair part of their phase's share.
+            fair = rest() if phase == "numerics" else (rest() - for_later) / max(1, left[0])
+            limit = min(PHASES[phase], fair, rest())
             left[0] -= 1
             if limit < 5:
                 self._add(Result(phase, name or phase, status="skipped: no time was left"))

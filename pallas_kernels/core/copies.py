@@ -101,6 +101,7 @@ class _Walk:
         self.unsure = False
         self.steps = 0
         self._useful: dict[int, list] = {}
+        self._moving: dict[int, bool] = {}
 
     def run(self, jaxpr: Any, given: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
         """Walks a jaxpr with what is known of its arguments; gives what is known of its results."""
@@ -124,6 +125,12 @@ class _Walk:
             kept = [e for e in jaxpr.eqns if _moves(e) or _is_scalar(e)]
             self._useful[id(jaxpr)] = kept
         return self._useful[id(jaxpr)]
+
+    def _inside_moves(self, jaxpr: Any) -> bool:
+        key = id(_open(jaxpr))
+        if key not in self._moving:
+            self._moving[key] = any(map(_moves, _open(jaxpr).eqns))
+        return self._moving[key]
 
     def _equation(self, equation: Any, given: list[Any]) -> list[Any] | None:
         name, params = equation.primitive.name, equation.params
@@ -192,7 +199,7 @@ class _Walk:
             same, carried = len(groups[0]), len(groups[1])
         consts, carry = given[:same], given[same : same + carried]
         slices = len(_open(inner).invars) - same - carried
-        if not any(map(_moves, _open(inner).eqns)) and length > 64:
+        if length > 64 and not self._inside_moves(inner):
             return None
         turns = range(length - 1, -1, -1) if params.get("reverse") else range(length)
         for _ in turns:
@@ -203,7 +210,7 @@ class _Walk:
     def _while(self, params: dict, given: list[Any]) -> list[Any] | None:
         skip, same = params["cond_nconsts"], params["body_nconsts"]
         first, consts, carry = given[:skip], given[skip : skip + same], given[skip + same :]
-        if not any(map(_moves, _open(params["body_jaxpr"]).eqns)):
+        if not self._inside_moves(params["body_jaxpr"]):
             return None
         while True:
             (go,) = self.run(params["cond_jaxpr"], [*first, *carry])

@@ -118,20 +118,36 @@ def _one(
     *,
     wide: str = "reference",
 ) -> Result:
-    """One call; without documents where the kernel takes none."""
-    part = "y, states, gradients" + (", documents" if documents else "")
+    """One call; of a kernel that takes no documents, or no state, one without."""
     op = with_state(op)
-    row = Result("numerics", op.__name__, f"{spec.name} t={length}", dtype, part, FORM)
-    case = draw_case(op, spec, length, dtype=dtype, documents=documents, seed=how.seed % 2**32)
-    try:
-        run = results(op, spec, implementation=FORM, config=config_of(op, how))
-        got = run(case)
-    except NotImplementedError as refusal:
-        if documents and "segment ids" in str(refusal):
-            return _one(op, spec, length, dtype, False, how, wide=wide)
-        return row._replace(status=f"refused: {' '.join(str(refusal).split())[:200]}")
+    name = f"{spec.name} t={length}"
+    row = Result("numerics", op.__name__, name, dtype, what=FORM)
+    draw = functools.partial(draw_case, op, spec, length, dtype=dtype, seed=how.seed % 2**32)
+    variants = [("y, gradients", False)]
+    if op.axes.state:
+        variants = [("y, states, gradients", False), *variants]
+        variants = [("y, states, gradients, documents", True), *variants][not documents :]
+    refusals = []
+    for part, packed in variants:
+        case = draw(documents=packed)
+        if "states" not in part:
+            case = case._replace(state=None, dstate=jax.tree.map(np.zeros_like, case.dstate))
+        try:
+            return _compared(op, spec, case, row._replace(part=part), how, wide)
+        except NotImplementedError as refusal:
+            refusals.append(" ".join(str(refusal).split()))
+        except Exception as error:  # what breaks is the finding
+            text = " ".join(str(error).split())[:300]
+            return row._replace(part=part, status=f"CRASHED: {type(error).__name__}: {text}")
+    return row._replace(part=variants[0][0], status=f"refused: {refusals[-1][:200]}")
+
+
+def _compared(op: Any, spec: ArgSpec, case: Case, row: Result, how: How, wide: str) -> Result:
+    """The row with what a case showed."""
+    run = results(op, spec, implementation=FORM, config=config_of(op, how))
+    got = run(case)
     expected = _oracle(op, spec, wide)(case)
-    error, allowed = _worst(got, expected, dtype)
+    error, allowed = _worst(got, expected, row.dtype)
     row = row._replace(error=error, allowed=allowed)
     if not how.dry:
         _poison(got)
@@ -144,7 +160,7 @@ def _one(
         if not np.all(np.isfinite(array.astype(np.float64))):
             return row._replace(status=f"WRONG: {name} is not finite")
     try:
-        assert_close(got, expected, dtype, implementation=FORM)
+        assert_close(got, expected, row.dtype, implementation=FORM)
     except AssertionError as differences:
         text = " / ".join(str(differences).splitlines())
         return row._replace(status=f"WRONG: {text[:300]}")

@@ -11,6 +11,8 @@ from pallas_kernels.on_gpu.result import Result
 # In their order: whether kernels are right comes before how fast they are. Seconds that one
 # process of a phase may take.
 PHASES = {"numerics": 110, "rates": 45, "times": 75, "peers": 50, "attention": 45, "ours": 40}
+# Of the time that is left, by phase.
+SHARES = {"numerics": 6, "rates": 1, "times": 10, "peers": 5, "attention": 1, "ours": 4}
 BY_OPERATOR = ("numerics", "times")
 BY_PEER = ("peers", "ours")
 
