@@ -5,7 +5,7 @@ kept in shared memory; then the gradient by the state walks back, group by group
 formulas.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,9 @@ def _back(own: Refs, slot: jax.Array, k: jax.Array, sums: tuple, how: How) -> tu
 
     def one(g):
         x = parts.token(own, slot, first + g, how)
-        for i, row in enumerate((x.d, x.d * x.u, _gradient(own, x, first + g, how).before_gate)):
+        for i, row in enumerate(
+            (x.d, x.d * x.u, parts.gradient(own, x.there, first + g, how).before_gate)
+        ):
             _put(own, i, g, row, group)
 
     each(group, one)
@@ -261,33 +263,12 @@ def _rows(own: Refs, i: int, how: How) -> list[jax.Array]:
     return [_get(own, i, g, how) for g in range(how.config.group_backward)]
 
 
-class Gradient(NamedTuple):
-    """A token's gradient.
-
-    Attributes:
-        before_gate: by y before the gate.
-        by_gate: of the gate, by y before it: z's gradient is y times that; None = no gate.
-    """
-
-    before_gate: jax.Array
-    by_gate: jax.Array | None
-
-
-def _gradient(own: Refs, x: parts.Token, t: jax.Array, how: How) -> Gradient:
-    dy = parts.only(x.there, parts.row(how, own["dy"], t).astype(F32))
-    if "z" not in own:
-        return Gradient(dy, None)
-    z = parts.only(x.there, parts.row(how, own["z"], t).astype(F32))
-    gate = sigmoid(z)
-    return Gradient(dy * z * gate, dy * gate * (1 + z * (1 - gate)))
-
-
 def _write(own: Refs, slot: jax.Array, first: jax.Array, g: jax.Array, sums: tuple, how: How):
     """The gradients of token g of a group, from its sums over states."""
     t = first + g
     by_input, by_size = (_get(own, i, g, how) for i in range(2))
     x = parts.token(own, slot, t, how)
-    skip, of = parts.row(how, own["channels"], how.skip), _gradient(own, x, t, how)
+    skip, of = parts.row(how, own["channels"], how.skip), parts.gradient(own, x.there, t, how)
     if of.by_gate is not None:
         dz = of.by_gate * (_get(own, 2, g, how) + skip * x.u)
         own["z"][t] = dz.astype(own["z"].dtype)

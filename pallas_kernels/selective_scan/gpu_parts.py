@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP
-from pallas_kernels.core.gpu_parts import layout_cast, softplus
+from pallas_kernels.core.gpu_parts import layout_cast, sigmoid, softplus
 
 F32 = jnp.float32
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
@@ -103,12 +103,22 @@ def before_softplus(own: Refs, slot: Any, t: Any, how: How) -> jax.Array:
     return row(how, own["delta"], slot, t).astype(F32) + row(how, own["channels"], how.bias)
 
 
+def there(own: Refs, slot: Any, t: Any, how: How) -> jax.Array | None:
+    """Where token t of a step is one, not padding; None = everywhere."""
+    return spread(own["along"][slot, how.valid, t]) > 0 if how.documents else None
+
+
+def step_size(own: Refs, slot: Any, t: Any, there: jax.Array | None, how: How) -> jax.Array:
+    """The step size of token t; 0 at padding, which leaves the state as it is."""
+    x = before_softplus(own, slot, t, how)
+    return only(there, softplus(x) if how.softplus else x)
+
+
 def token(own: Refs, slot: Any, t: Any, how: How) -> Token:
     """What every kernel needs of token t of a step."""
-    there = spread(own["along"][slot, how.valid, t]) > 0 if how.documents else None
-    x = before_softplus(own, slot, t, how)
-    d = only(there, softplus(x) if how.softplus else x)
-    return Token(d, only(there, row(how, own["u"], slot, t).astype(F32)), there)
+    valid = there(own, slot, t, how)
+    d = step_size(own, slot, t, valid, how)
+    return Token(d, only(valid, row(how, own["u"], slot, t).astype(F32)), valid)
 
 
 def forgets(own: Refs, slot: Any, first: Any, group: int, how: How) -> list:
@@ -135,6 +145,28 @@ def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
 def spread(x: jax.Array) -> jax.Array:
     """A scalar for every thread."""
     return lax.broadcast(x, (WARPGROUP,))
+
+
+class Gradient(NamedTuple):
+    """A token's gradient.
+
+    Attributes:
+        before_gate: by y before the gate.
+        by_gate: of the gate, by y before it: z's gradient is y times that; None = no gate.
+    """
+
+    before_gate: jax.Array
+    by_gate: jax.Array | None
+
+
+def gradient(of: Refs, there: jax.Array | None, t: Any, how: How) -> Gradient:
+    """The gradient of token t, from its dy and z in `of`."""
+    dy = only(there, row(how, of["dy"], t).astype(F32))
+    if "z" not in of:
+        return Gradient(dy, None)
+    z = only(there, row(how, of["z"], t).astype(F32))
+    gate = sigmoid(z)
+    return Gradient(dy * z * gate, dy * gate * (1 + z * (1 - gate)))
 
 
 def loads(ins: Refs, own: Refs, names: tuple[str, ...], at: tuple, slot: Any, arrived: Any) -> None:

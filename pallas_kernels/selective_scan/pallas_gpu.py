@@ -6,6 +6,7 @@ buffers and bytes.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -13,14 +14,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.core.segments import boundaries
-from pallas_kernels.selective_scan.gpu_backward import backward
-from pallas_kernels.selective_scan.gpu_forward import forward
-from pallas_kernels.selective_scan.gpu_parts import F32, FORGET, LOG2_E, How
+from pallas_kernels.selective_scan.gpu_parts import F32, FORGET, How
+from pallas_kernels.selective_scan.gpu_stretches import run_backward, run_forward
 
 _CHUNKS = (64, 32, 16)
 _GROUPS = (4, 8, 16)
 _STATES = (1, 2, 4, 8)
 _REDUCED = 64  # rows of a layout in which a warpgroup sums quickly
+_CORES = 132  # of an H100 or H200
 _SPARE = 4096  # bytes of shared memory that the compiler takes: barriers, sums between warps
 
 
@@ -36,6 +37,9 @@ class PallasGpuConfig(gpu.GpuConfig):
         group_backward: as `group`, backward; divides the chunk.
         states_backward: as `states`, backward; with `group_backward` they make 32, for then the
             sums for B and C are 64, which is as the hardware sums (an interpreter takes any).
+        splits: stretches of time that run side by side, forward, at the price of a pass more over
+            u and delta; 1 = none.
+        splits_backward: as `splits`, backward, the pass being over delta, z and dy.
     """
 
     chunk: int = 64
@@ -44,6 +48,8 @@ class PallasGpuConfig(gpu.GpuConfig):
     states: int = 4
     group_backward: int = 16
     states_backward: int = 2
+    splits: int = 1
+    splits_backward: int = 1
 
     def __post_init__(self):
         allowed = dict(
@@ -72,10 +78,31 @@ class PallasGpuConfig(gpu.GpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasGpuConfig":
-        """The longest chunk that shared memory holds backward."""
+        """The longest chunk that shared memory holds backward; the chip filled with blocks."""
         n, itemsize = sizes["n"], sizes.get("itemsize", 4)
         chunk = next((x for x in _CHUNKS if _fits(x, n, itemsize)), _CHUNKS[-1])
-        return cls(chunk=chunk, device_kind=device_kind)
+        blocks = sizes["b"] * (_round_up(sizes["e"], gpu.WARPGROUP) // gpu.WARPGROUP)
+        of = functools.partial(_splits, sizes["t"], chunk, blocks)
+        return cls(chunk=chunk, splits=of(2), splits_backward=of(1), device_kind=device_kind)
+
+
+def _splits(t: int, chunk: int, blocks: int, per_core: int) -> int:
+    """Stretches of time with which blocks fill the chip, or 1 where most of it is busy anyway.
+
+    Args:
+        t: tokens; padding up to whole stretches may add a sixteenth.
+        chunk: stretches are whole chunks.
+        blocks: that there are without.
+        per_core: how many of them a core is given.
+    """
+    splits = 1
+    while (
+        2 * blocks <= _CORES
+        and 2 * splits * blocks <= per_core * _CORES
+        and _round_up(t, 2 * splits * chunk) <= t + t // 16
+    ):
+        splits *= 2
+    return splits
 
 
 def _fits(chunk: int, n: int, itemsize: int, group: int = 16) -> bool:
@@ -104,7 +131,8 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
     config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))
     reset = valid = None
-    tokens, channels = _round_up(t, config.chunk), _round_up(e, gpu.WARPGROUP)
+    tokens = _round_up(t, config.chunk * math.lcm(config.splits, config.splits_backward))
+    channels = _round_up(e, gpu.WARPGROUP)
     if segment_ids is not None:
         reset, valid, last_id = boundaries(segment_ids, last_id)
     elif tokens > t:
@@ -151,23 +179,15 @@ def _pad(x: jax.Array, *shape: int) -> jax.Array:
     return jnp.pad(x, more) if any(end for _, end in more) else x
 
 
-def _inputs(arrays: dict, flags: jax.Array | None) -> dict:
-    """What both kernels take, without states."""
-    along = [arrays["B"], arrays["C"], *([] if flags is None else [flags])]
-    channels = [arrays["A"] * LOG2_E, arrays["D"][None], arrays["bias"][None]]
-    some = {name: arrays[name] for name in ("u", "delta", "z") if name in arrays}
-    return dict(**some, along=jnp.concatenate(along, 1), channels=jnp.concatenate(channels, 0))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _scan(arrays, flags, how: How):
     """y `[b t e]` and the last state `[b n e]`; B, C `[b n t]`, A `[n e]`, h `[b n e]`."""
-    found = forward({**_inputs(arrays, flags), "h": arrays["h"]}, how, save=False)
+    found = run_forward(arrays, flags, how, save=False)
     return found["y"], found["h"]
 
 
 def _scan_forward(arrays, flags, how: How):
-    found = forward({**_inputs(arrays, flags), "h": arrays["h"]}, how, save=True)
+    found = run_forward(arrays, flags, how, save=True)
     kept = {name: x for name, x in arrays.items() if name != "h"}
     return (found["y"], found["h"]), (kept, found["starts"], flags)
 
@@ -175,15 +195,7 @@ def _scan_forward(arrays, flags, how: How):
 def _scan_backward(how: How, residuals, cotangents):
     arrays, starts, flags = residuals
     dy, dlast = cotangents
-    more = dict(dy=dy, starts=starts, dlast=dlast)
-    found = backward({**_inputs(arrays, flags), **more}, how)
-    b, n, t = arrays["B"].shape
-    group = how.config.group_backward
-    both = jnp.sum(found.pop("BC"), axis=1).reshape(b, t // group, n, 2, group)
-    both = jnp.transpose(both, (3, 0, 2, 1, 4)).reshape(2, b, n, t)
-    sums = jnp.sum(found.pop("sums"), axis=0)
-    found["A"] = jnp.sum(found["A"], axis=0)
-    return dict(**found, B=both[0], C=both[1], D=sums[0], bias=sums[1]), None
+    return run_backward(arrays, flags, dict(dy=dy, starts=starts, dlast=dlast), how), None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -1,5 +1,7 @@
 """selective_scan's GPU kernels, interpreted: the operators' suite, and what they refuse."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,16 @@ def test_agrees_in_bfloat16():
 def test_agrees_on_more(spec, dtype):
     documents = spec is not BARE
     testing.check_agrees(selective_scan, spec, 70, dtype=dtype, documents=documents, **HOW)
+
+
+@slow
+@pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
+def test_agrees_in_stretches(documents):
+    """Time is cut into stretches that run side by side; one of them is padding."""
+    config = PallasGpuConfig(**SMALL, splits=2, splits_backward=4)
+    how = dict(implementation="pallas_gpu", config=config)
+    spec = dataclasses.replace(WHOLE, sizes=dict(b=2, e=3, n=2))
+    testing.check_agrees(selective_scan, spec, 45, documents=documents, **how)
 
 
 @slow
@@ -131,8 +143,16 @@ def test_without_races():
 
 
 def test_tiles_follow_from_sizes():
-    of = lambda n, itemsize: PallasGpuConfig.heuristic(dict(n=n, itemsize=itemsize)).chunk
-    assert [of(16, 2), of(16, 4), of(64, 2)] == [64, 32, 16]
+    of = lambda b, t, e, n, itemsize: PallasGpuConfig.heuristic(
+        dict(b=b, t=t, e=e, n=n, itemsize=itemsize)
+    )
+    assert [of(8, 2048, 2048, *x).chunk for x in ((16, 2), (16, 4), (64, 2))] == [64, 32, 16]
+    # Stretches of time where blocks are few, and where padding up to them is little.
+    of_splits = lambda *sizes: (of(*sizes, 16, 2).splits, of(*sizes, 16, 2).splits_backward)
+    assert of_splits(1, 2048, 1536) == (16, 8)
+    assert of_splits(1, 2000, 1536) == (16, 8)
+    assert of_splits(1, 300, 1536) == (1, 1)
+    assert of_splits(8, 2048, 2048) == (1, 1)
 
 
 def test_refuses():
