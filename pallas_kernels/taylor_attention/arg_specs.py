@@ -66,7 +66,7 @@ SPECS = (
             ("based_360m", 1, 2048, 16, 64),
         )
     ),
-    # What TPU kernels are compiled at (core/kernel_check.py).
+    # What kernels are compiled at (core/kernel_check.py).
     *(
         ArgSpec(
             name=name,
