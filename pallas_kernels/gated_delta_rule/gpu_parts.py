@@ -142,6 +142,11 @@ def tokens_at(ref: Any, row: Any, chunk: Any, head: Any, column: Any, width: int
     return ref.at[row, pl.ds(chunk * CHUNK, CHUNK), head, pl.ds(column, width)]
 
 
+def span(bounds: Any, row: Any, memory: Any, chunks: int) -> tuple[Any, Any]:
+    """The first chunk of a memory and the one after its last; bounds None = of the only one."""
+    return (0, chunks) if bounds is None else (bounds[row, memory, 0], bounds[row, memory, 1])
+
+
 def from_global(how: How, ref: Any) -> jax.Array:
     """`[64 64]` float32 from global memory straight into registers, as a product's result lies."""
     if how.config.interpret:

@@ -3,6 +3,7 @@
 A block of threads has 64 columns of the values, of one head and one memory of a row.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.gated_delta_rule import gpu_parts as parts
 from pallas_kernels.gated_delta_rule.gpu_parts import (
     BETA,
@@ -52,7 +54,8 @@ def walk(q, k, v, solved, gates, s, bounds, how: How, *, keep: bool) -> Walked:
         solved: T, bfloat16 `[b h n c c]`.
         gates: float32 `[b h n 6 c]`.
         s: the first states, float32 `[b m h k v]`.
-        bounds: int32 `[b m 2]`, first chunk of each memory and the one after its last.
+        bounds: int32 `[b m 2]`, first chunk of each memory and the one after its last; None = there
+            is one memory.
         how: what is fixed.
         keep: starts and written, and no y.
     """
@@ -61,7 +64,7 @@ def walk(q, k, v, solved, gates, s, bounds, how: How, *, keep: bool) -> Walked:
     like = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     kept = [like((b, h, n, width, values)), like(v.shape)]
     found = gpu.kernel_call(
-        lambda *refs, **scratch: _body(*refs, how=how, keep=keep, scratch=scratch),
+        functools.partial(_body, how=how, keep=keep, memories=bounds is not None),
         name="gated_delta_rule_states" if keep else "gated_delta_rule_forward",
         config=how.config,
         out_type=[like(s.shape, jnp.float32), *(kept if keep else [like(v.shape)])],
@@ -82,23 +85,26 @@ def walk(q, k, v, solved, gates, s, bounds, how: How, *, keep: bool) -> Walked:
             met=plgpu.Barrier(),
             both=plgpu.Barrier(num_arrivals=2),
         ),
-    )(*([] if keep else [q]), k, v, solved, gates, s, bounds)
+    )(*([] if keep else [q]), k, v, solved, gates, s, *([] if bounds is None else [bounds]))
     if keep:
         return Walked(None, *found)
     return Walked(found[1], found[0], None, None)
 
 
-def _body(*refs, how: How, keep: bool, scratch: dict[str, Any]):
+def _body(*given, how: How, keep: bool, memories: bool, **scratch):
     """Half 0 finds what tokens write, half 1 reads; each keeps half of the state's rows."""
-    q, (k, v, solved, gates, s, bounds) = (None, refs[:6]) if keep else (refs[0], refs[1:7])
-    after, *results = refs[6 if keep else 7 :]
+    refs = Refs(given)
+    q = refs.take(not keep)
+    k, v, solved, gates, s = refs.several(5)
+    bounds, after = refs.take(memories), refs.take()
+    results = refs.several(2 if keep else 1)
     m, width = s.shape[1], k.shape[-1]
     index, head, place = (lax.axis_index(x) for x in ("rows", "heads", "columns"))
     half = lax.axis_index("half")
     row, memory, column = index // m, index % m, place * BLOCK
     state_s, factors = scratch["state"], scratch["factors"]
     loaded, wrote, met, both = (scratch[x] for x in ("loaded", "wrote", "met", "both"))
-    first, last = bounds[row, memory, 0], bounds[row, memory, 1]
+    first, last = parts.span(bounds, row, memory, gates.shape[2])
     own = [pl.ds(half * (width // 2) + r * BLOCK, BLOCK) for r in range(width // 2 // BLOCK)]
     of_state = lambda rows: (row, memory, head, rows, pl.ds(column, BLOCK))
 

@@ -3,6 +3,7 @@
 As the forward walk (gpu_walk.py): a block of threads has 64 columns of the values.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.gated_delta_rule import gpu_parts as parts
 from pallas_kernels.gated_delta_rule.gpu_parts import (
     BETA,
@@ -54,14 +56,15 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
         solved: T, bfloat16 `[b h n c c]`.
         gates: float32 `[b h n 6 c]`.
         ds: of the last states, float32 `[b m h k v]`.
-        bounds: int32 `[b m 2]`, first chunk of each memory and the one after its last.
+        bounds: int32 `[b m 2]`, first chunk of each memory and the one after its last; None = there
+            is one memory.
         how: what is fixed.
     """
     b, t, h, width = k.shape
     m, values, n = ds.shape[1], v.shape[-1], gates.shape[2]
     like = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     found = gpu.kernel_call(
-        lambda *refs, **scratch: _body(*refs, how=how, scratch=scratch),
+        functools.partial(_body, how=how, memories=bounds is not None),
         name="gated_delta_rule_states_back",
         config=how.config,
         out_type=[
@@ -92,7 +95,7 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
             met=plgpu.Barrier(),
             both=plgpu.Barrier(num_arrivals=2),
         ),
-    )(q, k, v, dy, solved, gates, ds, bounds)
+    )(q, k, v, dy, solved, gates, ds, *([] if bounds is None else [bounds]))
     return WalkedBack(*found)
 
 
@@ -100,32 +103,19 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
 _READ, _SCORES, _WRITTEN, _MISSING, _VALUES = range(5)
 
 
-def _body(
-    q,
-    k,
-    v,
-    dy,
-    solved,
-    gates,
-    dlast,
-    bounds,
-    dfirst,
-    dends,
-    dmissing,
-    dv,
-    by_values,
-    *,
-    how,
-    scratch,
-):
+def _body(*given, how: How, memories: bool, **scratch):
     """Half 0 goes back through X, half 1 through y; each keeps half of the state's rows."""
+    refs = Refs(given)
+    q, k, v, dy, solved, gates, dlast = refs.several(7)
+    bounds = refs.take(memories)
+    dfirst, dends, dmissing, dv, by_values = refs.several(5)
     m, width = dlast.shape[1], k.shape[-1]
     index, head, place = (lax.axis_index(x) for x in ("rows", "heads", "columns"))
     half = lax.axis_index("half")
     row, memory, column = index // m, index % m, place * BLOCK
     state_s, factors = scratch["state"], scratch["factors"]
     loaded, keys, both = (scratch[x] for x in ("loaded", "keys", "both"))
-    first, last = bounds[row, memory, 0], bounds[row, memory, 1]
+    first, last = parts.span(bounds, row, memory, gates.shape[2])
     own = [pl.ds(half * (width // 2) + r * BLOCK, BLOCK) for r in range(width // 2 // BLOCK)]
     of_state = lambda rows: (row, memory, head, rows, pl.ds(column, BLOCK))
     of_values = lambda ref, chunk: parts.tokens_at(ref, row, chunk, head, column, BLOCK)

@@ -94,7 +94,7 @@ def _rule(inputs, s, plan: Plan, how: How):
 
 def _rule_forward(inputs, s, plan, how):
     q, k, v, g, beta = inputs
-    gates, bounds = _gates(g, beta, plan), _bounds(plan, s, g.shape[1])
+    gates, bounds = _gates(g, beta, plan), _bounds(plan, s)
     solved = solve(k, gates, how)
     found = walk(q, k, v, solved, gates, s, bounds, how, keep=False)
     return (found.y, found.states), (inputs, s, plan, solved)
@@ -103,7 +103,7 @@ def _rule_forward(inputs, s, plan, how):
 def _rule_backward(how, residuals, cotangents):
     (q, k, v, g, beta), s, plan, solved = residuals
     dy, ds = cotangents
-    gates, bounds = _gates(g, beta, plan), _bounds(plan, s, g.shape[1])
+    gates, bounds = _gates(g, beta, plan), _bounds(plan, s)
     dy = dy.astype(v.dtype)
     if plan.valid is not None:
         dy = jnp.where(_valid(plan)[..., None], dy, 0)
@@ -129,12 +129,11 @@ def _valid(plan: Plan) -> jax.Array:
     return jnp.swapaxes(plan.valid, 0, 1).reshape(plan.valid.shape[1], -1, 1)
 
 
-def _bounds(plan: Plan, s: jax.Array, t: int) -> jax.Array:
-    """int32 `[b m 2]`, the first chunk of each memory and the one after its last."""
-    b, m = s.shape[:2]
+def _bounds(plan: Plan, s: jax.Array) -> jax.Array | None:
+    """int32 `[b m 2]`, the first chunk of each memory and the one after its last; None = one."""
     if plan.memory is None:
-        return jnp.broadcast_to(jnp.array([0, t // CHUNK], jnp.int32), (b, m, 2))
-    memory, each = plan.memory[:, :, None], jnp.arange(m)
+        return None
+    memory, each = plan.memory[:, :, None], jnp.arange(s.shape[1])
     count = lambda x: jnp.sum(x, axis=0, dtype=jnp.int32)
     return jnp.stack([count(memory < each), count(memory <= each)], axis=-1)
 
