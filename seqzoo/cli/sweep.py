@@ -11,6 +11,8 @@ from seqzoo.errors import ConfigError
 EPILOG = """examples:
   seqzoo sweep mixer=mamba,based 'optimizer.lr=tag(log,interval(1e-4,1e-2))' sweep.n_trials=24
   seqzoo sweep sweep=grid optimizer.lr=1e-3,3e-3,1e-2 sweep.seeds=5 sweep.name=rates
+  seqzoo sweep sweep=grid optimizer.lr=1e-3,3e-3,1e-2 sweep.seeds=5 \\
+    'sweep.vectorize=[optimizer.lr,trainer.seed]'                 15 runs as one program
   seqzoo sweep mixer=mamba,based 'model.mixers.mamba.d_state=8,16' sweep.pruner=halving
   seqzoo sweep 'optimizer.b1=0.8,0.95 if optimizer=adamw' optimizer=adamw,lion
   seqzoo sweep ... launcher=slurm launcher.nodes=2 --dry-run      the script, submitted without it
@@ -98,6 +100,11 @@ def _show(settings, args: argparse.Namespace) -> int:
     print(f"{len(points)} trials, {settings.sweep.seeds} seeds each, {settings.sweep.sampler}")
     for name, values in space.shown.items():
         print(f"  {name}={values}")
+    if settings.sweep.vectorize:
+        from seqzoo.sweep.groups import parts
+
+        counts = [len(one) * settings.sweep.seeds for one in parts(space, settings.sweep, points)]
+        print(f"trained in {len(counts)} groups of {', '.join(map(str, counts[:20]))} runs")
     for number, point in enumerate(points[:20]):
         told = " ".join(space.own_words(point)) or "by TPE, when it is its turn"
         print(f"{number:>4}  {told}")

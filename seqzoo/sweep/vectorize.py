@@ -4,22 +4,23 @@ Which trials are a group follows from the study alone, whoever asks, so that a g
 comes together again, each run at its place.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import os
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from optuna.trial import FrozenTrial
 
 from seqzoo.errors import LockedError, NotFiniteError, Preempted
 from seqzoo.sweep import trial
-from seqzoo.sweep.settings import SweepSettings
-from seqzoo.sweep.space import Space
+from seqzoo.sweep.groups import parts
+from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Claimed, Study
 from seqzoo.train.group import Job, Outcome, train_group
 from seqzoo.train.result import Result
-
-Point = dict[str, Any]
 
 
 class Group(NamedTuple):
@@ -32,18 +33,6 @@ class Group(NamedTuple):
 
     name: str
     trials: list[FrozenTrial]
-
-
-def parts(space: Space, sweep: SweepSettings, points: Sequence[Point]) -> Iterator[list[int]]:
-    """The points of each group, by number: alike but for what is vectorised, and not too many."""
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for number, point in enumerate(points):
-        rest = [word for word in space.words(point) if _setting(word) not in sweep.vectorize]
-        alike.setdefault(tuple(rest), []).append(number)
-    most = max(1, sweep.vectorize_most // sweep.seeds)
-    for numbers in alike.values():
-        for start in range(0, len(numbers), most):
-            yield numbers[start : start + most]
 
 
 def groups(study: Study) -> list[Group]:
@@ -111,60 +100,82 @@ def run(
     """
     numbers = {claimed.number: claimed for claimed in claims}
     (group,) = (g for g in groups(study) if any(t.number in numbers for t in g.trials))
-    plans = {number: trial.begin(study, claimed) for number, claimed in numbers.items()}
-    watches = {n: trial.watch_of(study, numbers[n], runs) for n, runs in plans.items()}
+    held = {number: _Held(study, claimed, size, say) for number, claimed in numbers.items()}
+    seeds = study.definition.sweep.seeds
+    # A trial that has ended leaves its places empty.
     jobs: list[Job | None] = []
     for frozen in group.trials:
-        runs = plans.get(frozen.number)
-        if runs is None:  # it has ended: its places stay empty
-            jobs += [None] * study.definition.sweep.seeds
-            continue
-        hooks = [[watches[frozen.number]], *([] for _ in runs[1:])]
-        jobs += [Job(one.config, one.words, h) for one, h in zip(runs, hooks, strict=True)]
+        one = held.get(frozen.number)
+        jobs += [None] * seeds if one is None else one.jobs
+
+    def ended(place: int, outcome: Outcome) -> None:
+        held[group.trials[place // seeds].number].ended(place % seeds, outcome)
+
+    by = study.definition.sweep.vectorize_by
     try:
-        outcomes = train_group(
-            jobs, name=group.name, root=study.path, by=study.definition.sweep.vectorize_by
-        )
+        train_group(jobs, name=group.name, root=study.path, by=by, ended=ended)
     except Preempted:
-        for watch in watches.values():
-            if watch.lost is not None:
-                raise watch.lost from None
+        _raise_lost(held.values())
         raise
-    told = []
-    seeds = study.definition.sweep.seeds
-    for place, frozen in enumerate(group.trials):
-        if frozen.number in numbers:
-            ended = outcomes[place * seeds : (place + 1) * seeds]
-            told.append(_finish(study, numbers[frozen.number], plans, ended, size, say))
-    return ", ".join(told)
+    _raise_lost(held.values())
+    return ", ".join(one.told for one in held.values())
 
 
-def _finish(
-    study: Study,
-    claimed: Claimed,
-    plans: dict[int, list[trial.Planned]],
-    outcomes: Sequence[Outcome | None],
-    size: trial.Size,
-    say: Callable[[str], None],
-) -> str:
-    """Tells the study what became of a trial; what went wrong with one stays with it."""
-    runs = plans[claimed.number]
-    ended = []
-    for one, outcome in zip(runs, outcomes, strict=True):
-        if isinstance(outcome, Result):
-            ended.append(trial.ended_with(study, one, outcome))
-        elif isinstance(outcome, NotFiniteError):
-            ended.append(trial.Ended(study.definition.worst, None, 0.0))
-        else:
-            say(f"trial {claimed.number} failed: {outcome}")
-            claimed.fail(str(outcome))
-            return "failed"
-    return trial.finish(study, claimed, runs, ended, size)
+class _Held:
+    """A trial of a group: its runs, and what became of them."""
+
+    def __init__(
+        self, study: Study, claimed: Claimed, size: trial.Size, say: Callable[[str], None]
+    ):
+        self.told = ""
+        self.lost: StorageError | None = None
+        self._study, self._claimed, self._size, self._say = study, claimed, size, say
+        self._runs = trial.begin(study, claimed)
+        self.watch = trial.watch_of(study, claimed, self._runs)
+        self._outcomes: dict[int, Outcome] = {}
+
+    @property
+    def jobs(self) -> list[Job]:
+        """One per seed; the first is watched."""
+        hooks = [[self.watch], *([] for _ in self._runs[1:])]
+        return [Job(one.config, one.words, h) for one, h in zip(self._runs, hooks, strict=True)]
+
+    def ended(self, seed: int, outcome: Outcome) -> None:
+        """Remembers how a run ended; tells the study when all have."""
+        self._outcomes[seed] = outcome
+        if len(self._outcomes) < len(self._runs):
+            return
+        try:
+            self.told = self._finish()
+        except StorageError as error:
+            self.lost = error
+            os.kill(os.getpid(), signal.SIGTERM)  # the others save at the next step boundary
+        except Exception as error:
+            self.told = "failed"
+            self._say(f"trial {self._claimed.number} failed: {error}")
+            with contextlib.suppress(StorageError):
+                self._claimed.fail(str(error))
+
+    def _finish(self) -> str:
+        ended = []
+        for number, one in enumerate(self._runs):
+            outcome = self._outcomes[number]
+            if isinstance(outcome, Result):
+                ended.append(trial.ended_with(self._study, one, outcome))
+            elif isinstance(outcome, NotFiniteError):
+                ended.append(trial.Ended(self._study.definition.worst, None, 0.0))
+            else:
+                raise outcome
+        return trial.finish(self._study, self._claimed, self._runs, ended, self._size)
+
+
+def _raise_lost(held: Iterable[_Held]) -> None:
+    """The storage stayed away; what was trained is saved."""
+    for one in held:
+        lost = one.lost or one.watch.lost
+        if lost is not None:
+            raise lost from None
 
 
 def _ended(frozen: FrozenTrial) -> bool:
     return frozen.state.is_finished() or bool(frozen.user_attrs.get("failure"))
-
-
-def _setting(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]

@@ -60,6 +60,7 @@ def train_group(
     name: str,
     root: str | os.PathLike = "runs",
     by: str | None = None,
+    ended: Callable[[int, Outcome], None] = lambda place, outcome: None,
 ) -> list[Outcome | None]:
     """Trains runs together, or goes on with them.
 
@@ -68,6 +69,7 @@ def train_group(
         name: of the group: the same for the same runs in the same places.
         root: the folder of all runs.
         by: map or vmap (stacked.py); None = map on a CPU, vmap on an accelerator.
+        ended: told at once of a run that ended; must not raise.
 
     Returns:
         Of each place its result, or why it ended: NotFiniteError, or an error of that run alone.
@@ -80,6 +82,9 @@ def train_group(
     places = [None if job is None else _Place.of(number, job, root)
               for number, job in enumerate(jobs)]  # fmt: skip
     outcomes: list[Outcome | None] = [one and one.before() for one in places]
+    for place, outcome in enumerate(outcomes):
+        if outcome is not None:
+            ended(place, outcome)
     due = [one for one in places if one is not None and outcomes[one.number] is None]
     if not due:
         return outcomes
@@ -92,7 +97,7 @@ def train_group(
         for data in {run.data: run for run in runs}.values():
             check_data(data)
         by = by or ("map" if jax.default_backend() == "cpu" else "vmap")
-        group = Group(runs[0], len(jobs), by, stop)
+        group = Group(runs[0], len(jobs), by, stop, ended)
         stack.callback(group.close)
         if warning:
             group.say(f"warning: {warning}")
@@ -103,8 +108,8 @@ def train_group(
             )
             stack.callback(folder.close)
             group.add(one.number, one.job, run, folder)
-        for number, ended in group.train().items():
-            outcomes[number] = ended
+        for number, reached in group.train().items():
+            outcomes[number] = reached
     for outcome in outcomes:
         if isinstance(outcome, Preempted):
             raise outcome
@@ -205,15 +210,23 @@ class Group:
         n: places.
         by: how they are carried.
         stop: who asks them to stop.
+        ended: told of a run that ended.
 
     Attributes:
         states: of all places.
     """
 
-    def __init__(self, run: Setup, n: int, by: str, stop: StopRequest):
+    def __init__(
+        self,
+        run: Setup,
+        n: int,
+        by: str,
+        stop: StopRequest,
+        ended: Callable[[int, Outcome], None] = lambda place, outcome: None,
+    ):
         self.stop, self.pauses = stop, Pauses()
         self.states = stacked.empty(run.spec, n)()
-        self._run, self._n = run, n
+        self._run, self._n, self._ended = run, n, ended
         self._step = stacked.group_step(run.spec, by)
         self._programs: dict[Shapes, programs.Program] = {}
         self._whole = NamedSharding(run.spec.mesh, PartitionSpec())
@@ -295,6 +308,9 @@ class Group:
         self._outcomes[member.place] = outcome
         del self._loops[member.place]
         member.folder.close()
+        if not isinstance(outcome, Preempted):
+            with self.pauses.counted():
+                self._ended(member.place, outcome)
 
     def _advance(self) -> None:
         """Begins the next update of those that are furthest behind."""
