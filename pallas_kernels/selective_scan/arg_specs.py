@@ -65,22 +65,23 @@ SPECS = (
             ("mamba_130m", 1, 2048, 1536),
         )
     ),
-    # What TPU kernels are compiled at (core/kernel_check.py).
+    # What kernels are compiled at (core/kernel_check.py); the last one fills a GPU without more ado.
     *(
         ArgSpec(
             name=name,
-            sizes=dict(b=1, t=t, e=e, n=16),
+            sizes=dict(b=b, t=t, e=e, n=16),
             draw=draw,
             given=ALL,
             options=dict(delta_softplus=True),
-            tags=frozenset({"tpu", *more}),
+            tags=frozenset(tags),
         )
-        for name, t, e, more in (
-            ("mamba_130m_2k", 2048, 1536, {"primary"}),
-            ("mamba_130m_2k_f32", 2048, 1536, ()),
-            ("mamba_130m_8k", 8192, 1536, ()),
-            ("mamba_2_8b_2k", 2048, 5120, ()),
-            ("mamba_2_8b_2k_f32", 2048, 5120, ()),
+        for name, b, t, e, tags in (
+            ("mamba_130m_2k", 1, 2048, 1536, {"tpu", "gpu", "primary"}),
+            ("mamba_130m_2k_f32", 1, 2048, 1536, {"tpu", "gpu"}),
+            ("mamba_130m_8k", 1, 8192, 1536, {"tpu", "gpu"}),
+            ("mamba_2_8b_2k", 1, 2048, 5120, {"tpu", "gpu"}),
+            ("mamba_2_8b_2k_f32", 1, 2048, 5120, {"tpu", "gpu"}),
+            ("mamba_b8_2k", 8, 2048, 2048, {"gpu", "primary"}),
         )
     ),
 )

@@ -80,7 +80,8 @@ class PallasGpuConfig(gpu.GpuConfig):
     ) -> "PallasGpuConfig":
         """The longest chunk that shared memory holds backward; the chip filled with blocks."""
         n, itemsize = sizes["n"], sizes.get("itemsize", 4)
-        chunk = next((x for x in _CHUNKS if _fits(x, n, itemsize)), _CHUNKS[-1])
+        some = [x for x in _CHUNKS if x < 2 * sizes["t"]]
+        chunk = next((x for x in some if _fits(x, n, itemsize)), _CHUNKS[-1])
         blocks = sizes["b"] * (_round_up(sizes["e"], gpu.WARPGROUP) // gpu.WARPGROUP)
         of = functools.partial(_splits, sizes["t"], chunk, blocks)
         return cls(chunk=chunk, splits=of(2), splits_backward=of(1), device_kind=device_kind)
