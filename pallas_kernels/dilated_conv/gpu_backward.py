@@ -12,12 +12,11 @@ from pallas_kernels.core import gpu
 from pallas_kernels.dilated_conv.gpu_level import (
     LANES,
     STAGES,
+    Lines,
     Walk,
     arguments,
     before,
-    only,
     places,
-    rows_of,
     scratch,
     seen_by,
     sum_of,
@@ -44,7 +43,7 @@ def backward(x, weight, bias, past, sights, dy, walk: Walk, config):
         own["dpast_s"] = plgpu.SMEM((walk.rows, LANES), jnp.float32)
 
     def body(*refs):
-        _backward_kernel(dict(zip((*given, *made, *own), refs, strict=True)), walk)
+        _backward_kernel(dict(zip((*given, *made, *own), refs, strict=True)), walk, config)
 
     found = gpu.kernel_call(
         body,
@@ -59,11 +58,12 @@ def backward(x, weight, bias, past, sights, dy, walk: Walk, config):
     return found[0], sums[:-1], sums[-1], found[2] if walk.past else None
 
 
-def _backward_kernel(refs, walk: Walk):
-    weights, place = weight_rows(refs, walk), places(walk)
+def _backward_kernel(refs, walk: Walk, config):
+    lines, place = Lines(walk, config), places(walk)
+    weights = weight_rows(refs, walk, lines)
     r, every = walk.rows, walk.parts * walk.chunks
     names = [name for name in ("sees_behind", "sees_ahead") if name in refs]
-    zeros = lambda n: tuple(jnp.zeros((LANES,), jnp.float32) for _ in range(n))
+    zeros = lambda n: (lines.zero,) * n
 
     def phase(index, sums):
         at = place(index)
@@ -73,30 +73,28 @@ def _backward_kernel(refs, walk: Walk):
             """Chunk c comes in; chunk c - late has its sums, and the one before it is finished."""
             (c,), (sights, carry) = indices, (more[:-1], more[-1])
             values, begun, sums = (list(part) for part in carry)
-            new = rows_of(x_s, r)
+            new, chunk = lines.rows(x_s, r), c - walk.late
             if walk.late:
-                new = [only(first + c < every, row) for row in new]
+                there = lines.every(first + c < every)
+                new = [lines.only(there, row) for row in new]
             values += new
-            seen, chunk = seen_by(sights, walk), c - walk.late
-            in_row = (first + chunk < every) & (first + chunk >= 0)
-            own = (chunk >= 0) & (chunk < walk.chunks)
+            seen, old = seen_by(sights, walk, lines), list(sums)
+            in_row = lines.every((first + chunk < every) & (first + chunk >= 0))
             begun += zeros(r)  # by rows: the chunk before, this one, and as far as taps look ahead
-            for i in range(r):
-                dy = only(in_row, dy_s[i].astype(jnp.float32))
-                if sights:
-                    dy = only(sights[0][i] >= 0, dy)
+            for i, dy in enumerate(lines.rows(dy_s, r)):
+                dy = lines.only(seen[i][walk.ahead], lines.only(in_row, dy))
                 da = dy
                 if walk.residual:
                     begun[r + i] = begun[r + i] + dy
-                    a = sum_of(values, i, weights, seen, walk)
-                    da = lax.select(a > 0, dy, jnp.zeros_like(dy))
+                    a = sum_of(values, i, weights, seen, walk, lines)
+                    da = lax.select(a > lines.zero, dy, lines.zero)
                 for j in range(walk.taps):
-                    tap = da if seen[i][j] is None else only(seen[i][j], da)
-                    to = r + i - j + walk.ahead
+                    tap, to = lines.only(seen[i][j], da), r + i - j + walk.ahead
                     begun[to] = begun[to] + weights[j] * tap
-                    value = values[walk.behind + i - j + walk.ahead]
-                    sums[j] = sums[j] + only(own, tap) * value
-                sums[walk.taps] = sums[walk.taps] + only(own, da)
+                    sums[j] = sums[j] + tap * values[walk.behind + i - j + walk.ahead]
+                sums[walk.taps] = sums[walk.taps] + da
+            own = lines.every((chunk >= 0) & (chunk < walk.chunks))
+            sums = [lax.select(own, more, less) for more, less in zip(sums, old, strict=True)]
             dx_s = refs["dx_s"].at[lax.rem(c, 2)]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for i in range(r):
@@ -123,7 +121,7 @@ def _backward_kernel(refs, walk: Walk):
 
         now = lambda c: lax.min(first + c, every - 1)
         done = lambda c: lax.clamp(0, first + c - walk.late, every - 1)
-        carry = tuple(before(refs, at, walk)), zeros(r + walk.ahead), tuple(sums)
+        carry = tuple(before(refs, at, walk, lines)), zeros(r + walk.ahead), tuple(sums)
         *_, sums = plgpu.emit_pipeline(
             step,
             grid=(walk.chunks + 1 + walk.late,),

@@ -14,9 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
-from pallas_kernels.core.gpu_parts import each
+from pallas_kernels.core.gpu_parts import each, layout_cast
 
 LANES = gpu.WARPGROUP
+LINE = plgpu.Layout.WG_STRIDED((LANES,), 1)
 STAGES = 3  # chunks of rows that are on their way or worked on
 _BLOCKS = 3 * 132  # that keep a device busy
 _LEAST = 8  # chunks of a part: what its neighbours have is read again
@@ -126,17 +127,33 @@ def places(walk: Walk):
     return lambda i: Place(row, channels, group * walk.phases + i, part)
 
 
-def rows_of(ref, n: int) -> list[jax.Array]:
-    """The first n rows of a reference `[n 128]`, each float32 `[128]`."""
-    return [ref[i].astype(jnp.float32) for i in range(n)]
+class Lines:
+    """Makes lines `[128]`, a number for each thread, whose layout is told.
+
+    Mosaic would find it out by trying, for each line that depends on no other: so there are few
+    of those, made once.
+    """
+
+    def __init__(self, walk: Walk, config):
+        self.of = lambda x: layout_cast(x, LINE, config)
+        self.zero = self.of(jnp.zeros((LANES,), jnp.float32))
+        lags = range(max(walk.behind, walk.ahead) + 1) if walk.sights else ()
+        self.lags = [self.of(jnp.full((LANES,), lag, jnp.int32)) for lag in lags]
+
+    def every(self, scalar: Any) -> jax.Array:
+        """A number or a flag for every thread."""
+        return self.of(jnp.broadcast_to(scalar, (LANES,)))
+
+    def rows(self, ref, n: int) -> list[jax.Array]:
+        """The first n rows of a reference `[n 128]`, in float32."""
+        return [self.of(ref[i]).astype(jnp.float32) for i in range(n)]
+
+    def only(self, here, x: jax.Array) -> jax.Array:
+        """x, or 0 where flags say that there is nothing; None = it is there."""
+        return x if here is None else lax.select(here, x, self.zero)
 
 
-def only(here, x: jax.Array) -> jax.Array:
-    """x, or 0 where a scalar says that there is nothing."""
-    return lax.select(jnp.broadcast_to(here, x.shape), x, jnp.zeros_like(x))
-
-
-def before(refs, at: Place, walk: Walk) -> list[jax.Array]:
+def before(refs, at: Place, walk: Walk, lines: Lines) -> list[jax.Array]:
     """What the first step of a part has of rows before: as many as taps look back, and a chunk more
     if outputs are late."""
     edge_s, barrier = refs["edge_s"], refs["barrier"]
@@ -151,37 +168,40 @@ def before(refs, at: Place, walk: Walk) -> list[jax.Array]:
         source = refs["x"].at[at.rows(lax.max(first - walk.edge, 0), walk.edge)]
     plgpu.copy_gmem_to_smem(source, edge_s, barrier)
     plgpu.barrier_wait(barrier)
-    rows = [edge_s[i].astype(jnp.float32) for i in range(walk.edge - n, walk.edge)]
-    return rows if there is None else [only(there, row) for row in rows]
+    rows = lines.rows(edge_s, walk.edge)[walk.edge - n :]
+    if there is None:
+        return rows
+    there = lines.every(there)
+    return [lines.only(there, row) for row in rows]
 
 
-def seen_by(sights, walk: Walk) -> list[list[Any]]:
-    """Of each row of a chunk and each tap: None (it sees it) or a scalar that says so."""
+def seen_by(sights, walk: Walk, lines: Lines) -> list[list[Any]]:
+    """Of each row of a chunk and each tap: whether it sees what the tap reads; None = it does."""
     if not sights:
         return [[None] * walk.taps] * walk.rows
     found = []
     for i in range(walk.rows):
-        numbers = [ref[i] for ref in sights]
+        numbers = [lines.every(ref[i]) for ref in sights]
         lags = [j - walk.ahead for j in range(walk.taps)]
-        found.append([numbers[0] >= lag if lag >= 0 else numbers[1] >= -lag for lag in lags])
+        found.append([numbers[lag < 0] >= lines.lags[abs(lag)] for lag in lags])
     return found
 
 
-def sum_of(values, i: int, weights, seen, walk: Walk) -> jax.Array:
+def sum_of(values, i: int, weights, seen, walk: Walk, lines: Lines) -> jax.Array:
     """The convolution at row i of a chunk; values from as far before as taps look back."""
     total = weights[walk.taps]
     for j in range(walk.taps):
         value = values[walk.behind + i - j + walk.ahead]
-        total = total + weights[j] * (value if seen[i][j] is None else only(seen[i][j], value))
+        total = total + weights[j] * lines.only(seen[i][j], value)
     return total
 
 
-def weight_rows(refs, walk: Walk) -> list[jax.Array]:
+def weight_rows(refs, walk: Walk, lines: Lines) -> list[jax.Array]:
     """Weights of the taps and at last the bias."""
     lanes = pl.ds(lax.axis_index("channels") * LANES, LANES)
     plgpu.copy_gmem_to_smem(refs["weight"].at[:, lanes], refs["weight_s"], refs["barrier"])
     plgpu.barrier_wait(refs["barrier"])
-    return rows_of(refs["weight_s"], walk.taps + 1)
+    return lines.rows(refs["weight_s"], walk.taps + 1)
 
 
 def scratch(walk: Walk, dtype) -> dict[str, Any]:
@@ -222,7 +242,7 @@ def forward(x, weight, bias, past, sights, walk: Walk, dtype, config):
     own = scratch(walk, x.dtype) | dict(y_s=plgpu.SMEM((2, walk.rows, LANES), dtype))
 
     def body(*refs):
-        _forward_kernel(dict(zip((*given, "y", *own), refs, strict=True)), walk)
+        _forward_kernel(dict(zip((*given, "y", *own), refs, strict=True)), walk, config)
 
     return gpu.kernel_call(
         body,
@@ -235,8 +255,9 @@ def forward(x, weight, bias, past, sights, walk: Walk, dtype, config):
     )(*given.values())
 
 
-def _forward_kernel(refs, walk: Walk):
-    weights, place = weight_rows(refs, walk), places(walk)
+def _forward_kernel(refs, walk: Walk, config):
+    lines, place = Lines(walk, config), places(walk)
+    weights = weight_rows(refs, walk, lines)
     last = walk.parts * walk.chunks - 1
     names = [name for name in ("sees_behind", "sees_ahead") if name in refs]
 
@@ -246,19 +267,18 @@ def _forward_kernel(refs, walk: Walk):
 
         def step(indices, x_s, *more):
             (c,), (sights, values) = indices, (more[:-1], more[-1])
-            new = rows_of(x_s, walk.rows)
+            new = lines.rows(x_s, walk.rows)
             if walk.late:
-                new = [only(first + c <= last, row) for row in new]
+                there = lines.every(first + c <= last)
+                new = [lines.only(there, row) for row in new]
             values = [*values, *new]
-            seen, y_s = seen_by(sights, walk), refs["y_s"].at[lax.rem(c, 2)]
+            seen, y_s = seen_by(sights, walk, lines), refs["y_s"].at[lax.rem(c, 2)]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for i in range(walk.rows):
-                y = sum_of(values, i, weights, seen, walk)
+                y = sum_of(values, i, weights, seen, walk, lines)
                 if walk.residual:
-                    y = values[walk.behind + i] + lax.max(y, jnp.zeros_like(y))
-                if sights:
-                    y = only(sights[0][i] >= 0, y)
-                y_s[i] = y.astype(y_s.dtype)
+                    y = values[walk.behind + i] + lax.max(y, lines.zero)
+                y_s[i] = lines.only(seen[i][walk.ahead], y).astype(y_s.dtype)
             plgpu.commit_smem()
 
             def store():
@@ -281,7 +301,7 @@ def _forward_kernel(refs, walk: Walk):
                 *(at.numbers(walk.rows, walk, done) for _ in names),
             ],
             max_concurrent_steps=STAGES,
-            init_carry=tuple(before(refs, at, walk)),
+            init_carry=tuple(before(refs, at, walk, lines)),
         )(refs["x"], *(refs[name] for name in names))
         plgpu.wait_smem_to_gmem(0)
 

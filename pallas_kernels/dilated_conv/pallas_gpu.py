@@ -56,10 +56,11 @@ def run(
     old = wide(ring)
     call = xla.after_call(x, count, last_id, segment_ids)
     sights, end = call.sights, call.end
-    turn = sights is not None and not fresh
-    if turn:  # the past stands right before the first row: so does the first token
-        s, *seen = (rings.turned(a, call.first) for a in (s, *sights))
-        sights, end = type(sights)(*seen), jnp.maximum(end - call.first, 0)
+    turned = sights is not None and not fresh
+    if turned:  # the past stands right before the first row: so does the first token
+        s = rings.turned(s, call.first)
+        sights = jax.tree.map(lambda a: rings.turned(a, call.first), sights)
+        end = jnp.maximum(end - call.first, 0)
     new = []
     for i, at in enumerate(rings.places(taps, dilations)):
         held = rings.after(old[:, at], s.astype(f32), call.count, end, call.held, call.reset)
@@ -70,7 +71,7 @@ def run(
             s, weight[i], bias[i], past, sights, dilations[i], dtype, config,
             activation == "relu_res", symmetric,
         )  # fmt: skip
-    y = rings.turned(s, -call.first) if turn else s
+    y = rings.turned(s, -call.first) if turned else s
     y = y[..., :e]
     return y if symmetric else (y, jnp.concatenate(new, axis=1), call.count, call.last_id)
 
@@ -88,16 +89,14 @@ def _one_level(
     weight = weight[middle - ahead : middle + back + 1]
     block = dilation * chunk_rows(len(weight))
     whole = t + -t % block
-    # Behind the last token there is nothing to be seen.
-    known = sights is not None or (ahead > 0 and whole > t)
     walk = walk_of(
         b, t, e, len(weight), dilation,
         ahead=ahead, residual=residual, past=past is not None and back > 0,
-        sights=(1 + (ahead > 0)) if known else 0,
+        sights=0 if sights is None else 1 + (ahead > 0),
     )  # fmt: skip
     numbers = ()
-    if known:
-        numbers = _numbers(sights, b, t, whole, dilation, len(weight))[: walk.sights]
+    if sights is not None:
+        numbers = _numbers(sights, b, whole, dilation, len(weight))[: walk.sights]
     x = jnp.pad(s, ((0, 0), (0, whole - t), (0, 0))).reshape(b, -1, dilation, e)
     if walk.past:
         rows = past.reshape(b, -1, dilation, e)
@@ -108,18 +107,14 @@ def _one_level(
     return y.reshape(b, whole, e)[:, :t]
 
 
-def _numbers(sights, b: int, t: int, whole: int, dilation: int, most: int):
+def _numbers(sights, b: int, whole: int, dilation: int, most: int):
     """How many rows each token sees behind and ahead, int32 `[b*d n]`; -1 = it is no token."""
-    if sights is None:
-        places = jnp.arange(t, dtype=jnp.int32)
-        seen = [jnp.broadcast_to(a, (b, t)) for a in (places, t - 1 - places)]
-    else:
-        seen = [jnp.where(sights.valid, a, -1) for a in (sights.behind, sights.ahead)]
     found = []
-    for a in seen:
-        a = jnp.minimum(jnp.floor_divide(a, dilation), most)
-        a = jnp.pad(a, ((0, 0), (0, whole - t)), constant_values=-1)
-        found.append(jnp.swapaxes(a.reshape(b, -1, dilation), 1, 2).reshape(b * dilation, -1))
+    for seen in (sights.behind, sights.ahead):
+        seen = jnp.minimum(seen // dilation, most)
+        seen = jnp.where(sights.valid, seen, -1)
+        seen = jnp.pad(seen, ((0, 0), (0, whole - seen.shape[1])), constant_values=-1)
+        found.append(jnp.swapaxes(seen.reshape(b, -1, dilation), 1, 2).reshape(b * dilation, -1))
     return tuple(found)
 
 
