@@ -75,12 +75,13 @@ class Plan(NamedTuple):
         return ROWS * self.width
 
 
-def plan_of(t: int, tokens: int, config: GpuConfig) -> Plan:
-    """How rows of t tokens are cut; tokens: that a warpgroup brings at once."""
+def plan_of(t: int, tokens: int, channels: int | None, config: GpuConfig) -> Plan:
+    """How rows of t tokens are cut; see the fields of PallasGpuConfig."""
     m = next(m for m in (16, 32, 64) if t <= 128 * m)
     piece = tokens // (2 * m)
     step = WARPGROUPS * piece
-    return Plan(m, -(-t // (2 * m * step)) * step, 8 if m == 64 else 16, piece, config)
+    rows = -(-t // (2 * m * step)) * step
+    return Plan(m, rows, channels or (8 if m == 64 else 16), piece, config)
 
 
 class Waves(NamedTuple):

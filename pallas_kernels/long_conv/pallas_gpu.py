@@ -25,9 +25,12 @@ class PallasGpuConfig(gpu.GpuConfig):
 
     Attributes:
         tokens: that a warpgroup brings at once; a multiple of 128.
+        channels: of a block, a multiple of 8 on a device: 16 bytes lie together; None = as many of
+            8 or 16 as there is room for.
     """
 
     tokens: int = 256
+    channels: int | None = None
 
     def __post_init__(self):
         if self.tokens < 128 or self.tokens % 128:
@@ -81,7 +84,7 @@ def run(
     b, t, e = u.shape
     sizes = dict(b=b, t=t, e=e, l=kernel.shape[1])
     config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))
-    plan = plan_of(t, config.tokens, config)
+    plan = plan_of(t, config.tokens, config.channels, config)
     given = Arguments(u, kernel, reverse_kernel, skip, bias, pre_gate, post_gate)
     y = _convolution(plan, given)
     if reverse_kernel is not None:
