@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core.gpu import GpuConfig
+from pallas_kernels.core.gpu import WARPGROUP, GpuConfig
 
 
 def named(body: Callable[..., None], *names: Iterable[str]) -> Callable[..., None]:
@@ -37,6 +37,29 @@ def read(ref: Any, layout: Any, config: GpuConfig) -> jax.Array:
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def vectors(*shape: int, dtype: Any = jnp.float32) -> Any:
+    """A buffer of shared memory, one number per thread of a warpgroup in its last axis."""
+    return plgpu.SMEM((*shape, WARPGROUP), dtype)
+
+
+def row(ref: Any, *at: Any, config: GpuConfig) -> jax.Array:
+    """Numbers of the threads, one each: `ref[at]`, in that layout.
+
+    Named wherever it is known, it need not be searched for, which takes exponential time.
+    """
+    return layout_cast(ref[at], plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1), config)
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """A scalar for every thread."""
+    return lax.broadcast(x, (WARPGROUP,))
+
+
+def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
+    """0 where `there` is false, whatever stands there; None = everything stays."""
+    return x if there is None else lax.select(there, x, jnp.zeros_like(x))
 
 
 def each(count: int, do: Callable[[Any], None]) -> None:

@@ -65,7 +65,7 @@ SPECS = (
             ("mamba_130m", 1, 2048, 1536),
         )
     ),
-    # What kernels are compiled at (core/kernel_check.py); the last one fills a GPU without more ado.
+    # What kernels are compiled at (core/kernel_check.py); the last one fills a GPU by itself.
     *(
         ArgSpec(
             name=name,

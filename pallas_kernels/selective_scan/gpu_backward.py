@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP, kernel_call
-from pallas_kernels.core.gpu_parts import each, named, read, sigmoid
+from pallas_kernels.core.gpu_parts import each, named, only, read, sigmoid, vectors
 from pallas_kernels.selective_scan import gpu_parts as parts
 from pallas_kernels.selective_scan.gpu_parts import F32, LOG2_E, SLOTS, How, Refs
 
@@ -48,17 +48,16 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     outputs |= dict(h=state, A=state, sums=jax.ShapeDtypeStruct((b, 2, e), F32))
     outputs["BC"] = jax.ShapeDtypeStruct((b, blocks, t // group, *reduced), F32)
     own = {
-        x: parts.vectors(*((SLOTS,) if x in EARLY else ()), chunk, dtype=arrays[x].dtype)
-        for x in names
+        x: vectors(*((SLOTS,) if x in EARLY else ()), chunk, dtype=arrays[x].dtype) for x in names
     }
     own |= dict(
         along=plgpu.SMEM((SLOTS, how.along, chunk), F32),
-        channels=parts.vectors(n + 2),
-        start=parts.vectors(n),
-        before=parts.vectors(chunk // group, n),
-        lam=parts.vectors(n),
-        A=parts.vectors(n),
-        sums=parts.vectors(2),
+        channels=vectors(n + 2),
+        start=vectors(n),
+        before=vectors(chunk // group, n),
+        lam=vectors(n),
+        A=vectors(n),
+        sums=vectors(2),
         products=plgpu.SMEM((max(how.reduced, 3 * group), WARPGROUP + APART), F32),
         BC=plgpu.SMEM((chunk // group, *reduced), F32),
         early=plgpu.Barrier(num_arrivals=len(EARLY) + 1, num_barriers=SLOTS),
@@ -275,7 +274,7 @@ def _write(own: Refs, slot: jax.Array, first: jax.Array, g: jax.Array, sums: tup
     ddelta = x.u * by_input + by_size * (1 / LOG2_E)
     if how.softplus:
         ddelta = ddelta * sigmoid(parts.before_softplus(own, slot, t, how))
-    ddelta = parts.only(x.there, ddelta)
+    ddelta = only(x.there, ddelta)
     own["dy"][t] = (x.d * by_input + skip * of.before_gate).astype(own["dy"].dtype)
     own["delta"][slot, t] = ddelta.astype(own["delta"].dtype)
     return sums[0] + of.before_gate * x.u, sums[1] + ddelta

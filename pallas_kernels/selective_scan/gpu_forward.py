@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP, kernel_call
-from pallas_kernels.core.gpu_parts import each, named, sigmoid
+from pallas_kernels.core.gpu_parts import each, named, only, sigmoid, vectors
 from pallas_kernels.selective_scan import gpu_parts as parts
 from pallas_kernels.selective_scan.gpu_parts import F32, SLOTS, How, Refs
 
@@ -33,17 +33,17 @@ def forward(arrays: dict[str, jax.Array], how: How, *, save: bool) -> dict[str, 
     if save:
         outputs["starts"] = jax.ShapeDtypeStruct((b, t // how.chunk, n, e), F32)
     names = tuple(x for x in TOKENS if x in arrays)
-    own = {x: parts.vectors(SLOTS, how.tile, dtype=arrays[x].dtype) for x in names}
+    own = {x: vectors(SLOTS, how.tile, dtype=arrays[x].dtype) for x in names}
     own |= dict(
         along=plgpu.SMEM((SLOTS, how.along, how.tile), F32),
-        channels=parts.vectors(n + 2),
-        h=parts.vectors(n),
-        y=parts.vectors(SLOTS, how.tile, dtype=u.dtype),
+        channels=vectors(n + 2),
+        h=vectors(n),
+        y=vectors(SLOTS, how.tile, dtype=u.dtype),
         arrived=plgpu.Barrier(num_arrivals=len(names) + 1, num_barriers=SLOTS),
         begun=plgpu.Barrier(num_arrivals=2),
     )
     if save:
-        own["start"] = parts.vectors(SLOTS, n)
+        own["start"] = vectors(SLOTS, n)
     found = kernel_call(
         named(
             lambda *refs: _body(*refs, how=how, names=names, steps=t // how.tile),
@@ -137,5 +137,5 @@ def _group(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
     for g, (x, y) in enumerate(zip(tokens, ys, strict=True)):
         if "z" in own:
             z = parts.row(how, own["z"], slot, first + g).astype(F32)
-            y = parts.only(x.there, y * z * sigmoid(z))
+            y = only(x.there, y * z * sigmoid(z))
         own["y"][slot, first + g] = y.astype(own["y"].dtype)

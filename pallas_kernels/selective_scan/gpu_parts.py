@@ -13,14 +13,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import gpu_parts
 from pallas_kernels.core.gpu import WARPGROUP
-from pallas_kernels.core.gpu_parts import layout_cast, sigmoid, softplus
+from pallas_kernels.core.gpu_parts import only, sigmoid, softplus, spread
 
 F32 = jnp.float32
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x LOG2_E): the unit for exponentials knows exp2
 SLOTS = 2  # buffers in turn: one is worked on while the next arrives
 FORGET = -1e30  # added to the exponent where a document begins: the decay is then 0
-THREADS = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)  # a number each
 Refs = dict[str, Any]
 
 
@@ -74,14 +74,9 @@ class How(NamedTuple):
         return self.n + 1
 
 
-def vectors(*shape: int, dtype: Any = F32) -> Any:
-    """A buffer of shared memory, one number per thread in its last axis."""
-    return plgpu.SMEM((*shape, WARPGROUP), dtype)
-
-
 def row(how: How, ref: Any, *at: Any) -> jax.Array:
-    """Numbers of the threads. That layout is named at each: the search for one is exponential."""
-    return layout_cast(ref[at], THREADS, how.config)
+    """Numbers of the threads."""
+    return gpu_parts.row(ref, *at, config=how.config)
 
 
 class Token(NamedTuple):
@@ -135,16 +130,6 @@ def decay(d: jax.Array, rates: jax.Array, forget: jax.Array | None) -> jax.Array
     """exp(d A); rates: A log2 e."""
     x = d * rates
     return jnp.exp2(x if forget is None else x + forget)
-
-
-def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
-    """Sets padding to 0, whatever stands there."""
-    return x if there is None else lax.select(there, x, jnp.zeros_like(x))
-
-
-def spread(x: jax.Array) -> jax.Array:
-    """A scalar for every thread."""
-    return lax.broadcast(x, (WARPGROUP,))
 
 
 class Gradient(NamedTuple):

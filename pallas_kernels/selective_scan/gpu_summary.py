@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import WARPGROUP, kernel_call
-from pallas_kernels.core.gpu_parts import each, named
+from pallas_kernels.core.gpu_parts import each, named, only, vectors
 from pallas_kernels.selective_scan import gpu_parts as parts
 from pallas_kernels.selective_scan.gpu_parts import F32, SLOTS, How, Refs
 
@@ -38,12 +38,12 @@ def summary(arrays: dict[str, jax.Array], how: How, *, reverse: bool = False):
     outputs = dict(
         h=jax.ShapeDtypeStruct((b, how.n, e), F32), d=jax.ShapeDtypeStruct((b, 1, e), F32)
     )
-    own = {x: parts.vectors(SLOTS, how.tile, dtype=arrays[x].dtype) for x in names}
+    own = {x: vectors(SLOTS, how.tile, dtype=arrays[x].dtype) for x in names}
     own |= dict(
         along=plgpu.SMEM((SLOTS, how.along, how.tile), F32),
-        channels=parts.vectors(how.n + 2),
-        h=parts.vectors(how.n),
-        d=parts.vectors(1),
+        channels=vectors(how.n + 2),
+        h=vectors(how.n),
+        d=vectors(1),
         arrived=plgpu.Barrier(num_arrivals=len(names) + 1, num_barriers=SLOTS),
         begun=plgpu.Barrier(),
     )
@@ -114,7 +114,7 @@ def _group(own: Refs, slot: jax.Array, first: jax.Array, how: How, reverse: bool
             slots: Refs = {x: own[x].at[slot] for x in ("dy", "z") if x in own}
             inputs.append(parts.gradient(slots, there, t, how).before_gate)
         else:
-            inputs.append(ds[-1] * parts.only(there, parts.row(how, own["u"], slot, t).astype(F32)))
+            inputs.append(ds[-1] * only(there, parts.row(how, own["u"], slot, t).astype(F32)))
     forgets = parts.forgets(own, slot, first, group, how)
     order = range(group)[::-1] if reverse else range(group)
 
