@@ -21,18 +21,21 @@ import time
 from pallas_kernels.core import gpu_table, kernel_command
 from pallas_kernels.on_gpu import page, result
 from pallas_kernels.on_gpu.result import Result
-from pallas_kernels.on_gpu.work import PHASES, SHARES, names_of, work
+from pallas_kernels.on_gpu.work import PHASES, SHARES, USUAL, names_of, work
 
 EPILOG = """examples:
   python -m pallas_kernels.gpu_report                   everything, under 8 minutes, into docs/gpu/
   python -m pallas_kernels.gpu_report --only numerics   are they right
   python -m pallas_kernels.gpu_report selective_scan --only numerics,rates,times
   python -m pallas_kernels.gpu_report --peers wheels/   fla-core and einops, wheels or a folder
+  python -m pallas_kernels.gpu_report --only models     tokens per second of whole models
   python -m pallas_kernels.gpu_report --dry-run         on a CPU, tiny: does the report work
   make gpu-report PYTHON=python3 ARGS="--peers wheels/"
 
 Needs jax 0.11 with CUDA, numpy and this checkout; no network. PyTorch, Triton and fla-core are
-taken where they are there, and a line says so where they are not. Every operator is a process of
+taken where they are there, and a line says so where they are not. Whole models (some minutes more)
+need what seqzoo needs; --peers may hold that too. With --only, or operators, the findings of an
+earlier report about the others stay. Every operator is a process of
 its own with a time limit: one that hangs or crashes costs its rows. The page, the table and the
 plots are written anew with every finding.
 """
@@ -80,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.add_argument("names", nargs="*", metavar="OPERATOR", help="all")
-    one.add_argument("--only", type=phases, metavar="A,B", help=f"of {', '.join(PHASES)} (all)")
+    one.add_argument("--only", type=phases, metavar="A,B", help=f"of {', '.join(PHASES)}")
     one.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, by interpretation")
     one.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="docs/gpu")
     one.add_argument("--seconds", type=float, default=460, help="for everything (460)")
@@ -114,7 +117,8 @@ class Report:
             code = self._device()
             if code:
                 return code
-            phases = self.args.only or tuple(PHASES)
+            phases = self.args.only or USUAL
+            self._keep(phases)
             for i, phase in enumerate(phases):
                 self._phase(phase, phases[i:])
         bad = [r for r in self.rows if r.bad and r.phase == "numerics"]
@@ -148,6 +152,14 @@ class Report:
         print(f"{kind}, {row.detail}, seed {self.args.seed}", flush=True)
         return 0
 
+    def _keep(self, phases: tuple[str, ...]) -> None:
+        """Of a table that is there, what this report does not measure anew."""
+        path = self.output / f"{self.name}.csv"
+        if (self.args.only or self.args.names) and path.exists():
+            anew = [(phase, name) for phase in phases for name in names_of(phase, self.names)]
+            old = result.read(path)
+            self.rows = [r for r in old if not {(r.phase, r.operator), (r.phase, "")} & {*anew}]
+
     def _phase(self, phase: str, later: tuple[str, ...]) -> None:
         names = names_of(phase, self.names)
         jobs = self.args.jobs if phase == "numerics" else 1
@@ -171,10 +183,13 @@ class Report:
     def _process(self, phase: str, name: str, limit: float, add) -> None:
         """One process; what it says goes to `add`, its end too unless it ended well."""
         args = self.args
-        line = [sys.executable, "-m", "pallas_kernels.gpu_report", "--worker", phase]
-        line += ["--seed", str(args.seed), "--folder", str(self.folder)]
+        if phase == "models":  # the kernels do not know the models
+            line = [sys.executable, "-m", "seqzoo.eval.gpu_models", name]
+        else:
+            line = [sys.executable, "-m", "pallas_kernels.gpu_report", "--worker", phase]
+            line += ["--seed", str(args.seed), "--folder", str(self.folder)]
+            line += [name] if name else []
         line += ["--dry-run"] if args.dry_run else []
-        line += [name] if name else []
         doing = "its start"
         with tempfile.TemporaryFile("w+") as noise:
             worker = subprocess.Popen(
@@ -200,6 +215,8 @@ class Report:
                     told = json.loads(text)
                 except ValueError:  # what a library printed
                     continue
+                if not isinstance(told, dict):
+                    continue
                 if "doing" in told:
                     doing = told["doing"]
                 else:
@@ -219,7 +236,7 @@ class Report:
             own["JAX_PLATFORMS"] = "cpu"
         if phase == "numerics":  # several at a time share the memory
             own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        if phase == "peers" and self.args.peers:
+        if phase in ("peers", "models") and self.args.peers:
             paths = [self.args.peers.resolve(), *self.args.peers.resolve().glob("*.whl")]
             own["PYTHONPATH"] = os.pathsep.join([*map(str, paths), own.get("PYTHONPATH", "")])
         return own

@@ -52,6 +52,8 @@ def markdown(rows: list[Result], head: str, plots: Iterable[str] = ()) -> str:
     parts += ["## Numerics on the device", "", *_numerics(rows), ""]
     parts += ["## Times", "", *_rates(rows), "", *_times(rows), ""]
     parts += ["## Beside flash-linear-attention and cuDNN's attention", "", *_peers(rows), ""]
+    if any(r.phase == "models" for r in rows):
+        parts += ["## Whole models", "", *_models(rows), ""]
     return "\n".join(parts)
 
 
@@ -158,6 +160,23 @@ def _peers(rows: list[Result]) -> list[str]:
         what = f"{row.operator}: {row.what}" if row.operator != "attention" else row.what
         over = _over(row, mine.get((row.operator, row.call, row.part)))
         told.append(f"| {row.call} | {row.part} | {what} | {_cell(row)} | {over} |")
+    return told
+
+
+def _models(rows: list[Result]) -> list[str]:
+    known = rates(rows)
+    best = known.get(("matrix product", "bfloat16"))
+    told = [
+        "| model | rows x tokens | by | tokens/s | of the matrix products' rate | an update | |",
+        "|---|---|---|---:|---:|---:|---|",
+    ]
+    for row in (r for r in rows if r.phase == "models"):
+        seconds, speed, share = row.seconds, "", ""
+        if seconds:
+            speed = f"{(row.tokens or 0) / seconds:,.0f}"
+            share = f"{(row.flops or 0) / seconds / best:.1%}" if best else ""
+        cells = (row.operator, row.call, row.what, speed, share, _cell(row), row.detail)
+        told.append(f"| {' | '.join(cells)} |")
     return told
 
 

@@ -9,16 +9,26 @@ from pallas_kernels.on_gpu import shapes
 from pallas_kernels.on_gpu.result import Result
 
 # In their order: whether kernels are right comes before how fast they are. Seconds that one
-# process of a phase may take.
-PHASES = {"numerics": 110, "rates": 45, "times": 75, "peers": 50, "attention": 45, "ours": 40}
-# Of the time that is left, by phase.
-SHARES = {"numerics": 6, "rates": 1, "times": 10, "peers": 5, "attention": 1, "ours": 4}
+# process of a phase may take, and the phase's share of the time that is left.
+PHASES = {
+    **dict(numerics=110, rates=45, times=75, peers=50, attention=45, ours=40),
+    "models": 150,
+}
+SHARES = dict(numerics=6, rates=1, times=10, peers=5, attention=1, ours=4, models=10)
+USUAL = tuple(phase for phase in PHASES if phase != "models")
+# Those of seqzoo.eval.gpu_models, which a process of that module trains.
+MODELS = (
+    *("mamba_130m", "based_360m", "mom_340m", "titans_mag_340m", "m2_bert_80m"),
+    "tcnca_enwik8",
+)
 BY_OPERATOR = ("numerics", "times")
 BY_PEER = ("peers", "ours")
 
 
 def names_of(phase: str, names: list[str]) -> list[str]:
     """The processes of a phase, of operators in the order of a report; one has no name."""
+    if phase == "models":
+        return list(MODELS)
     if phase in BY_PEER:
         return [name for name in names if name in shapes.PEERS]
     return names if phase in BY_OPERATOR else [""]
@@ -66,6 +76,11 @@ def _findings(
 def _device() -> Result:
     import jax
 
+    from pallas_kernels.core import gpu
+
     device = jax.local_devices()[0]
+    on_gpu = device.platform in ("gpu", "cuda")
+    refused = gpu.refuses_device(device.device_kind) if on_gpu else None
     versions = f"jax {jax.__version__}, {device.client.platform_version}"
-    return Result("device", device.device_kind, what=device.platform, detail=versions)
+    row = Result("device", device.device_kind, what=device.platform, detail=versions)
+    return row._replace(status=refused or "ok")

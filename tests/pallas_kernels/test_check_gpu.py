@@ -19,8 +19,9 @@ from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.gpu_table import GpuRow
 from pallas_kernels.core.testing import ArgSpec
 from pallas_kernels.core.traffic import traffic
-from pallas_kernels.on_gpu import bars, numerics, page, peers, result, shapes, times
+from pallas_kernels.on_gpu import bars, numerics, page, peers, result, shapes, times, work
 from pallas_kernels.on_gpu.result import Result
+from seqzoo.eval import gpu_models
 
 PTXAS = """\
 ptxas info    : 0 bytes gmem
@@ -387,6 +388,31 @@ def test_a_process_that_breaks_or_hangs_costs_its_rows_alone(tmp_path, monkeypat
     assert skipped.status == "skipped: no time was left"
     assert "TOO LONG" in (tmp_path / "toy.md").read_text()
     assert "skipped" in capsys.readouterr().out
+
+
+def test_what_a_part_of_a_report_does_not_measure_stays(tmp_path):
+    model = Result(
+        *("models", "mamba_130m", "8 x 2048", "bfloat16", "train step", "kernels"),
+        seconds=0.1,
+        tokens=16_384,
+        flops=1.2e13,
+    )
+    other = TIMED._replace(operator="gla")
+    page.write(tmp_path, "toy", [*RATES, TIMED, other, model], "# head")
+    text = (tmp_path / "toy.md").read_text()
+    assert "| mamba_130m | 8 x 2048 | kernels | 163,840 | 15.0% | 100,000.0 us |" in text
+    where = ["--output", str(tmp_path)]
+    for arguments, kept in (
+        (["selective_scan", "--only", "times"], [*RATES, other, model]),
+        (["--only", "rates,models"], [TIMED, other]),
+        ([], []),
+    ):
+        args = gpu_report.parser().parse_args([*where, *arguments])
+        report = gpu_report.Report(args, args.names or sorted(OPERATORS))
+        report.name = "toy"
+        report._keep(args.only or gpu_report.USUAL)
+        assert report.rows == kept
+    assert set(work.MODELS) == set(gpu_models.MODELS)
 
 
 def test_where_there_is_no_gpu_nothing_is_run(capsys):
