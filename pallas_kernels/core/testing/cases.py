@@ -24,8 +24,9 @@ class ArgSpec:
         given: the optional arguments that are there.
         options: static keywords.
         tags: "test", "extreme" (values at the edge of the domain), "bench"; "tpu" (a call of a
-            real model, compiled for TPUs by `make check-tpu-full`), with "primary" for the one of
-            an operator that `make check-tpu` compiles.
+            real model, compiled for TPUs by `make check-tpu-full` and for GPUs by `make
+            check-gpu-full`; "gpu": for GPUs alone), with "primary" for the one of an operator
+            that `make check-tpu` and `make check-gpu` compile.
         settle: makes of a state of random floats and zero integers, and a generator, one that a
             stream can be in; None = it is one.
     """
