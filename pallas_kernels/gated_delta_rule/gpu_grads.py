@@ -1,8 +1,9 @@
 """The last kernel of the backward pass: gradients of q, k, g and beta, all chunks at once.
 
-A block of threads has 64 columns of the keys, of one head and chunk, and goes over the values.
+A block of threads has 128 columns of the keys, of one head and chunk, and goes over the values.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -56,94 +57,121 @@ def gradients(q, k, dy, written, dmissing, starts, dends, gates, how: How) -> Gr
     """
     (b, _, h, width), n = k.shape, gates.shape[2]
     like = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    blocks = width // BLOCK
     found = gpu.kernel_call(
-        lambda *refs, **scratch: _body(*refs, how=how, scratch=scratch),
+        functools.partial(_body, how=how),
         name="gated_delta_rule_gradients",
         config=how.config,
         out_type=[
             *(like(q.shape), like(k.shape)),
-            like((b, h, n, blocks, SUMS, BLOCK), jnp.float32),
+            like((b, h, n, width // BLOCK, SUMS, BLOCK), jnp.float32),
         ],
-        grid=(b * h, n, blocks),
+        grid=(b * h, n, width // (2 * BLOCK)),
         grid_names=("heads", "chunks", "columns"),
+        num_threads=2,
+        thread_name="half",
         scratch_types=dict(
             values=parts.tile(2, 3, CHUNK, BLOCK),
-            states=parts.tile(2, 2, BLOCK, BLOCK),
-            keys=parts.tile(2, CHUNK, BLOCK),
+            states=parts.tile(2, 2, 2, BLOCK, BLOCK),
+            keys=parts.tile(2, 2, CHUNK, BLOCK),
             factors=parts.tile(3, CHUNK, CHUNK),
             numbers=parts.gates(),
-            sums=plgpu.SMEM((SUMS, BLOCK), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=5, num_barriers=2),
-            first=plgpu.Barrier(num_arrivals=3),
+            rows=plgpu.SMEM((2, SUMS, BLOCK), jnp.float32),
+            loaded=plgpu.Barrier(num_arrivals=7, num_barriers=2),
+            first=plgpu.Barrier(num_arrivals=5),
+            both=plgpu.Barrier(num_arrivals=2),
         ),
     )(q, k, dy, written, dmissing, starts, dends, gates)
     return Gradients(*found)
 
 
-def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, how, scratch):
-    h = q.shape[2]
+def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, how: How, **scratch):
+    """Each half has 64 columns of the keys; half 0 finds what pairs got by y, half 1 by L."""
+    h, half = q.shape[2], lax.axis_index("half")
     index, chunk, place = (lax.axis_index(x) for x in ("heads", "chunks", "columns"))
-    row, head, column = index // h, index % h, place * BLOCK
-    values, states, keys, factors = (scratch[x] for x in ("values", "states", "keys", "factors"))
-    numbers = scratch["numbers"]
-    of_keys = lambda ref: parts.tokens_at(ref, row, chunk, head, column, BLOCK)
+    row, head = index // h, index % h
+    values, states, factors, numbers = (
+        scratch[x] for x in ("values", "states", "factors", "numbers")
+    )
+    keys, rows = scratch["keys"].at[half], scratch["rows"].at[half]
     steps = dy.shape[-1] // BLOCK
+    column = lambda half: (2 * place + half) * BLOCK
+    of_keys = lambda ref, half: parts.tokens_at(ref, row, chunk, head, column(half), BLOCK)
 
     def fetch(step):
         slot, lanes = step % 2, step * BLOCK
+        load = lambda source, to: plgpu.copy_gmem_to_smem(source, to, scratch["loaded"].at[slot])
         for i, ref in enumerate((dy, written, dmissing)):
-            source = parts.tokens_at(ref, row, chunk, head, lanes, BLOCK)
-            plgpu.copy_gmem_to_smem(source, values.at[slot, i], scratch["loaded"].at[slot])
+            load(parts.tokens_at(ref, row, chunk, head, lanes, BLOCK), values.at[slot, i])
         for i, ref in enumerate((starts, dends)):
-            source = ref.at[row, head, chunk, pl.ds(column, BLOCK), pl.ds(lanes, BLOCK)]
-            plgpu.copy_gmem_to_smem(source, states.at[slot, i], scratch["loaded"].at[slot])
+            for n in range(2):
+                where = (pl.ds(column(n), BLOCK), pl.ds(lanes, BLOCK))
+                load(ref.at[row, head, chunk, *where], states.at[slot, i, n])
 
-    fetch(0)
-    plgpu.copy_gmem_to_smem(of_keys(q), keys.at[0], scratch["first"])
-    plgpu.copy_gmem_to_smem(of_keys(k), keys.at[1], scratch["first"])
-    plgpu.copy_gmem_to_smem(gates.at[row, head, chunk], numbers, scratch["first"])
+    def fetch_first():
+        load = lambda source, to: plgpu.copy_gmem_to_smem(source, to, scratch["first"])
+        for n in range(2):
+            load(of_keys(q, n), scratch["keys"].at[n, 0])
+            load(of_keys(k, n), scratch["keys"].at[n, 1])
+        load(gates.at[row, head, chunk], numbers)
+        fetch(0)
+
+    def together():
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["both"])
+        plgpu.barrier_wait(scratch["both"])
 
     def over_values(add):
-        """Sums over values: of scores, of L, and of what q and k got of states."""
+        """Sums over values: of pairs, and of what q and k got of states."""
 
         def one(step, by_state):
             slot = step % 2
-            pl.when(step + 1 < steps)(lambda: fetch(step + 1))
             plgpu.barrier_wait(scratch["loaded"].at[slot])
             dy_s, written_s, dmissing_s = (values.at[slot, i] for i in range(3))
-            before, after = states.at[slot, 0], states.at[slot, 1]
-            add(0, dy_s, Turned(written_s))
-            add(1, dmissing_s, Turned(written_s))
-            add(2, dy_s, Turned(before))
-            add(3, dmissing_s, Turned(before))
-            add(4, written_s, Turned(after))
+            before, after = states.at[slot, 0, half], states.at[slot, 1, half]
+            # dy is beside dR, so that each half finds its sum of pairs by the same products.
+            add(0, values.at[slot, 2 * half], Turned(written_s))
+            add(1, dy_s, Turned(before))
+            add(2, dmissing_s, Turned(before))
+            add(3, written_s, Turned(after))
             products = before[...].astype(jnp.float32) * after[...].astype(jnp.float32)
             parts.products_done(how)
+            together()
+            if (more := step + 2 < steps) is not False:  # the interpreter's steps are numbers
+                pl.when((half == 0) & more)(lambda: fetch(step + 2))
             return by_state + jnp.sum(products, axis=1)
 
         return (parts.loop(how, steps, one, jnp.zeros((BLOCK,), jnp.float32)),)
 
+    @pl.when(half == 0)
+    def _():
+        fetch_first()
+        if steps > 1:
+            fetch(1)
+
     square = (CHUNK, CHUNK)
-    dscores, dlower, of_query, of_missing, of_end, by_state = parts.accumulate(
-        how, [square] * 5, over_values
-    )
-    rows = scratch["sums"]
+    found = parts.accumulate(how, [square] * 4, over_values)
+    by_pairs, of_query, of_missing, of_end, by_state = found
     rows[BY_STATE] = by_state
     plgpu.barrier_wait(scratch["first"])
-    dscores = how.scale * dscores * parts.faded(numbers)
-    factors[0] = bfloat16(dscores)
-    dlower = -dlower * parts.faded(numbers, strictly=True)
-    factors[1] = bfloat16(dlower)
-    factors[2] = bfloat16(down(numbers[BETA]) * dlower)
-    plgpu.commit_smem()
 
+    @pl.when(half == 0)
+    def _():
+        factors[0] = bfloat16(how.scale * by_pairs * parts.faded(numbers))
+
+    @pl.when(half == 1)
+    def _():
+        dlower = -by_pairs * parts.faded(numbers, strictly=True)
+        factors[1] = bfloat16(dlower)
+        factors[2] = bfloat16(down(numbers[BETA]) * dlower)
+
+    together()
     tokens = lambda i: keys[i].astype(jnp.float32)
     total = lambda x: jnp.sum(x, axis=1)
+    dq_s, dk_s = values.at[0, half], values.at[1, half]
     found = how.scale * down(numbers[START]) * of_query
     found = found + parts.product(how, factors.at[0], keys.at[1])
     rows[BY_QUERY] = total(found * tokens(0))
-    values[0, 0] = bfloat16(found)
+    dq_s[...] = bfloat16(found)
     by_written = parts.product(how, factors.at[1], keys.at[1]) - down(numbers[START]) * of_missing
     rows[BY_WRITTEN] = total(by_written * tokens(1))
     of_end = down(numbers[END]) * of_end
@@ -155,9 +183,9 @@ def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, ho
 
     found = of_end + parts.accumulate(how, [square], seen)[0]
     rows[BY_SEEN] = total(found * tokens(1))
-    values[0, 1] = bfloat16(found + down(numbers[BETA]) * by_written)
+    dk_s[...] = bfloat16(found + down(numbers[BETA]) * by_written)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(values.at[0, 0], of_keys(dq))
-    plgpu.copy_smem_to_gmem(values.at[0, 1], of_keys(dk))
-    plgpu.copy_smem_to_gmem(rows, sums.at[row, head, chunk, place])
+    plgpu.copy_smem_to_gmem(dq_s, of_keys(dq, half))
+    plgpu.copy_smem_to_gmem(dk_s, of_keys(dk, half))
+    plgpu.copy_smem_to_gmem(rows, sums.at[row, head, chunk, 2 * place + half])
     plgpu.wait_smem_to_gmem(0)

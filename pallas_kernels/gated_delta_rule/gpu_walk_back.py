@@ -79,17 +79,17 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
         num_threads=2,
         thread_name="half",
         scratch_types=dict(
-            q=parts.tile(1, CHUNK, width),
-            k=parts.tile(1, CHUNK, width),
-            v=parts.tile(2, CHUNK, BLOCK),
-            dy=parts.tile(2, CHUNK, BLOCK),
-            solved=parts.tile(2, CHUNK, CHUNK),
+            q=parts.tile(2, CHUNK, width),
+            k=parts.tile(2, CHUNK, width),
+            v=parts.tile(CHUNK, BLOCK),
+            dy=parts.tile(CHUNK, BLOCK),
+            solved=parts.tile(CHUNK, CHUNK),
             numbers=parts.gates(2),
             state=parts.tile(1, width, BLOCK),
-            factors=parts.tile(5, CHUNK, BLOCK),
+            factors=parts.tile(4, CHUNK, BLOCK),
             sums=plgpu.SMEM((CHUNK,), jnp.float32),
-            loaded=plgpu.Barrier(num_arrivals=4, num_barriers=2),
-            keys=plgpu.Barrier(num_arrivals=2),
+            loaded=plgpu.Barrier(num_arrivals=3),
+            keys=plgpu.Barrier(num_arrivals=3, num_barriers=2),
             read=plgpu.Barrier(),
             wrote=plgpu.Barrier(),
             met=plgpu.Barrier(),
@@ -99,8 +99,10 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
     return WalkedBack(*found)
 
 
-# Places of factors: of y's gradient, what reads X, dX (then what the state before gets), dR, dv.
-_READ, _SCORES, _WRITTEN, _MISSING, _VALUES = range(5)
+# Places of factors: of y's gradient, what reads X (then dR), dX (then what the state before gets),
+# dv.
+_READ, _SCORES, _WRITTEN, _VALUES = range(4)
+_MISSING = _SCORES
 
 
 def _body(*given, how: How, memories: bool, **scratch):
@@ -121,39 +123,38 @@ def _body(*given, how: How, memories: bool, **scratch):
     of_values = lambda ref, chunk: parts.tokens_at(ref, row, chunk, head, column, BLOCK)
 
     def fetch(chunk):
-        slot = chunk % 2
-        for name, source in dict(
-            v=of_values(v, chunk),
-            dy=of_values(dy, chunk),
-            solved=solved.at[row, head, chunk],
-            numbers=gates.at[row, head, chunk],
-        ).items():
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], loaded.at[slot])
+        """What half 0 is done with early."""
+        sources = dict(
+            v=of_values(v, chunk), dy=of_values(dy, chunk), solved=solved.at[row, head, chunk]
+        )
+        for name, source in sources.items():
+            plgpu.copy_gmem_to_smem(source, scratch[name], loaded)
 
     def fetch_keys(chunk):
-        for name, ref in dict(q=q, k=k).items():
-            source = parts.tokens_at(ref, row, chunk, head, 0, width)
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[0], keys)
+        slot = chunk % 2
+        sources = {
+            x: parts.tokens_at(ref, row, chunk, head, 0, width) for x, ref in (("q", q), ("k", k))
+        }
+        for name, source in (sources | dict(numbers=gates.at[row, head, chunk])).items():
+            plgpu.copy_gmem_to_smem(source, scratch[name].at[slot], keys.at[slot])
 
     def back_through_written(slot, chunk, zero):
         """dX, dR, and what the state before gets of them."""
         numbers = scratch["numbers"].at[slot]
         dwritten = down(numbers[END]) * parts.product(
-            how, scratch["k"].at[zero()], state_s.at[zero()]
+            how, scratch["k"].at[slot + zero()], state_s.at[zero()]
         )
         plgpu.barrier_wait(scratch["read"])
         dwritten = dwritten + parts.product(
-            how, Turned(factors.at[zero() + _SCORES]), scratch["dy"].at[slot]
+            how, Turned(factors.at[zero() + _SCORES]), scratch["dy"]
         )
         factors[zero() + _WRITTEN] = bfloat16(dwritten)
         plgpu.commit_smem()
-        found = parts.product(
-            how, Turned(scratch["solved"].at[slot]), factors.at[zero() + _WRITTEN]
-        )
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what the last chunk gave is out
+        found = parts.product(how, Turned(scratch["solved"]), factors.at[zero() + _WRITTEN])
         factors[zero() + _MISSING] = bfloat16(found)
-        tokens = scratch["v"][slot].astype(jnp.float32)
+        tokens = scratch["v"][...].astype(jnp.float32)
         scratch["sums"][...] = jnp.sum(found * tokens, axis=1)
+        pl.when(chunk > first)(lambda: fetch(chunk - 1))
         found = down(numbers[BETA]) * found
         factors[zero() + _VALUES] = bfloat16(found)
         factors[zero() + _WRITTEN] = bfloat16(-down(numbers[START]) * found)
@@ -170,11 +171,13 @@ def _body(*given, how: How, memories: bool, **scratch):
         numbers = scratch["numbers"].at[slot]
         scores = (
             how.scale
-            * parts.product(how, scratch["q"].at[zero()], Turned(scratch["k"].at[zero()]))
+            * parts.product(
+                how, scratch["q"].at[slot + zero()], Turned(scratch["k"].at[slot + zero()])
+            )
             * parts.faded(numbers, zero())
         )
         factors[zero() + _SCORES] = bfloat16(scores)
-        read = how.scale * down(numbers[START]) * scratch["dy"][slot].astype(jnp.float32)
+        read = how.scale * down(numbers[START]) * scratch["dy"][...].astype(jnp.float32)
         factors[zero() + _READ] = bfloat16(read)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["read"])
@@ -185,13 +188,13 @@ def _body(*given, how: How, memories: bool, **scratch):
     def step(turn, states):
         chunk = last - 1 - (turn - first)
         slot = chunk % 2
-        plgpu.barrier_wait(loaded.at[slot])
-        plgpu.barrier_wait(keys)
+        plgpu.barrier_wait(loaded)
+        plgpu.barrier_wait(keys.at[slot])
         zero = lambda: scratch["numbers"][slot, THROUGH, 1].astype(jnp.int32)
 
         @pl.when(half == 0)
         def _():
-            pl.when(chunk > first)(lambda: fetch(chunk - 1))
+            pl.when(chunk > first)(lambda: fetch_keys(chunk - 1))
             back_through_written(slot, chunk, zero)
             plgpu.barrier_wait(scratch["met"])  # the state is out
 
@@ -201,15 +204,19 @@ def _body(*given, how: How, memories: bool, **scratch):
         for rows, after in zip(own, states, strict=True):
 
             def brought(add, rows=rows):
-                add(0, Turned(scratch["q"].at[zero(), :, rows]), factors.at[zero() + _READ])
-                add(0, Turned(scratch["k"].at[zero(), :, rows]), factors.at[zero() + _WRITTEN])
+                add(0, Turned(scratch["q"].at[slot + zero(), :, rows]), factors.at[zero() + _READ])
+                add(
+                    0,
+                    Turned(scratch["k"].at[slot + zero(), :, rows]),
+                    factors.at[zero() + _WRITTEN],
+                )
 
             found = parts.accumulate(how, [(BLOCK, BLOCK)], brought)[0]
             before.append(through * after + found)
             # Here, so that no two blocks' products are waiting in registers.
             state_s[zero(), rows, :] = bfloat16(before[-1])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what half 0 gave is out
         together()
-        pl.when((half == 0) & (chunk > first))(lambda: fetch_keys(chunk - 1))
         return tuple(before)
 
     def together():
