@@ -22,7 +22,7 @@ EARLY = ("u", "delta")  # needed for computing the states again, so two chunks a
 LATE = ("z", "dy")  # needed on the way back: they arrive meanwhile
 # What is written where its input lay.
 WRITTEN = dict(u="dy", delta="delta", z="z")
-APART = 8  # numbers between two rows that are summed, so that threads read different banks
+APART = 8  # zeros after each row that is summed, so that threads read different banks
 
 
 def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
@@ -95,7 +95,10 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
     plgpu.copy_gmem_to_smem(ins["dlast"].at[row, :, here], own["lam"], own["begun"])
     load_early(steps - 1, 0)
     load_start(steps - 1)
-    each(how.n, lambda n: _set(own["A"], n, jnp.zeros((WARPGROUP,), F32)))
+    zero = jnp.zeros((WARPGROUP,), F32)
+    each(how.n, lambda n: _set(own["A"], n, zero))
+    ends = pl.ds(APART, WARPGROUP)
+    each(own["products"].shape[0], lambda i: _set(own["products"], (i, ends), zero))
     plgpu.barrier_wait(own["begun"])
 
     def step(s, sums):
@@ -127,7 +130,6 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, steps: int):
         plgpu.copy_smem_to_gmem(own["BC"], at)
         return sums
 
-    zero = jnp.zeros((WARPGROUP,), F32)
     own["sums"][0], own["sums"][1] = lax.fori_loop(0, steps, step, (zero, zero))
     plgpu.commit_smem()
     for x, buffer in (("h", "lam"), ("A", "A"), ("sums", "sums")):
@@ -235,7 +237,7 @@ def _states(own: Refs, slot: jax.Array, k: jax.Array, of_tokens: tuple, how: How
                 lam = lam * decays[g]
             own["lam"][n], own["A"][n] = lam, dA
         plgpu.commit_smem()  # all products are there
-        products = own["products"].at[pl.ds(0, how.reduced), pl.ds(0, WARPGROUP)]
+        products = own["products"].at[pl.ds(0, how.reduced)]
         rows = read(products, plgpu.Layout.WGMMA, how.config)
         own["BC"][k, i] = jnp.sum(rows, axis=1)
         plgpu.commit_smem()  # all have read them
