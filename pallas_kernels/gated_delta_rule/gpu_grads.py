@@ -149,8 +149,8 @@ def _body(q, k, dy, written, dmissing, starts, dends, gates, dq, dk, sums, *, ho
             fetch(1)
 
     square = (CHUNK, CHUNK)
-    found = parts.accumulate(how, [square] * 4, over_values)
-    by_pairs, of_query, of_missing, of_end, by_state = found
+    of_all = parts.accumulate(how, [square] * 4, over_values)
+    by_pairs, of_query, of_missing, of_end, by_state = of_all
     rows[BY_STATE] = by_state
     plgpu.barrier_wait(scratch["first"])
 
