@@ -78,23 +78,27 @@ def _backward_kernel(refs, walk: Walk, config):
                 there = lines.every(first + c < every)
                 new = [lines.only(there, row) for row in new]
             values += new
-            seen, old = seen_by(sights, walk, lines), list(sums)
+            old = list(sums)
             in_row = lines.every((first + chunk < every) & (first + chunk >= 0))
             begun += zeros(r)  # by rows: the chunk before, this one, and as far as taps look ahead
-            for i, dy in enumerate(lines.rows(dy_s, r)):
-                dy = lines.only(seen[i][walk.ahead], lines.only(in_row, dy))
+            for i in range(r):
+                dy = lines.of(dy_s[i]).astype(jnp.float32)
+                seen = seen_by(sights, i, walk, lines)
+                dy = lines.only(seen[walk.ahead], lines.only(in_row, dy))
                 da = dy
                 if walk.residual:
                     begun[r + i] = begun[r + i] + dy
                     a = sum_of(values, i, weights, seen, walk, lines)
                     da = lax.select(a > lines.zero, dy, lines.zero)
                 for j in range(walk.taps):
-                    tap, to = lines.only(seen[i][j], da), r + i - j + walk.ahead
+                    tap, to = lines.only(seen[j], da), r + i - j + walk.ahead
                     begun[to] = begun[to] + weights[j] * tap
-                    sums[j] = sums[j] + tap * values[walk.behind + i - j + walk.ahead]
+                    value = values[walk.behind + i - j + walk.ahead]
+                    sums[j] = sums[j] + tap * value
                 sums[walk.taps] = sums[walk.taps] + da
-            own = lines.every((chunk >= 0) & (chunk < walk.chunks))
-            sums = [lax.select(own, more, less) for more, less in zip(sums, old, strict=True)]
+            if walk.parts > 1:  # of the only part all is: what lies outside of it is 0
+                own = lines.every((chunk >= 0) & (chunk < walk.chunks))
+                sums = [lax.select(own, new, same) for new, same in zip(sums, old, strict=True)]
             dx_s = refs["dx_s"].at[lax.rem(c, 2)]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for i in range(r):

@@ -175,16 +175,13 @@ def before(refs, at: Place, walk: Walk, lines: Lines) -> list[jax.Array]:
     return [lines.only(there, row) for row in rows]
 
 
-def seen_by(sights, walk: Walk, lines: Lines) -> list[list[Any]]:
-    """Of each row of a chunk and each tap: whether it sees what the tap reads; None = it does."""
+def seen_by(sights, i: int, walk: Walk, lines: Lines) -> list[Any]:
+    """Whether row i of a chunk sees what each of its taps reads; None = it does."""
     if not sights:
-        return [[None] * walk.taps] * walk.rows
-    found = []
-    for i in range(walk.rows):
-        numbers = [lines.every(ref[i]) for ref in sights]
-        lags = [j - walk.ahead for j in range(walk.taps)]
-        found.append([numbers[lag < 0] >= lines.lags[abs(lag)] for lag in lags])
-    return found
+        return [None] * walk.taps
+    numbers = [lines.every(ref[i]) for ref in sights]
+    lags = [j - walk.ahead for j in range(walk.taps)]
+    return [numbers[lag < 0] >= lines.lags[abs(lag)] for lag in lags]
 
 
 def sum_of(values, i: int, weights, seen, walk: Walk, lines: Lines) -> jax.Array:
@@ -192,7 +189,7 @@ def sum_of(values, i: int, weights, seen, walk: Walk, lines: Lines) -> jax.Array
     total = weights[walk.taps]
     for j in range(walk.taps):
         value = values[walk.behind + i - j + walk.ahead]
-        total = total + weights[j] * lines.only(seen[i][j], value)
+        total = total + weights[j] * lines.only(seen[j], value)
     return total
 
 
@@ -272,13 +269,14 @@ def _forward_kernel(refs, walk: Walk, config):
                 there = lines.every(first + c <= last)
                 new = [lines.only(there, row) for row in new]
             values = [*values, *new]
-            seen, y_s = seen_by(sights, walk, lines), refs["y_s"].at[lax.rem(c, 2)]
+            y_s = refs["y_s"].at[lax.rem(c, 2)]
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             for i in range(walk.rows):
+                seen = seen_by(sights, i, walk, lines)
                 y = sum_of(values, i, weights, seen, walk, lines)
                 if walk.residual:
                     y = values[walk.behind + i] + lax.max(y, lines.zero)
-                y_s[i] = lines.only(seen[i][walk.ahead], y).astype(y_s.dtype)
+                y_s[i] = lines.only(seen[walk.ahead], y).astype(y_s.dtype)
             plgpu.commit_smem()
 
             def store():
