@@ -10,25 +10,27 @@ import time
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from seqzoo.allocator import keep_freed_memory
 from seqzoo.config.compose import compose
 from seqzoo.sweep.bench import TINY
-from seqzoo.train import loop, stacked
+from seqzoo.train import loop, programs, stacked
+from seqzoo.train import mesh as meshes
 from seqzoo.train.group import Job, train_group
 from seqzoo.train.session import stream_of
 from seqzoo.train.setup import initial_state, setup
 from seqzoo.train.step import train_step
 
 _DEFAULT = ("mesh.data=1",)  # the default MQAR experiment
+_QUICK = (*TINY, "model.channel_mixer=null", "trainer.test_samples=0")
 _RUN = ("trainer.stop_at_target=false", "logger.progress=none", "logger.tensorboard=false")
 
 
 def run(quick: bool = False) -> list[dict[str, object]]:
     """Rows: a step of one run and of a group; a whole run and a whole group."""
-    words, n, rounds, steps = (TINY, 2, 3, 8) if quick else (_DEFAULT, 16, 8, 200)
+    words, n, rounds, steps = (_QUICK, 2, 3, 8) if quick else (_DEFAULT, 16, 8, 200)
     keep_freed_memory()
     rows = _step_rows(words, n, stacked.FORMS, rounds)
     if not quick:
@@ -63,30 +65,32 @@ def step_seconds(
 ) -> dict[str, float]:
     """The best of some rounds, in turns: of a step of one run, and of a step of n."""
     one = setup(compose(list(words)))
+    whole = NamedSharding(one.spec.mesh, PartitionSpec())
     _, host = next(stream_of(one, 0, 1))
-    batch = {name: jnp.asarray(a) for name, a in host.items()}
-    batches = {name: jnp.stack([a] * n) for name, a in batch.items()}
-    hyper = one.hyper(0)
-    hypers, seeds, active = np.stack([hyper] * n), np.arange(n, dtype=np.uint32), np.ones(n, bool)
+    hyper, seed = one.hyper(0), np.uint32(0)
+    batch = meshes.put_batch(host, meshes.batch_sharding(one.spec.mesh, one.spec.rules))
     state = initial_state(one)
-    alone = train_step(one.spec).lower(state, batch, hyper, seeds[0]).compile()
+    alone = programs.compiled(train_step(one.spec), state, batch, hyper, seed, name="step")
+    arguments = jax.device_put(
+        jax.tree.map(lambda a: np.stack([a] * n), (host, hyper, seed, np.bool_(True))), whole
+    )
     states, steps = {}, {}
     for by in forms:
         states[by] = stacked.empty(one.spec, n)()
         for place in range(n):
             states[by] = stacked.put(states[by], state, np.int32(place))
         step = stacked.group_step(one.spec, by)
-        steps[by] = step.lower(states[by], batches, hypers, seeds, active).compile()
+        steps[by] = programs.compiled(step, states[by], *arguments, name="step")
     best = dict.fromkeys(("one", *forms), float("inf"))
     for _ in range(rounds):
         for _ in range(n):  # as often as the others do it
             began = time.perf_counter()
-            state, _ = alone(state, batch, hyper, seeds[0])
+            state, _ = alone(state, batch, hyper, seed)
             jax.block_until_ready(state)
             best["one"] = min(best["one"], time.perf_counter() - began)
         for by in forms:
             began = time.perf_counter()
-            states[by], _ = steps[by](states[by], batches, hypers, seeds, active)
+            states[by], _ = steps[by](states[by], *arguments)
             jax.block_until_ready(states[by])
             best[by] = min(best[by], time.perf_counter() - began)
     return best

@@ -8,14 +8,12 @@ import pytest
 from seqzoo.cli.main import main
 from seqzoo.errors import ConfigError
 from seqzoo.eval.bench.compile import compilations
-from seqzoo.sweep import trial as trials
 from seqzoo.sweep import vectorize, worker
 from seqzoo.sweep.settings import split
 from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Claimed, Study
 from seqzoo.train import group as train_groups
-from seqzoo.train import loop
-from seqzoo.train.folder import read_metrics, read_status
+from seqzoo.train.folder import read_status
 
 GROUP = ("sweep=grid", "sweep.vectorize=[trainer.seed,optimizer.lr]")
 
@@ -24,27 +22,10 @@ def say_nothing(text: str) -> None:
     """Trials need no words here."""
 
 
-def test_seeds_and_rates_of_one_group(create, tmp_path):
-    study = create(*GROUP, "optimizer.lr=1e-3,1e-2", "sweep.seeds=2", "trainer.log_every=1")
-    assert worker.work(study.path, say=say_nothing) == 0
-    rows = study.rows()
-    assert [row.state for row in rows] == ["finished"] * 2
-    for row in rows:
-        assert len(row.attrs["values"]) == len(row.attrs["runs"]) == 2
-        assert row.last[0] == 12
-    words = ["trainer.seed=1", *study.space.words(rows[1].point)]
-    alone = loop.train(trials.compose(words), overrides=words, root=tmp_path / "alone")
-    inside = study.path / rows[1].attrs["runs"][1]
-    assert inside.name == alone.path.name
-    for a, b in zip(read_metrics(inside), read_metrics(alone.path), strict=True):
-        assert list(a) == list(b)
-        assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-3, abs=1e-4)
-    assert "group" in (inside / "env/001.json").read_text()
-
-
-def test_a_trial_that_diverges_and_two_groups_with_other_data(create):
-    study = create(*GROUP, "sweep.vectorize=[optimizer.lr,data.seed]", "optimizer.lr=1e-3,1e38",
-                   "data.seed=0,1", "sweep.vectorize_most=2")  # fmt: skip
+def test_seeds_rates_and_data_of_two_groups_one_of_them_diverges(create):
+    study = create("sweep=grid", "sweep.vectorize=[optimizer.lr,data.seed,trainer.seed]",
+                   "optimizer.lr=1e-3,1e38", "data.seed=0,1", "sweep.seeds=2",
+                   "sweep.vectorize_most=4")  # fmt: skip
     assert [[t.number for t in group.trials] for group in vectorize.groups(study)] == [
         [0, 1],
         [2, 3],
@@ -54,9 +35,14 @@ def test_a_trial_that_diverges_and_two_groups_with_other_data(create):
     assert sum("_mapped" in name for name in names) == 1  # both groups share the program
     rows = study.rows()
     assert [row.state for row in rows] == ["finished"] * 2 + ["diverged"] * 2
-    assert rows[2].value == -math.inf and rows[2].attrs["diverged"] == 1
-    states = [read_status(study.path / row.attrs["runs"][0])["state"] for row in rows]
-    assert states == ["finished"] * 2 + ["not_finite"] * 2
+    for row in rows:
+        assert len(row.attrs["values"]) == len(set(row.attrs["runs"])) == 2
+        states = {read_status(study.path / name)["state"] for name in row.attrs["runs"]}
+        assert states == {"finished" if row.state == "finished" else "not_finite"}
+    assert rows[0].last[0] == 12 and len(rows[0].attrs["tests"]) == 2
+    assert rows[2].value == -math.inf and rows[2].attrs["diverged"] == 2
+    record = (study.path / rows[0].attrs["runs"][0] / "env/001.json").read_text()
+    assert "4 by map" in record
 
 
 def test_groups_are_what_shares_a_program(create):
@@ -82,6 +68,7 @@ def test_two_workers_never_have_the_same_group(create):
     assert [claimed.attrs["starts"] for claimed in again] == [2, 2]
 
 
+@pytest.mark.slow  # of its parts, tests/train/test_group.py and the test above are quicker
 def test_a_killed_group_comes_together_again(create, monkeypatch):
     words = (*GROUP, "sweep.vectorize=[optimizer.lr]", "optimizer.lr=1e-3,1e-2",
              "trainer.log_every=1")  # fmt: skip
@@ -113,7 +100,7 @@ def test_a_killed_group_comes_together_again(create, monkeypatch):
 
 
 def test_a_storage_that_stays_away_saves_the_group(create, monkeypatch):
-    study = create(*GROUP, "sweep.vectorize=[optimizer.lr]", "optimizer.lr=1e-3,1e-2",
+    study = create(*GROUP, "optimizer.lr=1e-3,1e-2", "sweep.seeds=2",
                    "trainer.save_every=100")  # fmt: skip
     report = Claimed.report
 

@@ -57,7 +57,7 @@ def test_a_member_is_its_run_alone(together, fit, by):
         np.testing.assert_allclose(weights_of(one.path), weights_of(alone.path), atol=1e-5)
 
 
-@pytest.mark.parametrize("by", [pytest.param("map", marks=slow), "vmap"])
+@pytest.mark.parametrize("by", ["map", pytest.param("vmap", marks=slow)])
 def test_what_is_not_finite_ends_alone(together, tmp_path, by):
     good, bad = ["trainer.seed=1"], ["trainer.seed=2", "optimizer.lr=1e38"]
     other = ["trainer.seed=3", "model.embed_std=0.5"]
