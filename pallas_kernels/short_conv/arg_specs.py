@@ -29,7 +29,7 @@ SPECS = (
         options=dict(activation="silu"),
         tags=frozenset({"bench"}),
     ),
-    # What TPU kernels are compiled at (core/kernel_check.py).
+    # What kernels are compiled at (core/kernel_check.py).
     *(
         ArgSpec(
             name=name,
@@ -37,7 +37,7 @@ SPECS = (
             draw=draw,
             given=("bias",),
             options=dict(activation="silu"),
-            tags=frozenset({"tpu", *more}),
+            tags=frozenset({"tpu", "gpu", *more}),
         )
         for name, t, e, more in (
             ("mamba_130m_2k", 2048, 1536, {"primary"}),

@@ -17,7 +17,8 @@ from pallas_kernels.short_conv.gpu_forward import forward
 from pallas_kernels.short_conv.gpu_parts import F32, HALO, How
 
 _EARLIER = -(2**30)  # where a document starts that began before this call
-_TILES = (16, 32, 64)
+_TILES = (16, 32)
+_STRETCH = 128
 _BLOCKS = 4 * 132  # that fill the chip: a few for each core
 
 
@@ -26,17 +27,17 @@ class PallasGpuConfig(gpu.GpuConfig):
     """How the work is cut.
 
     Attributes:
-        tile: tokens per step: 16, 32 or 64.
+        tile: tokens per step: 16 or 32.
         stretch: tokens per block, a multiple of the tile; 16 more are read before them, and
             backward after them. A sequence is padded to whole stretches.
     """
 
-    tile: int = 64
-    stretch: int = 128
+    tile: int = 32
+    stretch: int = _STRETCH
 
     def __post_init__(self):
         if self.tile not in _TILES:
-            raise ValueError(f"short_conv: tile is {self.tile}; it must be 16, 32 or 64")
+            raise ValueError(f"short_conv: tile is {self.tile}; it must be 16 or 32")
         if self.stretch < 1 or self.stretch % self.tile:
             raise ValueError(
                 f"short_conv: stretch is {self.stretch}; it must be a multiple of tile={self.tile}"
@@ -46,11 +47,12 @@ class PallasGpuConfig(gpu.GpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasGpuConfig":
-        """Stretches as long as they may be with blocks enough to fill the chip."""
+        """Stretches of 128 tokens, longer where blocks are many, shorter where padding is much."""
         t, blocks = sizes["t"], sizes["b"] * (_round_up(sizes["e"], gpu.WARPGROUP) // 128)
-        tile = next((x for x in _TILES if x >= t), _TILES[-1])
-        stretch = tile
-        while stretch < 1024 and blocks * t >= 2 * stretch * _BLOCKS and t % (2 * stretch) == 0:
+        tile = _TILES[-1] if t > _TILES[0] else _TILES[0]
+        fits = lambda x: x % tile == 0 and _round_up(t, x) <= t + t // 16
+        stretch = next((x for x in (_STRETCH, _STRETCH // 2) if fits(x)), tile)
+        while stretch < 1024 and blocks * t >= 2 * stretch * _BLOCKS and fits(2 * stretch):
             stretch *= 2
         return cls(tile=tile, stretch=stretch, device_kind=device_kind)
 
@@ -145,14 +147,9 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def _for_kernel(arrays, flags, how: How) -> dict:
     found = dict(arrays)
     if how.taps == 1:  # no array is empty
-        found["before"] = jnp.zeros_like(
-            found["before"], shape=(len(arrays["x"]), 1, _wide(arrays))
-        )
+        b, _, e = arrays["x"].shape
+        found["before"] = jnp.zeros((b, 1, e), F32)
     return found if flags is None else {**found, "flags": flags}
-
-
-def _wide(arrays) -> int:
-    return arrays["x"].shape[2]
 
 
 def _rows_at(places, how: How):
