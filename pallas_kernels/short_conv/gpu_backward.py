@@ -16,7 +16,9 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     """The kernel's call.
 
     Args:
-        arrays: as for `forward`, and dy `[b t e]`.
+        arrays: as for `forward`, and dy `[b t e]`; if w > 1 also rows `[b w-1 e]`, to be added
+            to dx from token `at` on, int32 `[b 32]` (the first counts; rows before token 0 are left
+            out).
         how: settings.
 
     Returns:
@@ -31,17 +33,18 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     outputs = dict(
         x=jax.ShapeDtypeStruct(x.shape, x.dtype), channels=of(how.taps + 1), before=of(kept)
     )
-    halo = parts.buffers(arrays, HALO)
+    more = kept if "rows" in arrays else 0
     own = {
         **parts.prefixed("", parts.buffers(arrays, how.tile, slots=SLOTS, dy=True)),
         **parts.prefixed("halo_", parts.buffers(arrays, HALO, slots=SLOTS)),
         **parts.prefixed("after_", parts.buffers(arrays, HALO, dy=True)),
-        **parts.prefixed("end_", halo),
         **dict(channels=vectors(how.taps + 1), before=vectors(kept), g=vectors(how.tile)),
         "dx": vectors(SLOTS, how.tile, dtype=x.dtype),
         "arrived": plgpu.Barrier(num_arrivals=3 + 2 * how.documents, num_barriers=SLOTS),
-        "begun": plgpu.Barrier(num_arrivals=5 + 2 * how.documents),
+        "begun": plgpu.Barrier(num_arrivals=4 + how.documents + 2 * bool(more)),
     }
+    if more:
+        own |= dict(rows=vectors(more), at=plgpu.SMEM((parts.INTS,), jnp.int32))
     found = kernel_call(
         named(lambda *refs: _body(*refs, how=how, stretches=stretches), arrays, outputs, own),
         name="short_conv_backward",
@@ -71,19 +74,22 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
 
     plgpu.copy_gmem_to_smem(ins["channels"].at[:, here], own["channels"], own["begun"])
     plgpu.copy_gmem_to_smem(ins["before"].at[row, :, here], own["before"], own["begun"])
-    after, last = parts.tokens(own, "after_"), parts.tokens(own, "end_")
+    if "rows" in own:
+        plgpu.copy_gmem_to_smem(ins["rows"].at[row, :, here], own["rows"], own["begun"])
+        plgpu.copy_gmem_to_smem(ins["at"].at[row], own["at"], own["begun"])
+    after = parts.tokens(own, "after_")
     there_is = lax.min(end, stretches * how.stretch - HALO)  # at the end: anything, not used
     parts.load(ins, after, place(there_is, HALO), own["begun"])
-    parts.load(ins, last, place(end - HALO, HALO), own["begun"])
     for s in range(min(SLOTS, steps)):
         load(s, s)
     plgpu.barrier_wait(own["begun"])
+    plgpu.barrier_wait(own["arrived"].at[0])
     weights, before = parts.taps(how, own["channels"]), parts.kept(how, own["before"])
     zero = jnp.zeros((WARPGROUP,), F32)
     sums = (zero,) * (how.taps + 1)
 
     # The gradients after the stretch that reach into it.
-    rows = parts.passed(how, last, HALO, before)
+    rows = parts.passed(how, parts.ending(own, 0, tile), HALO, before)
     _gradients(own, after, HALO, rows, weights, sums, how)
     later = _back(own, after, HALO, (zero,) * (how.taps - 1), weights, None, how)
     none_left = stretch - (stretches - 1)
@@ -92,15 +98,17 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
     def step(s, carry):
         later, sums = carry
         slot, first = lax.rem(s, SLOTS), first_of(s)
-        plgpu.barrier_wait(own["arrived"].at[slot])
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)  # this slot's results are out
         tokens, halo = parts.tokens(own, "", slot), parts.tokens(own, "halo_", slot)
         rows = parts.where_first(first, before, parts.passed(how, halo, HALO, before))
         sums = _gradients(own, tokens, tile, rows, weights, sums, how)
         later = _back(own, tokens, tile, later, weights, own["dx"].at[slot], how)
+        _add(own, slot, first, how)
         plgpu.commit_smem()  # all have read this slot and written their results
         plgpu.copy_smem_to_gmem(own["dx"].at[slot], outs["x"].at[place(first, tile)])
         pl.when(s + SLOTS < steps)(lambda: load(s + SLOTS, slot))
+        following = own["arrived"].at[lax.rem(s + 1, SLOTS)]
+        pl.when(s + 1 < steps)(lambda: plgpu.barrier_wait(following))
         return later, sums
 
     later, sums = lax.fori_loop(0, steps, step, (later, sums))
@@ -115,6 +123,19 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
     for x in ("channels", "before"):
         plgpu.copy_smem_to_gmem(own[x], outs[x].at[row, stretch, :, here])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _add(own: Refs, slot: jax.Array, first: jax.Array, how: How) -> None:
+    """Adds the rows that are to be added to dx to those that lie in a tile."""
+    for i in range(how.taps - 1):
+        t = own["at"][0] + i - first
+
+        def one(i=i, t=t):
+            old = parts.row(how, own["dx"], slot, t)
+            new = old + parts.row(how, own["rows"], i)
+            own["dx"][slot, t] = new.astype(own["dx"].dtype)
+
+        pl.when((t >= 0) & (t < how.tile) & (own["at"][0] + i >= 0))(one)
 
 
 def _gradients(

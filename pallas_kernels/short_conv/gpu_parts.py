@@ -23,6 +23,7 @@ from pallas_kernels.core.gpu_parts import only, spread
 F32 = jnp.float32
 SLOTS = 2  # buffers in turn: one is worked on while the next arrives
 HALO = 16  # tokens; a tap reaches no further
+INTS = 32  # of an array that holds one: TMA fetches as many bytes as there are threads, or more
 TOGETHER = 4  # tokens written out in the program
 Refs = dict[str, Any]
 Rows = tuple[jax.Array, ...]
@@ -169,6 +170,13 @@ def tokens(own: Refs, name: str, slot: Any = None) -> Tokens:
     if slot is not None:
         of = {x: None if ref is None else ref.at[slot] for x, ref in of.items()}
     return Tokens(**of)
+
+
+def ending(own: Refs, slot: Any, count: int) -> Tokens:
+    """The last HALO tokens of a slot."""
+    some = pl.ds(count - HALO, HALO)
+    flags = own["flags"].at[slot, :, some] if "flags" in own else None
+    return Tokens(own["x"].at[slot, some], flags)
 
 
 def prefixed(name: str, found: Refs) -> Refs:

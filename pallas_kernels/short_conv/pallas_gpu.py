@@ -14,7 +14,7 @@ from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.short_conv.gpu_backward import backward
 from pallas_kernels.short_conv.gpu_forward import forward
-from pallas_kernels.short_conv.gpu_parts import F32, HALO, How
+from pallas_kernels.short_conv.gpu_parts import F32, HALO, INTS, How
 
 _EARLIER = -(2**30)  # where a document starts that began before this call
 _TILES = (16, 32)
@@ -127,17 +127,18 @@ def _conv_forward(arrays, flags, places, how: How):
 def _conv_backward(how: How, residuals, cotangents):
     arrays, flags, places = residuals
     dy, dafter = cotangents
-    found = backward({**_for_kernel(arrays, flags, how), "dy": dy}, how)
+    rows = _rows_of(arrays["x"], places, how)
+    _, pull = jax.vjp(functools.partial(_after, places), arrays["before"], rows)
+    more, drows = pull(dafter)
+    given = dict(dy=dy)
+    if how.taps > 1:
+        given |= dict(rows=drows, at=jnp.broadcast_to(places[1], (len(dy), INTS)))
+    found = backward({**_for_kernel(arrays, flags, how), **given}, how)
     found["channels"] = jnp.sum(found["channels"], axis=(0, 1))
     # The state's inputs stand before the first token: right is the stretch which has that.
     first = jnp.minimum(places[0] // how.stretch, found["before"].shape[1] - 1)
     dbefore = jnp.take_along_axis(found["before"], first[..., None, None], axis=1)[:, 0]
-    rows = _rows_of(arrays["x"], places, how)
-    _, pull = jax.vjp(functools.partial(_after, places), arrays["before"], rows)
-    more, drows = pull(dafter)
     found["before"] = dbefore[:, : how.taps - 1] + more
-    at, dx = _rows_at(places, how), found["x"]
-    found["x"] = dx.at[jnp.arange(len(dx))[:, None], at].add(drows.astype(dx.dtype))
     return found, None, None
 
 
@@ -152,14 +153,10 @@ def _for_kernel(arrays, flags, how: How) -> dict:
     return found if flags is None else {**found, "flags": flags}
 
 
-def _rows_at(places, how: How):
-    """Where the last inputs are, `[b w-1]`; 0 for those from before the call."""
-    return jnp.maximum(places[1] + jnp.arange(how.taps - 1), 0)
-
-
 def _rows_of(x, places, how: How):
     """The last inputs `[b w-1 e]` of x, whatever where they are from before the call."""
-    return jnp.take_along_axis(x, _rows_at(places, how)[..., None], axis=1).astype(F32)
+    at = jnp.maximum(places[1] + jnp.arange(how.taps - 1), 0)
+    return jnp.take_along_axis(x, at[..., None], axis=1).astype(F32)
 
 
 def _after(places, before, rows):
