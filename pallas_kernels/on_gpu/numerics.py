@@ -28,6 +28,9 @@ from pallas_kernels.core.testing import (
 from pallas_kernels.on_gpu.result import Result
 
 FORM = "pallas_gpu"
+# What is compared; the last with a state before and packed documents, the first without either.
+BARE, STATES, DOCUMENTS = range(3)
+GIVEN = ("y, gradients", "y, states, gradients", "y, states, gradients, documents")
 TAGS = frozenset({"tpu", "gpu"})
 _POISON = 2 * 2**30  # bytes that are filled with nan beside those of the results
 
@@ -90,7 +93,7 @@ def check(op: Any, how: How) -> Iterator[Result | str]:
         spec = one_row(small[0])
         for dtype in ("float32", "bfloat16"):  # matrix units take no float32
             yield f"{spec.name}, 16 tokens, {dtype}"
-            found = _one(op, spec, 16, dtype, False, how)
+            found = _one(op, spec, 16, dtype, STATES, how)
             yield found
             if not found.status.startswith("refused"):
                 break
@@ -99,13 +102,13 @@ def check(op: Any, how: How) -> Iterator[Result | str]:
     wide = [s for s in kernel_check.specs_of(op, tags=TAGS) if s.name.endswith("_f32")]
     for spec in (*primary[:1], *wide[:1]):
         length, dtype = spec.sizes["t"], kernel_check.dtype_of(spec)
-        for documents in (False, True)[: 2 if op.axes.state and spec in primary else 1]:
-            yield f"{spec.name}, {'documents' if documents else 'whole'}"
-            yield _one(op, spec, length, dtype, documents, how, wide="xla")
+        for given in (BARE, DOCUMENTS) if op.axes.state and spec in primary else (BARE,):
+            yield f"{spec.name}, {GIVEN[given]}"
+            yield _one(op, spec, length, dtype, given, how, wide="xla")
     for spec in small:
         for dtype in ("float32", "bfloat16"):
             yield f"{spec.name}, {dtype}"
-            yield _one(op, spec, 130, dtype, bool(op.axes.state), how)
+            yield _one(op, spec, 130, dtype, DOCUMENTS, how)
 
 
 def _one(
@@ -113,24 +116,22 @@ def _one(
     spec: ArgSpec,
     length: int,
     dtype: str,
-    documents: bool,
+    given: int,
     how: How,
     *,
     wide: str = "reference",
 ) -> Result:
-    """One call; of a kernel that takes no documents, or no state, one without."""
+    """One call, with documents and a state as `given` says, or with fewer of them if refused."""
     op = with_state(op)
     name = f"{spec.name} t={length}"
     row = Result("numerics", op.__name__, name, dtype, what=FORM)
     draw = functools.partial(draw_case, op, spec, length, dtype=dtype, seed=how.seed % 2**32)
-    variants = [("y, gradients", False)]
-    if op.axes.state:
-        variants = [("y, states, gradients", False), *variants]
-        variants = [("y, states, gradients, documents", True), *variants][not documents :]
+    given = given if op.axes.state else BARE
     refusals = []
-    for part, packed in variants:
-        case = draw(documents=packed)
-        if "states" not in part:
+    for fewer in range(given, -1, -1):
+        part = GIVEN[fewer]
+        case = draw(documents=fewer == DOCUMENTS)
+        if fewer == BARE:
             case = case._replace(state=None, dstate=jax.tree.map(np.zeros_like, case.dstate))
         try:
             return _compared(op, spec, case, row._replace(part=part), how, wide)
@@ -139,7 +140,7 @@ def _one(
         except Exception as error:  # what breaks is the finding
             text = " ".join(str(error).split())[:300]
             return row._replace(part=part, status=f"CRASHED: {type(error).__name__}: {text}")
-    return row._replace(part=variants[0][0], status=f"refused: {refusals[-1][:200]}")
+    return row._replace(part=GIVEN[given], status=f"refused: {refusals[-1][:200]}")
 
 
 def _compared(op: Any, spec: ArgSpec, case: Case, row: Result, how: How, wide: str) -> Result:
