@@ -186,9 +186,7 @@ def second_stage(operand, columns: slice, refs: Shared, plan: Plan):
     """Columns q of the spectrum, real and imaginary parts `[64 tile]` float32."""
     re, im = (operand.at[:, half] for half in halves(plan))
     cos, sin = (matrix.at[:, columns] for matrix in anew(refs.second, refs))
-    x, y, minus = products(
-        (ROWS, plan.tile), [[(re, cos), (im, sin)], [(im, cos)], [(re, sin)]]
-    )
+    x, y, minus = products((ROWS, plan.tile), [[(re, cos), (im, sin)], [(im, cos)], [(re, sin)]])
     return x, y - minus
 
 
@@ -212,9 +210,7 @@ def _back_second(operand, columns: slice, refs: Shared, plan: Plan):
     """Columns j of the second stage back, twiddled."""
     re, im = (operand.at[:, half] for half in halves(plan))
     cos, sin = (matrix.at[:, columns] for matrix in anew(refs.second, refs))
-    x, y, minus = products(
-        (ROWS, plan.tile), [[(re, cos)], [(im, cos), (re, sin)], [(im, sin)]]
-    )
+    x, y, minus = products((ROWS, plan.tile), [[(re, cos)], [(im, cos), (re, sin)], [(im, sin)]])
     x, (cos, sin) = x - minus, _angles(columns, refs, plan)
     return narrow(x * cos - y * sin, y * cos + x * sin)
 

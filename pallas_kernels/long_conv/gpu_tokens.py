@@ -79,9 +79,7 @@ def convolve(
     if work.pair:
         outputs.append(jax.ShapeDtypeStruct((b, *spectrum.shape), BF16))
     given = [x, gate, spectrum, bias, planes, *gates, *waves(plan)]
-    body = functools.partial(
-        _body, plan=plan, work=work, gates=tuple(g is not None for g in gates)
-    )
+    body = functools.partial(_body, plan=plan, work=work, gates=tuple(g is not None for g in gates))
     plane = plgpu.SMEM((plan.channels, ROWS, plan.width), BF16)
     stage = plgpu.SMEM((WARPGROUPS, plan.piece, plan.width, plan.channels), BF16)
     return gpu.kernel_call(
@@ -136,29 +134,42 @@ def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
     def channel(c):
         e, w = channels.start + c, warpgroup()
         operand = shared.operands.at[w + shared.zero[0]]
-        others = []
-        if work.pair:
-            for block in gpu_stages.blocks(plan, plan.width):
-                _other(pair.at[tokens.row, e, :, block], operand.at[:, block], plan)
-            plgpu.commit_smem()
-            gpu_stages.first_stage(operand, rho, shared, plan)
-            for at in columns:
-                found = gpu_stages.second_stage(operand, at, shared, plan)
-                others.append(gpu_stages.narrow(*found))
         for block in gpu_stages.blocks(plan, plan.width):
             line = tokens.planes[c, :, block]
             operand[:, block] = layout_cast(line, gpu_stages.lines(plan), plan.config)
         plgpu.commit_smem()
         gpu_stages.first_stage(operand, rho, shared, plan)
+        spectrum_of = lambda at: gpu_stages.second_stage(operand, at, shared, plan)
+        if work.pair:
+            mine = [gpu_stages.narrow(*spectrum_of(at)) for at in columns]
+            meet(shared)  # the plane was read: there is room in it
+            rest = mine[1:]
+            for i, part in enumerate(rest and rest[0]):
+                tokens.planes[c, :, _spare(2 * w + i, plan)] = part
+            for block in gpu_stages.blocks(plan, plan.width):
+                _other(pair.at[tokens.row, e, :, block], operand.at[:, block], plan)
+            plgpu.commit_smem()
+            gpu_stages.first_stage(operand, rho, shared, plan)
         products = []
         for i, at in enumerate(columns):
-            k, l = (read(spectrum.at[e, w, j, :, at], WGMMA, plan.config) for j in (0, 1))
-            x, y = gpu_stages.second_stage(operand, at, shared, plan)
+            x, y = spectrum_of(at)
             if work.pair:
-                p, q = (part.astype(jnp.float32) for part in others[i])
+                p, q = x, y
+                x, y = (
+                    mine[0]
+                    if i == 0
+                    else (
+                        read(tokens.planes.at[c, :, _spare(2 * w + j, plan)], WGMMA, plan.config)
+                        for j in (0, 1)
+                    )
+                )
+                x, y = x.astype(jnp.float32), y.astype(jnp.float32)
                 gradient[tokens.row, e, w, 0, :, at] = (p * x + q * y).astype(BF16)
                 gradient[tokens.row, e, w, 1, :, at] = (p * y - q * x).astype(BF16)
-            k, l = k.astype(jnp.float32), l.astype(jnp.float32)
+            k, l = (
+                read(spectrum.at[e, w, j, :, at], WGMMA, plan.config).astype(jnp.float32)
+                for j in (0, 1)
+            )
             l = -l if work.adjoint else l
             products.append(gpu_stages.narrow(x * k - y * l, x * l + y * k))
         gpu_stages.put(operand, products, plan)
@@ -168,6 +179,11 @@ def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
     each(plan.channels, channel)
     meet(shared)
     _store(outputs, gates_in, bias, tokens, plan)
+
+
+def _spare(i, plan: Plan):
+    """Columns of a plane, for a quarter of it."""
+    return pl.ds(plan.tile * i, plan.tile)
 
 
 def _pieces(plan: Plan, body) -> None:
@@ -211,9 +227,7 @@ def _load(x, gate, tokens: _Tokens, plan: Plan) -> None:
 def _keep(kept, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
     """Writes the planes as they are."""
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-        tokens.planes.at[:, : plan.rows], kept.at[tokens.row, tokens.channels]
-    )
+    plgpu.copy_smem_to_gmem(tokens.planes.at[:, : plan.rows], kept.at[tokens.row, tokens.channels])
     plgpu.wait_smem_to_gmem(0)
     meet(shared)
 
