@@ -27,7 +27,7 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
     Returns:
         Gradients by the carry, by q, k, v, and by alpha, eta, theta `[b h n 3 64]`.
     """
-    plan = _plan(call)
+    plan = plan_of(call, gpu_plan.Room(call.room(0, TOKENS)))
     new, f32 = jax.ShapeDtypeStruct, jnp.float32
     state, blocks = call.structs(call.b), call.form.blocks
     results = dict(
@@ -53,7 +53,7 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
     return dcarry, found["dtokens"], found["dgates"]
 
 
-def _plan(call: Call) -> gpu_plan.Plan:
+def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
     form = call.form
 
     def rule(now, momentum, dnow, dmomentum, tokens, dy, first):
@@ -73,7 +73,6 @@ def _plan(call: Call) -> gpu_plan.Plan:
     ]
     ready = [*of_weights, *[call.narrow] * 3, *[True] * gpu_block.GATES, call.narrow, True]
     over = [2 * each + i for i in range(2 * each)] + [None] * 6
-    room = gpu_plan.Room(call.room(0, TOKENS))
     given = (weights, weights, weights, weights, call.tokens, call.tokens.q, call.tokens.own)
     return gpu_plan.plan(rule, ready, over, room, *given)
 
@@ -85,9 +84,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     def gradients():
         found = [block.far(x) for x in results["dcarry"]]
         if call.gain:
-            found = [
-                x._replace(gamma=block.row("rows", i)) for i, x in enumerate(found)
-            ]
+            found = [x._replace(gamma=block.row("rows", i)) for i, x in enumerate(found)]
         return found
 
     def add(to, of, *, fresh: bool):
@@ -98,15 +95,14 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
                 more = more * jnp.where(block.j == 0, 1.0, 0.0)
             a.store(more if fresh else a.load() + more)
 
+    block.open()
     add(gradients(), [block.far(x) for x in dlast[1:]], fresh=True)
     if block.blocks > 1:
         one = jnp.where(block.j == 0, 1.0, 0.0)
         block.row("rows", 2).store(block.registers.cast(jnp.full((SIZE,), one, jnp.float32), 1))
-    block.open()
     block.fetch(tokens, gates, call.n - 1, 0)
 
     def step(at):
-        block.begin()
         i, parity = call.n - 1 - at, jax.lax.rem(at, 2)
         pl.when(i > 0)(lambda: block.fetch(tokens, gates, i - 1, 1 - parity))
         (*given, dy), shares = block.fetched(tokens, i, parity)
@@ -114,9 +110,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         of = gradients()
         here = (block.b, pl.ds(i * SIZE, SIZE), block.h)
         outputs = [block.once(ref.at[here]) for ref in results["dtokens"]]
-        outputs += [
-            block.once(results["dgates"].at[block.b, block.h, i, r]) for r in range(3)
-        ]
+        outputs += [block.once(results["dgates"].at[block.b, block.h, i, r]) for r in range(3)]
         gpu_machine.run(
             plan,
             block.registers,
@@ -132,10 +126,8 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
             add(gradients()[0], block.far(dlast[0]), fresh=False)
 
     gpu_parts.each(call.n, step)
-    block.begin()
     if call.gain:
         for i, x in enumerate(gradients()):
             to = results["dgamma"].at[block.b, block.h, i, block.j]
             gpu_machine.Far(to, block.registers).store(x.gamma.load())
     block.close()
-

@@ -181,8 +181,7 @@ class Block:
 
     def __init__(self, call: Call, memory: dict[str, Any]):
         self.call, self.memory = call, memory
-        self.registers = Registers(call.interpret)
-        self.zero: Any = 0
+        self.registers = Registers(call.interpret, self.fresh)
         self.b, self.h = (jax.lax.axis_index(x) for x in "bh")
         self.blocks = call.form.blocks
         self.j = jax.lax.axis_index("j") if self.blocks > 1 else jnp.int32(0)
@@ -191,30 +190,34 @@ class Block:
     def mine(self, ref: Any) -> Any:
         return ref.at[self.j] if self.emulated else ref
 
-    def begin(self) -> None:
-        """In a loop, before anything else: places are counted from a 0 that is read from memory.
+    def fresh(self) -> Any:
+        """A 0 that is read from memory.
 
-        The compiler would compute every address and every mask before the loop, and hold them all.
+        Places and indices are counted from it. The compiler would compute every address and every
+        mask once, before the loop, and hold them all.
         """
-        self.zero = self.memory["zero"][0]
-        self.registers = Registers(self.call.interpret, self.zero)
+        return self.memory["zero"][0]
 
     def tile(self, first: int, parts: int) -> Tile:
         tiles = self.mine(self.memory["tiles"])
-        found = tuple(tiles.at[self.zero + first + i] for i in range(parts))
-        return Tile(found, self.registers)
+
+        def find():
+            zero = self.fresh()
+            return tuple(tiles.at[zero + first + i] for i in range(parts))
+
+        return Tile(find, self.registers)
 
     def row(self, of: str, at: int) -> Vector:
-        return Vector(self.mine(self.memory[of]).at[self.zero + at], self.registers)
+        return Vector(lambda: self.mine(self.memory[of]).at[self.fresh() + at], self.registers)
 
     def places(self, plan: Plan, far: Any, states: int) -> Places:
         """Where a plan's values lie; `far` is `[b h j n 64 64]` or None."""
         parts = self.call.parts
         return Places(
             [self.tile(3 * states + i * parts, parts) for i in range(plan.tiles)],
-            lambda at: Far(far.at[self.b, self.h, self.j, self.zero + at], self.registers),
-            lambda at: self.row("vectors", at).ref,
-            self.row("rows", 3).ref,
+            lambda at: Far(far.at[self.b, self.h, self.j, self.fresh() + at], self.registers),
+            lambda at: self.row("vectors", at),
+            self.row("rows", 3),
         )
 
     # --- Weights
@@ -263,19 +266,24 @@ class Block:
 
     def fetched(self, refs, i, parity) -> tuple[list[Any], list[Vector]]:
         """Waits for them: where tokens and shares lie."""
-        plgpu.barrier_wait(
-            self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
-        )
+        plgpu.barrier_wait(self.memory["came"].at[2 * self.j + parity if self.emulated else parity])
         rows = pl.ds(i * SIZE, SIZE)
         if self.call.narrow:
             found: list[Any] = [
-                Tile((self.mine(place).at[parity],), self.registers)
+                Tile(
+                    lambda place=place: (self.mine(place).at[parity + self.fresh()],),
+                    self.registers,
+                )
                 for place in self.memory["tokens"]
             ]
         else:
             found = [Far(ref.at[self.b, rows, self.h], self.registers) for ref in refs]
         gates = self.mine(self.memory["gates"])
-        return found, [Vector(gates.at[parity, r], self.registers) for r in range(GATES)]
+        rows = [
+            Vector(lambda r=r: gates.at[parity + self.fresh(), r], self.registers)
+            for r in range(GATES)
+        ]
+        return found, rows
 
     # --- The cluster
 

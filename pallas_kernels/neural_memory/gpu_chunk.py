@@ -228,9 +228,7 @@ def _erf(x):
     return x * above / below
 
 
-_erf.defvjp(
-    lambda x: (_erf(x), x), lambda x, d: (d * (2 * jnp.pi**-0.5) * jnp.exp(-x * x),)
-)
+_erf.defvjp(lambda x: (_erf(x), x), lambda x, d: (d * (2 * jnp.pi**-0.5) * jnp.exp(-x * x),))
 
 
 # --- Shares --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The forward kernel of neural_memory on a GPU: block after block, the weights of a head on chip."""
+"""The forward kernel of neural_memory on a GPU: chunk after chunk, the weights on chip."""
 
 import functools
 
@@ -68,14 +68,13 @@ def _plan(call: Call) -> gpu_plan.Plan:
 def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     carry, tokens, gates = inputs
     call, leaves = block.call, jax.tree.leaves
+    block.open()
     held = block.states()
     move(leaves(held), leaves([block.far(x) for x in carry]))
-    block.open()
     block.fetch(tokens, gates, 0, 0)
 
     def step(i):
-        block.begin()
-        held, parity = block.states(), jax.lax.rem(i, 2)
+        parity = jax.lax.rem(i, 2)
         pl.when(i + 1 < call.n)(lambda: block.fetch(tokens, gates, i + 1, 1 - parity))
         given, shares = block.fetched(tokens, i, parity)
         if results["kept"] is not None:
@@ -97,8 +96,6 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         )
 
     gpu_parts.each(call.n, step)
-    block.begin()
-    held = block.states()
     move(leaves([block.far(x) for x in results["last"][1:]]), leaves(held))
     block.close()
 

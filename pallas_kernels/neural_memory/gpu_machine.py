@@ -18,7 +18,11 @@ from pallas_kernels.neural_memory.gpu_chunk import SIZE
 from pallas_kernels.neural_memory.gpu_plan import Plan
 from pallas_kernels.neural_memory.tpu_trace import Node, bound
 
-_TRANSPOSED = {((1,), (0,)): (False, False), ((1,), (1,)): (False, True), ((0,), (0,)): (True, False)}
+_TRANSPOSED = {
+    ((1,), (0,)): (False, False),
+    ((1,), (1,)): (False, True),
+    ((0,), (0,)): (True, False),
+}
 _LAYOUT = plgpu.Layout.WGMMA
 # jax 0.10 wants an index, 0.11 warns of one.
 _REQUIRED = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
@@ -36,7 +40,7 @@ class Registers:
     """How arrays come into registers and leave them, compiled or interpreted."""
 
     interpret: bool
-    zero: Any = None  # that the compiler does not know
+    fresh: Callable[[], Any] = lambda: 0  # reads a 0 that the compiler does not know
 
     def cast(self, x: jax.Array, axis: int = 0) -> jax.Array:
         """To the layout that products have; a vector is a row (axis 1) or a column (axis 0)."""
@@ -54,7 +58,7 @@ class Registers:
             return jax.lax.broadcasted_iota(jnp.int32, (SIZE, SIZE), dimension)
         found = plgpu.broadcasted_iota(jnp.int32, (SIZE, SIZE), dimension, layout=_LAYOUT)
         # Else every mask would be computed before the loop, and take 32 registers in it.
-        return found if self.zero is None else found + self.zero
+        return found + self.fresh()
 
     def rounded(self, x: jax.Array) -> jax.Array:
         """To what bfloat16 holds, in float32; XLA would take a pair of casts for nothing."""
@@ -65,10 +69,15 @@ class Registers:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A tile in shared memory, as the sum of its parts."""
+    """A tile in shared memory, as the sum of its parts; `find` says where they lie, anew each
+    time."""
 
-    parts: tuple
+    find: Callable[[], tuple]
     registers: Registers
+
+    @property
+    def parts(self) -> tuple:
+        return self.find()
 
     def load(self) -> jax.Array:
         *most, x = [self.registers.cast(p[...]).astype(jnp.float32) for p in self.parts]
@@ -86,11 +95,18 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Vector:
-    """Numbers in shared memory: a row (axis 1) or a column."""
+    """Numbers in shared memory: a row (axis 1) or a column; `find` says where they lie."""
 
-    ref: Any
+    find: Callable[[], Any]
     registers: Registers
     axis: int = 1
+
+    @property
+    def ref(self) -> Any:
+        return self.find()
+
+    def along(self, axis: int) -> "Vector":
+        return dataclasses.replace(self, axis=axis)
 
     def load(self) -> jax.Array:
         return self.registers.cast(self.ref[...], self.axis).astype(jnp.float32)
@@ -123,14 +139,14 @@ class Places(NamedTuple):
     Attributes:
         tiles: Tiles in shared memory.
         far: of tile i in device memory, by a function.
-        vectors: shared memory of vector i, `[64]`, by a function.
-        turn: shared memory `[64]`, where vectors change their layout.
+        vectors: shared memory of vector i, by a function.
+        turn: where vectors change their layout.
     """
 
     tiles: Sequence[Tile]
     far: Callable[[int], Far]
-    vectors: Callable[[int], Any]
-    turn: Any
+    vectors: Callable[[int], Vector]
+    turn: Vector
 
 
 def run(
@@ -191,8 +207,7 @@ class _Run:
             return self.places.tiles[step.place]
         if step.what in ("pull", "push"):
             return self.places.far(step.place)
-        ref = self.places.vectors(step.place)
-        return Vector(ref, self.registers, self.axis(step.value))
+        return self.places.vectors(step.place).along(self.axis(step.value))
 
     def axis(self, x: int) -> int:
         return int(self.plan.shapes[x][0] == 1)
@@ -222,7 +237,7 @@ class _Run:
             return jax.lax.broadcast_in_dim(found, (SIZE, SIZE), (self.axis(x),))
 
         def one(node: Node):
-            rows, columns, dtype = self.plan.shapes[node.output]
+            dtype = self.plan.shapes[node.output][2]
             tile = self.plan.is_tile(node.output)
             shape = (SIZE, SIZE) if tile else (SIZE,)
             if node.name == "iota":
@@ -256,8 +271,8 @@ class _Run:
         """A row as a column or the other way: written as the one, read as the other."""
         if self.registers.interpret:
             return x
-        self.places.turn[...] = x
-        return Vector(self.places.turn, self.registers, self.axis(node.output)).load()
+        self.places.turn.store(x)
+        return self.places.turn.along(self.axis(node.output)).load()
 
     def product(self, node: Node) -> jax.Array:
         (left, right), _ = node.params["dimension_numbers"]

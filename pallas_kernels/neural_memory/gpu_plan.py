@@ -41,7 +41,7 @@ class Room(NamedTuple):
     """
 
     tiles: int
-    registers: int = int(__import__("os").environ.get("NMR","3"))
+    registers: int = 3
     near: int = 3
 
 
@@ -133,8 +133,7 @@ def _again(trace: Trace, nodes: list[Node], free: dict[int, Node], outputs: tupl
     lazy: dict[int, Node] = {}
     for node in nodes:
         alone = any(
-            is_tile(x) and uses[x] == 1 and x not in lazy and x >= trace.inputs
-            for x in needs(node)
+            is_tile(x) and uses[x] == 1 and x not in lazy and x >= trace.inputs for x in needs(node)
         )
         whole = node.name in ("dot_general", "reduce_sum", "across")
         if not whole and is_tile(node.output) and not alone:
@@ -186,6 +185,7 @@ class _Planner:
         self.waiting = list(enumerate(overwrites))
         self.steps: list[Step] = []
         self.registers: list[int] = []
+        self.at_work: list[int] = []  # operands of a product that is about to be
         self.tiles, self.far, self.vectors = _Places(), _Places(), _Places()
         self.now = -1
 
@@ -204,9 +204,11 @@ class _Planner:
         for self.now, node in enumerate(self.nodes):
             needs = self.needs(node)
             if node.name == "dot_general":
+                self.at_work = needs
                 for x in needs:
-                    self.to_tile(x, needs)
+                    self.to_tile(x)
                 self.make_room(1, ())
+                self.at_work = []
             else:
                 missing = [x for x in needs if x not in self.registers]
                 self.make_room(1 + sum(map(self.is_tile, missing)), needs)
@@ -258,7 +260,9 @@ class _Planner:
             what, places = next(
                 (what, places)
                 for what, places in (
-                    ("load", self.tiles), ("pull", self.far), ("read", self.vectors)
+                    ("load", self.tiles),
+                    ("pull", self.far),
+                    ("read", self.vectors),
                 )
                 if x in places.of
             )
@@ -266,7 +270,7 @@ class _Planner:
         self.steps.append(Step(what, x, place=place))
         self.registers.append(x)
 
-    def to_tile(self, x: int, needed=()) -> None:
+    def to_tile(self, x: int) -> None:
         """To where products read it."""
         if x in self.tiles.of or self.is_input(x, ready=True):
             return
@@ -274,7 +278,7 @@ class _Planner:
             self.make_room(1, ())
             self.load(x)
         if self.tiles.is_full(self.room.tiles):
-            others = [y for y in self.tiles.of if y not in needed]
+            others = [y for y in self.tiles.of if y not in self.at_work]
             self.leave_tile(max(others, key=self.next_use), keep=x)
         self.store(x, self.tiles, "store")
 
@@ -295,7 +299,8 @@ class _Planner:
             if self.tiles.is_full(self.room.tiles):
                 # One that lies elsewhere as well leaves without being written.
                 light = [y for y in self.tiles.of if self.is_input(y) or y in self.far.of]
-                light = [y for y in light if self.next_use(y) > self.next_use(x)]
+                later = lambda y: self.next_use(y) > self.next_use(x)
+                light = [y for y in light if y not in self.at_work and later(y)]
                 if light:
                     self.tiles.free(max(light, key=self.next_use))
                     self.store(x, self.tiles, "store")

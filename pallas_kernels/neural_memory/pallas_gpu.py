@@ -37,7 +37,9 @@ def refuses(shapes, device_kind) -> str | None:
         return f"heads are {max(q.shape[3], v.shape[3])} wide; the kernel serves up to {SIZE}"
     most = SIZE * _MOST_BLOCKS
     if opening.w_in is not None and opening.w_in.shape[1] > most:
-        return f"the memory has {opening.w_in.shape[1]} hidden units; the kernel serves up to {most}"
+        return (
+            f"the memory has {opening.w_in.shape[1]} hidden units; the kernel serves up to {most}"
+        )
     if segment_ids is not None:
         return "rows are several documents (segment_ids); the kernel serves one per row"
     return None
@@ -152,5 +154,3 @@ def _gates(call: Call, shares) -> jax.Array:
     chunk = call.form.how.chunk
     rows = _fill(rows, call.n * chunk, call.h).reshape(call.b, 4, call.n, chunk, call.h)
     return jnp.transpose(_fill(rows, SIZE, call.h), (0, 4, 2, 1, 3))
-
-

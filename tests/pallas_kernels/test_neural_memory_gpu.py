@@ -1,0 +1,191 @@
+"""neural_memory's GPU kernels, interpreted, and what they are planned to do."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import neural_memory
+from pallas_kernels.core import dispatch, testing
+from pallas_kernels.core.gpu import SHARED_MEMORY
+from pallas_kernels.neural_memory import gpu_backward, gpu_block, gpu_chunk, gpu_machine, gpu_plan
+from pallas_kernels.neural_memory.arg_specs import named
+from pallas_kernels.neural_memory.memory import Rule
+from pallas_kernels.neural_memory.pallas_gpu import PallasGpuConfig
+
+LINEAR, WHOLE, CLIP, NORMALISE, DEEP = map(named, ("linear", "whole", "clip", "normalise", "deep"))
+CONFIG = PallasGpuConfig(interpret=True)
+HOW = dict(implementation="pallas_gpu", config=CONFIG)
+slow = pytest.mark.slow
+
+
+@functools.wraps(neural_memory)
+def one_document(*args, initial_state=None, segment_ids=None, **how):
+    """The operator without a state before or documents."""
+    del initial_state, segment_ids
+    return neural_memory(*args, **how)
+
+
+def small(spec, **changes):
+    return dataclasses.replace(spec, sizes={**spec.sizes, "b": 1, "h": 1, **changes})
+
+
+def test_agrees():
+    """Blocks that are chunks of 16, the last one not full."""
+    testing.check_agrees(one_document, small(LINEAR), 130, **HOW)
+
+
+@slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", [LINEAR, CLIP, NORMALISE], ids=lambda s: s.name)
+def test_agrees_for_more_memories(spec, dtype):
+    testing.check_agrees(one_document, small(spec), 20, dtype=dtype, **HOW)
+
+
+@slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_agrees_in_a_cluster(dtype):
+    """Two blocks share the hidden units."""
+    testing.check_agrees(one_document, small(WHOLE, m=100, n=100), 20, dtype=dtype, **HOW)
+
+
+@slow
+@pytest.mark.parametrize("length", [1, 70])
+def test_two_lengths_in_one_process(length):
+    testing.check_agrees(one_document, small(LINEAR), length, **HOW)
+
+
+@slow
+def test_deterministic():
+    testing.check_deterministic(one_document, small(LINEAR), 40, **HOW)
+
+
+@slow
+def test_no_races():
+    interpreter = importlib.import_module(
+        "jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call"
+    )
+    config = PallasGpuConfig(interpret="races")
+    spec = small(LINEAR)
+    testing.check_agrees(one_document, spec, 20, implementation="pallas_gpu", config=config)
+    assert not interpreter.get_races().races_found
+
+
+# --- The plan ------------------------------------------------------------------------------------
+
+
+class Place(gpu_machine.Tile):
+    """A tile or a vector, in Python."""
+
+    def __init__(self, x=None):
+        object.__setattr__(self, "x", x)
+
+    @property
+    def parts(self):
+        return (self.x,)
+
+    def load(self):
+        return self.x
+
+    def store(self, x):
+        object.__setattr__(self, "x", x)
+
+    def along(self, axis):
+        del axis
+        return self
+
+
+class Many(dict):
+    def __missing__(self, at):
+        self[at] = Place()
+        return self[at]
+
+
+@pytest.mark.parametrize("mlp, gain", [(False, False), (True, True)], ids=["linear", "whole"])
+@slow
+def test_plan_does_what_the_function_does(mlp, gain):
+    """The gradients of a block, step by step as the kernel does them, against jax.vjp's."""
+    how = Rule(64, "gelu", 1e-5, "clip", 1.0, False)
+    form = gpu_chunk.Form(how, 64, 1)
+    call = gpu_block.Call(form, CONFIG, 1, 1, 1, False, mlp, gain)
+    plan = gpu_backward.plan_of(call, gpu_plan.Room(tiles=3))
+    assert plan.tiles <= 3
+    rng = np.random.default_rng(0)
+    normal = lambda x, by=1: jnp.asarray(rng.normal(size=x.shape) * by / 8, jnp.float32)
+    share = lambda most: jnp.asarray(rng.uniform(0, most, size=(1, 64)), jnp.float32)
+    weights = [jax.tree.map(functools.partial(normal, by=by), call.weights) for by in (4, 1, 4, 4)]
+    q, k, v, dy = (normal(call.tokens.q, by) for by in (1, 1, 8, 8))
+    one = jnp.ones((1, 64))
+    tokens = gpu_chunk.Tokens(q, k, v, share(0.02), share(0.8), share(0.01), one)
+
+    def run(now, momentum, *others):
+        tokens = gpu_chunk.Tokens(*others, one)
+        return gpu_chunk.read_and_write(form, now, now, momentum, tokens)
+
+    pull = jax.vjp(run, *weights[:2], *tokens[:6])[1]
+    wanted = jax.tree.leaves(pull((dy, *weights[2:])))
+    found = [Place() for _ in wanted]
+    of_weights = len(jax.tree.leaves(weights[:2]))
+    flat = [x if x.shape[0] > 1 else x[0] for x in jax.tree.leaves((weights, tokens, dy, one))]
+    homes = list(map(Place, flat))
+
+    def give(at):
+        def store(x):
+            found[at].store(x)
+            if at < of_weights:  # the gradients of weights lie where those behind them lay
+                homes[of_weights + at].store(x)
+
+        return store
+
+    tiles = [Place() for _ in range(plan.tiles)]
+    places = gpu_machine.Places(tiles, Many().__getitem__, Many().__getitem__, Place())
+    registers = gpu_machine.Registers(True)
+    gpu_machine.run(plan, registers, homes, list(map(give, range(len(found)))), places)
+    for a, b in zip(found, wanted, strict=True):
+        b = b.reshape(a.x.shape)
+        assert float(jnp.sqrt(jnp.mean((a.x - b) ** 2) / jnp.mean(b**2))) < 1e-5
+
+
+@pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_shared_memory_is_enough(narrow, blocks):
+    """Even in the forward pass, where weights and momentum stay on chip."""
+    form = gpu_chunk.Form(Rule(64, "gelu", 1e-5, "clip", 1.0, False), 64, blocks)
+    call = gpu_block.Call(form, CONFIG, 1, 1, 1, narrow, blocks > 1, True)
+    assert call.room(4 if blocks > 1 else 2, 3) >= 3
+    assert call.room(0, 4) >= 3
+    assert call.room(0, 0) * call.parts * 8192 <= SHARED_MEMORY
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+def reason_against(names, dtype=jnp.bfloat16, kind="NVIDIA H200", chunk=64, more=None, **sizes):
+    """Why the kernels of a device do not serve a call; None = they do."""
+    sizes = dict(b=1, t=256, h=4, k=64, v=64, m=256, n=256, l=1) | sizes
+    letters = testing.letters_of(neural_memory)
+    names = (*testing.required(neural_memory), *names)
+    shape = lambda n: tuple(sizes[x] for x in letters[n])
+    arrays = [jax.ShapeDtypeStruct(shape(n), dtype) if n in names else None for n in letters]
+    with dispatch.compiling_for(kind):
+        return dispatch.explain(neural_memory, *arrays, chunk=chunk, **(more or {}))["pallas_gpu"]
+
+
+def test_what_is_refused():
+    assert reason_against(("w_in", "gamma")) is None
+    assert reason_against((), n=64) is None
+    assert "Hopper" in reason_against((), n=64, kind="NVIDIA A100-SXM4-80GB")
+    assert "has 3 layers" in reason_against(("w_in", "w_hidden"))
+    assert "heads are 128 wide" in reason_against((), k=128, v=128, n=128)
+    assert "has 1024 hidden units" in reason_against(("w_in",), m=1024, n=1024)
+    assert "chunk is 128" in reason_against((), n=64, chunk=128)
+    assert "float16" in reason_against((), jnp.float16, n=64)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    assert "segment_ids" in reason_against((), n=64, more=dict(segment_ids=ids))
+    case = testing.draw_case(neural_memory, LINEAR, 3)
+    with pytest.raises(NotImplementedError, match="a state came with the call"):
+        neural_memory(**case.arrays, **LINEAR.options, initial_state=case.state, **HOW)
