@@ -11,6 +11,8 @@ from pallas_kernels.core.gpu_parts import named, only, sigmoid, vectors
 from pallas_kernels.short_conv import gpu_parts as parts
 from pallas_kernels.short_conv.gpu_parts import F32, HALO, SLOTS, How, Refs, Rows, Tokens
 
+INPUTS = 3  # tiles of x and dy: one is worked on, the one before it is there, one arrives
+
 
 def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     """The kernel's call.
@@ -35,13 +37,12 @@ def backward(arrays: dict[str, jax.Array], how: How) -> dict[str, jax.Array]:
     )
     more = kept if "rows" in arrays else 0
     own = {
-        **parts.prefixed("", parts.buffers(arrays, how.tile, slots=SLOTS, dy=True)),
-        **parts.prefixed("halo_", parts.buffers(arrays, HALO, slots=SLOTS)),
+        **parts.buffers(arrays, how.tile, slots=INPUTS + 1, dy=True),
         **parts.prefixed("after_", parts.buffers(arrays, HALO, dy=True)),
         **dict(channels=vectors(how.taps + 1), before=vectors(kept), g=vectors(how.tile)),
         "dx": vectors(SLOTS, how.tile, dtype=x.dtype),
-        "arrived": plgpu.Barrier(num_arrivals=3 + 2 * how.documents, num_barriers=SLOTS),
-        "begun": plgpu.Barrier(num_arrivals=4 + how.documents + 2 * bool(more)),
+        "arrived": plgpu.Barrier(num_arrivals=2 + how.documents, num_barriers=INPUTS),
+        "begun": plgpu.Barrier(num_arrivals=5 + 2 * how.documents + 2 * bool(more)),
     }
     if more:
         own |= dict(rows=vectors(more), at=plgpu.SMEM((parts.INTS,), jnp.int32))
@@ -67,10 +68,8 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
     first_of = lambda s: start + (steps - 1 - s) * tile
 
     def load(s, slot):
-        first, barrier = first_of(s), own["arrived"].at[slot]
-        parts.load(ins, parts.tokens(own, "", slot), place(first, tile), barrier)
-        halo = parts.tokens(own, "halo_", slot)
-        parts.load(ins, halo, place(lax.max(first - HALO, 0), HALO), barrier)
+        tokens = parts.tokens(own, "", slot)
+        parts.load(ins, tokens, place(first_of(s), tile), own["arrived"].at[slot])
 
     plgpu.copy_gmem_to_smem(ins["channels"].at[:, here], own["channels"], own["begun"])
     plgpu.copy_gmem_to_smem(ins["before"].at[row, :, here], own["before"], own["begun"])
@@ -80,7 +79,10 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
     after = parts.tokens(own, "after_")
     there_is = lax.min(end, stretches * how.stretch - HALO)  # at the end: anything, not used
     parts.load(ins, after, place(there_is, HALO), own["begun"])
-    for s in range(min(SLOTS, steps)):
+    # The tokens before the stretch lie as if they ended a tile.
+    halo = parts.ending(own, INPUTS, tile)
+    parts.load(ins, halo, place(lax.max(start - HALO, 0), HALO), own["begun"])
+    for s in range(min(INPUTS, steps)):
         load(s, s)
     plgpu.barrier_wait(own["begun"])
     plgpu.barrier_wait(own["arrived"].at[0])
@@ -97,18 +99,19 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
 
     def step(s, carry):
         later, sums = carry
-        slot, first = lax.rem(s, SLOTS), first_of(s)
+        slot, out, first = lax.rem(s, INPUTS), lax.rem(s, SLOTS), first_of(s)
+        following = lax.rem(s + 1, INPUTS)
+        pl.when(s + 1 < steps)(lambda: plgpu.barrier_wait(own["arrived"].at[following]))
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)  # this slot's results are out
-        tokens, halo = parts.tokens(own, "", slot), parts.tokens(own, "halo_", slot)
+        halo = parts.ending(own, lax.select(s + 1 < steps, following, INPUTS), tile)
         rows = parts.where_first(first, before, parts.passed(how, halo, HALO, before))
+        tokens = parts.tokens(own, "", slot)
         sums = _gradients(own, tokens, tile, rows, weights, sums, how)
-        later = _back(own, tokens, tile, later, weights, own["dx"].at[slot], how)
-        _add(own, slot, first, how)
+        later = _back(own, tokens, tile, later, weights, own["dx"].at[out], how)
+        _add(own, out, first, how)
         plgpu.commit_smem()  # all have read this slot and written their results
-        plgpu.copy_smem_to_gmem(own["dx"].at[slot], outs["x"].at[place(first, tile)])
-        pl.when(s + SLOTS < steps)(lambda: load(s + SLOTS, slot))
-        following = own["arrived"].at[lax.rem(s + 1, SLOTS)]
-        pl.when(s + 1 < steps)(lambda: plgpu.barrier_wait(following))
+        plgpu.copy_smem_to_gmem(own["dx"].at[out], outs["x"].at[place(first, tile)])
+        pl.when(s + INPUTS < steps)(lambda: load(s + INPUTS, slot))
         return later, sums
 
     later, sums = lax.fori_loop(0, steps, step, (later, sums))

@@ -32,7 +32,7 @@ class PallasGpuConfig(gpu.GpuConfig):
             backward after them. A sequence is padded to whole stretches.
     """
 
-    tile: int = 32
+    tile: int = 16
     stretch: int = _STRETCH
 
     def __post_init__(self):
@@ -49,7 +49,7 @@ class PallasGpuConfig(gpu.GpuConfig):
     ) -> "PallasGpuConfig":
         """Stretches of 128 tokens, longer where blocks are many, shorter where padding is much."""
         t, blocks = sizes["t"], sizes["b"] * (_round_up(sizes["e"], gpu.WARPGROUP) // 128)
-        tile = _TILES[-1] if t > _TILES[0] else _TILES[0]
+        tile = _TILES[0]
         fits = lambda x: x % tile == 0 and _round_up(t, x) <= t + t // 16
         stretch = next((x for x in (_STRETCH, _STRETCH // 2) if fits(x)), tile)
         while stretch < 1024 and blocks * t >= 2 * stretch * _BLOCKS and fits(2 * stretch):

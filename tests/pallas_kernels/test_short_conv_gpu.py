@@ -86,7 +86,10 @@ def test_deterministic():
 
 @slow
 def test_configs():
-    configs = (PallasGpuConfig(interpret=True), PallasGpuConfig(interpret=True, tile=16))
+    configs = (
+        PallasGpuConfig(interpret=True, stretch=48),
+        PallasGpuConfig(interpret=True, tile=32),
+    )
     testing.check_configs(short_conv, WHOLE, 70, configs, implementation="pallas_gpu")
 
 
@@ -129,8 +132,8 @@ def test_without_races():
 def test_stretches_follow_from_sizes():
     of = lambda b, t, e: PallasGpuConfig.heuristic(dict(b=b, t=t, e=e, w=4))
     cut = [(of(*x).tile, of(*x).stretch) for x in ((1, 2048, 1536), (8, 2048, 2048), (1, 320, 64))]
-    assert cut == [(32, 128), (32, 256), (32, 64)]
-    assert [of(1, t, 64).stretch for t in (1, 130)] == [16, 32]
+    assert cut == [(16, 128), (16, 256), (16, 64)]
+    assert [of(1, t, 64).stretch for t in (1, 150)] == [16, 16]
 
 
 def test_refuses():
@@ -148,7 +151,7 @@ def test_refuses():
     "keywords, message",
     [
         (dict(tile=64), "tile is 64; it must be 16 or 32"),
-        (dict(stretch=48), "stretch is 48; it must be a multiple of tile=32"),
+        (dict(stretch=40), "stretch is 40; it must be a multiple of tile=16"),
     ],
 )
 def test_bad_configs(keywords, message):
