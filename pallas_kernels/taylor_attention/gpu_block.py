@@ -59,6 +59,10 @@ class Block(NamedTuple):
     widths: Widths
     how: How
 
+    def fresh(self) -> "Block":
+        """With a zero that is read here; see Warpgroup."""
+        return self._replace(unit=self.unit.fresh(self.at["order_s"][self.tile, 0]))
+
     @property
     def least(self) -> int:
         """The last warpgroup, which has the least features and makes up for it."""
@@ -67,7 +71,7 @@ class Block(NamedTuple):
 
 def warpgroup(widths: Widths, dtype: Any, how: How) -> Warpgroup:
     """For the bodies of a call with values of this dtype."""
-    return Warpgroup(how.config, parts_of(dtype), wide=32 if widths.columns <= 96 else 16)
+    return Warpgroup(how.config, parts_of(dtype))
 
 
 def block_buffers(widths: Widths, n_parts: int) -> dict[str, Any]:
@@ -177,21 +181,21 @@ def walk(block: Block, state: str, after: str, factor: str, one_chunk: Callable)
             features, and the state before.
     """
     at, tile, plain = block.at, block.tile, block.unit
-    here = (block.row, block.head, tile)
+    place = (block.row, block.head, tile)
     first = plain.zeros(block.widths.columns)
     if state in at:
-        first = plain.read(at[state].at[here])
+        first = plain.read(at[state].at[place])
     lower(block, first, factor)
 
     def step(i, now):
         buffers = block.streams.wait(i)
-        unit = plain.fresh(at["order_s"][tile, 0])
-        seen = Seen(unit, at["order_s"].at[tile], buffers.get("places"))
-        return one_chunk(i, block._replace(unit=unit), buffers, seen, now)
+        here = block.fresh()
+        seen = Seen(here.unit, at["order_s"].at[tile], buffers.get("places"))
+        return one_chunk(i, here, buffers, seen, now)
 
     last = jax.lax.fori_loop(0, block.streams.steps, step, first)
     if after in at:
-        at[after][here] = last
+        at[after][place] = last
 
 
 def features_of(block: Block, factor: str) -> Features:

@@ -105,8 +105,8 @@ def _body(block: Block) -> None:
 
 def _one_chunk(i, block: Block, arrays, seen: Seen, dstate):
     at, unit, tile = block.at, block.unit, block.tile
-    there = seen.rows(VALID, KEY)
-    q, k = (unit.split(only(there, unit.load(arrays[name]))) for name in "qk")
+    load = lambda name: unit.split(only(seen.rows(VALID, KEY), unit.load(arrays[name])))
+    q = load("q")
     pl.when(tile == 0)(functools.partial(write_values, block, arrays["v"], seen))
     second = min(1, block.least)
     pl.when(tile == second)(functools.partial(_write_sums_gradient, block, arrays, seen))
@@ -115,15 +115,18 @@ def _one_chunk(i, block: Block, arrays, seen: Seen, dstate):
     features.write(at["m"].at[tile], q, functools.partial(seen.rows, HEAD), factor=True)
     everyone(at["ready"])
 
+    dstate = update(block, dstate, "do1", seen)
+
     def dm(cut: slice) -> jax.Array:
+        unit = block.fresh().unit
         states = unit.parts(at["state_low"], tile, rows=cut)
         found = unit.product(unit.wide, unit.parts(at["v1"]), states, turn_b=True)
         return only(seen.rows(TAIL, unit.wide), found)
 
+    k = load("k")
     dk = features.pull(k, dm)
     pairs = functools.partial(_pairs, block, k, seen)
     at["part"][tile] = jax.lax.cond(tile == block.least, pairs, lambda dk: dk, dk)
-    dstate = update(block, dstate, "do1", seen)
     # Features of keys take the place of those of queries, which only this warpgroup reads.
     features.write(at["m"].at[tile], k, functools.partial(seen.rows, TAIL))
     everyone(at["between"])
@@ -143,8 +146,9 @@ def _one_chunk(i, block: Block, arrays, seen: Seen, dstate):
 
 def _pairs(block: Block, k, seen: Seen, dk):
     """dk with what the pairs of a chunk give to it; and their weights. Keys' tokens are rows."""
-    at, unit, scale = block.at, block.unit, block.how.scale
-    for cut in unit.cuts:
+    at, scale = block.at, block.how.scale
+    for cut in block.unit.cuts:
+        unit = block.fresh().unit
         mask = seen.pairs(cut, turned=True)
         queries = unit.parts(at["q_low"], rows=cut)
         r = unit.product(unit.wide, k, queries, turn_b=True)

@@ -100,6 +100,7 @@ def _one_chunk(i, block: Block, arrays, seen: Seen, state):
     everyone(at["ready"])
 
     def dm(cut: slice) -> jax.Array:
+        unit = block.fresh().unit
         states = unit.parts(at["state_low"], tile, rows=cut)
         found = unit.product(unit.wide, unit.parts(at["do1"]), states, turn_b=True)
         return only(seen.rows(HEAD, unit.wide), found)
@@ -122,8 +123,9 @@ def _one_chunk(i, block: Block, arrays, seen: Seen, state):
 
 def _pairs(block: Block, q, seen: Seen, dq):
     """dq with what the pairs of a chunk give to it."""
-    at, unit, scale = block.at, block.unit, block.how.scale
-    for cut in unit.cuts:
+    at, scale = block.at, block.how.scale
+    for cut in block.unit.cuts:
+        unit = block.fresh().unit
         keys = unit.parts(at["k_low"], rows=cut)
         r = unit.product(unit.wide, q, keys, turn_b=True)
         v1 = unit.parts(at["v1"], rows=cut)
