@@ -159,9 +159,9 @@ def _again(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
         for j in range(some):
             n = i * some + j
             rates, h = parts.row(how, own["channels"], n), parts.row(how, own["before"], k, n)
+            Bs = parts.scalars(own, slot, n, first, group)
             for g in range(group):
-                h = parts.decay(ds[g], rates, forgets[g]) * h
-                h = h + dus[g] * own["along"][slot, n, first + g]
+                h = parts.decay(ds[g], rates, forgets[g]) * h + dus[g] * Bs[g]
             own["before"][k + 1, n] = h
 
     each(how.n // some, states)
@@ -217,8 +217,7 @@ def _states(own: Refs, slot: jax.Array, k: jax.Array, of_tokens: tuple, how: How
             n = i * some + j
             rates, h = parts.row(how, own["channels"], n), parts.row(how, own["before"], k, n)
             lam, dA = (parts.row(how, own[x], n) for x in ("lam", "A"))
-            Bs = [own["along"][slot, n, first + g] for g in range(group)]
-            Cs = [own["along"][slot, how.n + n, first + g] for g in range(group)]
+            Bs, Cs = (parts.scalars(own, slot, i, first, group) for i in (n, how.n + n))
             decays, kept = [], []
             for g in range(group):
                 decays.append(parts.decay(ds[g], rates, forgets[g]))

@@ -123,12 +123,10 @@ def _group(own: Refs, slot: jax.Array, k: jax.Array, how: How) -> None:
         for j in range(at_a_time):
             n = i * at_a_time + j
             rates, h = (parts.row(how, own[x], n) for x in ("channels", "h"))
+            Bs, Cs = (parts.scalars(own, slot, i, first, group) for i in (n, how.n + n))
             for g, x in enumerate(tokens):
-                h = (
-                    parts.decay(x.d, rates, forgets[g]) * h
-                    + dus[g] * own["along"][slot, n, first + g]
-                )
-                ys[g] = ys[g] + h * own["along"][slot, how.n + n, first + g]
+                h = parts.decay(x.d, rates, forgets[g]) * h + dus[g] * Bs[g]
+                ys[g] = ys[g] + h * Cs[g]
             own["h"][n] = h
         return tuple(ys)
 

@@ -123,7 +123,12 @@ def forgets(own: Refs, slot: Any, first: Any, group: int, how: How) -> list:
     """
     if not how.documents:
         return [None] * group
-    return [own["along"][slot, how.reset, first + g] for g in range(group)]
+    return scalars(own, slot, how.reset, first, group)
+
+
+def scalars(own: Refs, slot: Any, line: Any, first: Any, group: int) -> list:
+    """A group of tokens of a row of B, C: read together, so that four come at a time."""
+    return [own["along"][slot, line, first + g] for g in range(group)]
 
 
 def decay(d: jax.Array, rates: jax.Array, forget: jax.Array | None) -> jax.Array:

@@ -122,9 +122,10 @@ def _group(own: Refs, slot: jax.Array, first: jax.Array, how: How, reverse: bool
         for j in range(at_a_time):
             n = i * at_a_time + j
             rates, h = (parts.row(how, own[x], n) for x in ("channels", "h"))
+            scalars = parts.scalars(own, slot, how.n + n if reverse else n, first, group)
             for g in order:
                 decay = parts.decay(ds[g], rates, forgets[g])
-                by = inputs[g] * own["along"][slot, how.n + n if reverse else n, first + g]
+                by = inputs[g] * scalars[g]
                 h = decay * (h + by) if reverse else decay * h + by
             own["h"][n] = h
 
