@@ -65,6 +65,15 @@ def _backward_kernel(refs, walk: Walk, config):
     names = [name for name in ("sees_behind", "sees_ahead") if name in refs]
     zeros = lambda n: (lines.zero,) * n
 
+    def finished(start: int, stop: int, begun, dx_s) -> int:
+        """Stores rows start ... stop - 1 of the chunk before; gives where the next time begins."""
+        stop = max(start, min(stop, r))
+        for i in range(start, stop):
+            dx_s[i] = begun[i].astype(dx_s.dtype)
+            if walk.past:
+                refs["dpast_s"][i] = begun[i]
+        return stop
+
     def phase(index, sums):
         at = place(index)
         first = at.part * walk.chunks
@@ -78,10 +87,15 @@ def _backward_kernel(refs, walk: Walk, config):
                 there = lines.every(first + c < every)
                 new = [lines.only(there, row) for row in new]
             values += new
-            old = list(sums)
+            old, dx_s = list(sums), refs["dx_s"].at[lax.rem(c, 2)]
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             in_row = lines.every((first + chunk < every) & (first + chunk >= 0))
             begun += zeros(r)  # by rows: the chunk before, this one, and as far as taps look ahead
+            # Rows are stored as soon as they are finished: were all at the end, the compiler would
+            # fetch what all rows see at the beginning, into more registers than there are.
+            stored = 0
             for i in range(r):
+                stored = finished(stored, i + r - walk.behind, begun, dx_s)
                 dy = lines.of(dy_s[i]).astype(jnp.float32)
                 seen = seen_by(sights, i, walk, lines)
                 dy = lines.only(seen[walk.ahead], lines.only(in_row, dy))
@@ -99,13 +113,7 @@ def _backward_kernel(refs, walk: Walk, config):
             if walk.parts > 1:  # of the only part all is: what lies outside of it is 0
                 own = lines.every((chunk >= 0) & (chunk < walk.chunks))
                 sums = [lax.select(own, new, same) for new, same in zip(sums, old, strict=True)]
-            dx_s = refs["dx_s"].at[lax.rem(c, 2)]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            for i in range(r):
-                dx_s[i] = begun[i].astype(dx_s.dtype)
-            if walk.past:
-                for i in range(r):
-                    refs["dpast_s"][i] = begun[i]
+            finished(stored, r, begun, dx_s)
             plgpu.commit_smem()
 
             @pl.when(chunk > 0)
