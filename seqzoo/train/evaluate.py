@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from seqzoo.data import pipeline
-from seqzoo.data.source import Split
+from seqzoo.data.source import Batch, Split
 from seqzoo.train import mesh as meshes
 from seqzoo.train import programs
 from seqzoo.train.metrics_log import Totals, add
@@ -52,17 +52,7 @@ def evaluate(
     rows = batch_size or trainer.eval_batch_size or run.microbatch
     meshes.check_batch(rows, spec.mesh, spec.rules, "trainer.eval_batch_size")
     sharding = meshes.batch_sharding(spec.mesh, spec.rules)
-    part = meshes.feed(spec.mesh, spec.rules)
-    stream = pipeline.eval_batches(
-        run.data,
-        split,
-        batch_size=rows,
-        max_samples=max_samples,
-        process_index=part.index,
-        process_count=part.count,
-        workers=trainer.workers,
-        prefetch=trainer.prefetch,
-    )
+    stream = eval_stream(run, split, rows, max_samples)
     pending: list[dict[str, tuple[Any, Any]]] = []
     totals: Totals = {}
     try:
@@ -88,6 +78,23 @@ def evaluate(
     finally:
         stream.close()
     return run.task.finish(totals)
+
+
+def eval_stream(
+    run: Setup, split: Split, rows: int, max_samples: int | None
+) -> pipeline.Stream[Batch]:
+    """The batches of a split that this process counts."""
+    part = meshes.feed(run.spec.mesh, run.spec.rules)
+    return pipeline.eval_batches(
+        run.data,
+        split,
+        batch_size=rows,
+        max_samples=max_samples,
+        process_index=part.index,
+        process_count=part.count,
+        workers=run.trainer.workers,
+        prefetch=run.trainer.prefetch,
+    )
 
 
 def _fetched(sums: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:

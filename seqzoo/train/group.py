@@ -18,10 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from seqzoo.allocator import keep_freed_memory
 from seqzoo.data import pipeline
-from seqzoo.data.source import Batch
+from seqzoo.data.source import Batch, Split
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted
 from seqzoo.train import branch as branches
 from seqzoo.train import checkpoint, loop, precision, processes, programs, stacked
+from seqzoo.train.evaluate_group import evaluate_group
 from seqzoo.train.folder import RunFolder, read_status
 from seqzoo.train.hooks import Hook, make_hooks
 from seqzoo.train.hooks.progress import Progress
@@ -198,6 +199,11 @@ class Member(Session):
             hook.before_step(self.step, None)
         return next(self._stream)[1]
 
+    def _values(self, split: Split, weights: Any, rest: Any) -> dict[str, float]:
+        if split == "valid" and self.group.by == "vmap":  # by map nothing is gained together
+            return self.group.evaluated(self)
+        return super()._values(split, weights, rest)
+
     def _stream_from(self, start: int, stop: int) -> Any:
         return self.group.feed(self.run).reader(start)
 
@@ -214,6 +220,8 @@ class Group:
 
     Attributes:
         states: of all places.
+        by: how they are carried.
+        pauses: time that belongs to no step of any of them.
     """
 
     def __init__(
@@ -226,7 +234,8 @@ class Group:
     ):
         self.stop, self.pauses = stop, Pauses()
         self.states = stacked.empty(run.spec, n)()
-        self._run, self._n, self._ended = run, n, ended
+        self.by, self._run, self._n, self._ended = by, run, n, ended
+        self._valid: dict[tuple[int, int], dict[str, float]] = {}
         self._step = stacked.group_step(run.spec, by)
         self._programs: dict[Shapes, programs.Program] = {}
         self._whole = NamedSharding(run.spec.mesh, PartitionSpec())
@@ -269,6 +278,23 @@ class Group:
     def put(self, place: int, state: TrainState) -> None:
         """Lays a state into its place."""
         self.states = stacked.put(self.states, state, np.int32(place))
+
+    def evaluated(self, member: Member) -> dict[str, float]:
+        """What the valid split gives a member: asked by the first, counted for all that will."""
+        place = (member.step, member.place)
+        if place not in self._valid:
+            asking = [m for m in self._there() if m.step == member.step and m.must_evaluate]
+            states = self.states
+            found = evaluate_group(
+                {one.place: one.run for one in asking},
+                states.params if states.ema is None else states.ema,
+                states.rest,
+                n=self._n,
+                say=self.say,
+                interrupt=lambda: self.stop.received is not None,
+            )
+            self._valid = {(member.step, one): values for one, values in found.items()}
+        return self._valid.pop(place)
 
     def feed(self, run: Setup) -> "Feed":
         """Where a run reads; those that read the same share it."""

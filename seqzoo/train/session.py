@@ -379,23 +379,26 @@ class Session:
     def _evaluate(self, split: Split, weights: Any, rest: Any) -> dict[str, float]:
         self.drain()
         assert self._log is not None
-        trainer = self.run.trainer
         self.folder.phase("eval", self.step)
         with self._timing.paused():
-            values = evaluate(
-                self.run,
-                weights,
-                rest,
-                split,
-                max_samples=trainer.eval_samples if split == "valid" else trainer.test_samples,
-                say=self.say,
-                interrupt=lambda batch: self.stop.agree(batch)[0],
-            )
+            values = self._values(split, weights, rest)
         self._log.write(self.step, split, values)
         for hook in self._hooks:
             hook.evaluated(self.step, split, values)
         self.folder.phase("train", self.step)
         return values
+
+    def _values(self, split: Split, weights: Any, rest: Any) -> dict[str, float]:
+        trainer = self.run.trainer
+        return evaluate(
+            self.run,
+            weights,
+            rest,
+            split,
+            max_samples=trainer.eval_samples if split == "valid" else trainer.test_samples,
+            say=self.say,
+            interrupt=lambda batch: self.stop.agree(batch)[0],
+        )
 
 
 def stream_of(run: Setup, start: int, stop: int | None) -> pipeline.Stream:

@@ -121,7 +121,7 @@ def setup(
     meshes.check_length(data.seq_len, mesh, rules, "data.seq_len")
     if trainer.eval_chunk_length is not None:
         meshes.check_length(trainer.eval_chunk_length, mesh, rules, "trainer.eval_chunk_length")
-    structure = structure_of(functools.partial(build, config["model"]))
+    structure = _structure(json.dumps(config["model"], sort_keys=True))
     decayed = decayed_paths(structure)
     state = _abstract_state(
         structure, optimizer, decayed, trainer.ema_decay is not None, mesh, rules
@@ -149,6 +149,12 @@ def setup(
         structure=structure,
         spec=spec,
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(model_json: str) -> Structure:
+    """Runs of a sweep share it: building a model takes a while, even an abstract one."""
+    return structure_of(functools.partial(build, json.loads(model_json)))
 
 
 def check_data(run: Setup) -> None:
