@@ -53,10 +53,14 @@ SPECS = (
         dilations=(1, 16, 256),
         w=16,
         sizes=dict(b=2, t=8192, e=512),
-        tags={"tpu", "primary"},
+        tags={"tpu", "gpu", "primary"},
     ),
     spec(
-        "tcnca_131k", dilations=(1, 16, 256), w=16, sizes=dict(b=1, t=131_072, e=128), tags={"tpu"}
+        "tcnca_131k",
+        dilations=(1, 16, 256),
+        w=16,
+        sizes=dict(b=1, t=131_072, e=128),
+        tags={"tpu", "gpu"},
     ),
     # A symmetric stack of LRA's text: 17 taps.
     spec(
@@ -64,7 +68,7 @@ SPECS = (
         dilations=(1, 17, 289),
         w=17,
         sizes=dict(b=2, t=4096, e=128),
-        tags={"tpu"},
+        tags={"tpu", "gpu"},
         symmetric=True,
     ),
     spec("issue", dilations=(1, 16, 256), w=16, sizes=dict(b=1, t=16_384, e=128), tags={"bench"}),
