@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.core import gpu_parts
 from pallas_kernels.neural_memory import gpu_block, gpu_chunk, gpu_machine, gpu_plan
 from pallas_kernels.neural_memory.gpu_block import Block, Call
-from pallas_kernels.neural_memory.gpu_chunk import SIZE, Tokens
+from pallas_kernels.neural_memory.gpu_chunk import Tokens
+from pallas_kernels.neural_memory.gpu_tiles import SIZE
 
 TOKENS = 4  # q, k, v, dy
 
@@ -35,7 +36,7 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
         # Each block of a cluster has a share of it.
         dgamma=new((call.b, call.h, 2, blocks, SIZE), f32) if call.gain else None,
         dtokens=tuple(new(x.shape, x.dtype) for x in tokens),
-        dgates=new((call.b, call.h, call.n, 3, SIZE), f32),
+        dgates=new((call.b, call.h, blocks, call.n, 3, SIZE), f32),
         far=new((call.b, call.h, blocks, plan.far, SIZE, SIZE), f32) if plan.far else None,
     )
     found = gpu_block.start(
@@ -50,7 +51,7 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
     if call.gain:
         dgamma = jnp.sum(found["dgamma"], axis=3)
         dcarry = tuple(x._replace(gamma=dgamma[:, :, i]) for i, x in enumerate(dcarry))
-    return dcarry, found["dtokens"], found["dgates"]
+    return dcarry, found["dtokens"], jnp.sum(found["dgates"], axis=2)
 
 
 def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
@@ -64,7 +65,8 @@ def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
         # Blocks of a cluster add up: what all of them have, one of them answers for.
         dy = dy if form.blocks == 1 else dy * first
         dnow, dmomentum, *others = pull((dy, dnow, dmomentum))
-        return dnow, dmomentum, *(gpu_chunk.across(form, x) for x in others)
+        dtokens = (gpu_chunk.across(form, x) for x in others[:3])
+        return dnow, dmomentum, *dtokens, *others[3:]
 
     weights, each = call.weights, len(jax.tree.leaves(call.weights))
     # Weights and their gradients lie in device memory, vectors and bfloat16 tokens on chip.
@@ -110,7 +112,8 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         of = gradients()
         here = (block.b, pl.ds(i * SIZE, SIZE), block.h)
         outputs = [block.once(ref.at[here]) for ref in results["dtokens"]]
-        outputs += [block.once(results["dgates"].at[block.b, block.h, i, r]) for r in range(3)]
+        shares_to = results["dgates"].at[block.b, block.h, block.j, i]
+        outputs += [gpu_machine.Far(shares_to.at[r], block.registers) for r in range(3)]
         gpu_machine.run(
             plan,
             block.registers,

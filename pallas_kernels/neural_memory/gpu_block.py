@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.gpu import SHARED_MEMORY, GpuConfig, kernel_call
-from pallas_kernels.neural_memory.gpu_chunk import SIZE, Form, Tokens
+from pallas_kernels.neural_memory.gpu_chunk import Form, Tokens
 from pallas_kernels.neural_memory.gpu_machine import (
     Far,
     Places,
@@ -18,6 +18,7 @@ from pallas_kernels.neural_memory.gpu_machine import (
     tile_type,
 )
 from pallas_kernels.neural_memory.gpu_plan import Plan
+from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.memory import Weights
 
 _PART = SIZE * SIZE * 2  # bytes of a part of a tile
@@ -114,7 +115,6 @@ def scratch(call: Call, plan: Plan, tokens: int, states: int = 0) -> dict[str, A
     if call.form.blocks > 1:
         found |= dict(
             tile=plgpu.SMEM((*lead, SIZE, SIZE), jnp.float32, transforms=() if lead else _FLOAT),
-            row=plgpu.SMEM((*lead, 1, SIZE), jnp.float32),
             full=_meeting(call, lead),
             empty=_meeting(call, lead),
         )
@@ -299,16 +299,19 @@ class Block:
 
     def across(self, x: jax.Array, axis: int) -> jax.Array:
         """The sum over the blocks of a cluster, in the same order in each of them."""
-        ref = self.memory["tile" if x.ndim == 2 else "row"]
-        at = (lambda ref: ref) if x.ndim == 2 else (lambda ref: ref.at[0])
+        if x.ndim == 1:  # a column; others' memory is read by tiles
+            assert axis == 0
+            found = self.across(jax.lax.broadcast_in_dim(x, (SIZE, SIZE), (0,)), 0)
+            return jnp.sum(found, axis=1) * (1 / SIZE)
+        ref = self.memory["tile"]
         plgpu.barrier_wait(self.memory["empty"])
-        at(self.mine(ref))[...] = x
+        self.mine(ref)[...] = x
         plgpu.barrier_arrive(self.memory["full"])
         plgpu.barrier_wait(self.memory["full"])
         found = None
         for j in range(self.blocks):
             peer = ref.at[j] if self.emulated else plgpu.cluster_ref(ref, {"j": jnp.int32(j)})
-            share = self.registers.cast(at(peer)[...], axis)
+            share = self.registers.cast(peer[...])
             found = share if found is None else found + share
         plgpu.barrier_arrive(self.memory["empty"])
         return found

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.core import gpu_parts
 from pallas_kernels.neural_memory import gpu_block, gpu_chunk, gpu_machine, gpu_plan
 from pallas_kernels.neural_memory.gpu_block import Block, Call
-from pallas_kernels.neural_memory.gpu_chunk import SIZE
+from pallas_kernels.neural_memory.gpu_tiles import SIZE
 
 TOKENS = 3  # q, k, v
 

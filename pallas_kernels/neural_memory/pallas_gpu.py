@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels.core.gpu import GpuConfig, refuses_device, refuses_dtypes
 from pallas_kernels.neural_memory import gpu_backward, gpu_forward
 from pallas_kernels.neural_memory.gpu_block import Call
-from pallas_kernels.neural_memory.gpu_chunk import SIZE, Form
+from pallas_kernels.neural_memory.gpu_chunk import Form
+from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.memory import Weights
 
 _MOST_BLOCKS = 8  # of a cluster that any Hopper starts
