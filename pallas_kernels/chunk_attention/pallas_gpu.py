@@ -5,6 +5,7 @@ adds in no fixed order: its gradients differ in their last digits from run to ru
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pallas_kernels.core import gpu
 
 library = "cuDNN"
 WIDEST = 256  # keys of a head, on Hopper
-_IMPLEMENTATION = "cudnn"
+_IMPLEMENTATION: Literal["cudnn", "xla"] = "cudnn"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
 from pallas_kernels.core.gpu_parts import layout_cast, read
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.long_conv import gpu_stages
 from pallas_kernels.long_conv.gpu_plan import ROWS, WARPGROUPS, Plan, waves
 from pallas_kernels.long_conv.gpu_stages import BF16, WGMMA, Shared, meet, warpgroup
@@ -85,11 +86,10 @@ def _ahead(columns: slice, plan: Plan):
 
 
 def _spectra(*refs, plan: Plan, two_sided: bool, skipped: bool):
-    refs = list(refs)
-    take = lambda there=True: refs.pop(0) if there else None
-    kernel, reverse, skip = take(), take(two_sided), take(skipped)
-    first, last, second, odd, out = (take() for _ in range(5))
-    shared = Shared(*refs)
+    rest = Refs(refs)
+    kernel, reverse, skip = rest.take(), rest.take(two_sided), rest.take(skipped)
+    first, last, second, odd, out = rest.several(5)
+    shared = Shared(*rest.several(len(Shared._fields)))
     e, w = jax.lax.axis_index("channel"), warpgroup()
     gpu_stages.fetch_waves(first, last, second, shared, plan)
     meet(shared)

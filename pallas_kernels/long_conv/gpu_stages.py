@@ -81,11 +81,12 @@ def fetch_waves(first, last, second, refs: Shared, plan: Plan) -> None:
 
 def lines(plan: Plan) -> Any:
     """A layout of `[64 tile]` in which a warp has whole lines: no two threads want one bank."""
+    cut: tuple[tuple[int, ...], ...] = ((4, 32), (1,))
+    warps = -3
+    lanes: tuple[int, ...] = (-2,)
     if plan.tile == 16:
-        cut, warps, lanes = ((8, 16), (2, 16), (1,)), (-5,), (-3, -2)
-    else:
-        cut, warps, lanes = ((4, 32), (1,)), (-3,), (-2,)
-    return plgpu.Layout.TILED(plgpu.Tiling(cut), warp_dims=warps, lane_dims=lanes, vector_dim=-1)
+        cut, warps, lanes = ((8, 16), (2, 16), (1,)), -5, (-3, -2)
+    return plgpu.Layout.TILED(plgpu.Tiling(cut), warp_dims=(warps,), lane_dims=lanes, vector_dim=-1)
 
 
 def blocks(plan: Plan, width: int) -> list[slice]:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
 from pallas_kernels.core.gpu_parts import each, layout_cast, read
+from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.long_conv import gpu_stages
 from pallas_kernels.long_conv.gpu_plan import ROWS, WARPGROUPS, Plan, waves
 from pallas_kernels.long_conv.gpu_stages import BF16, WGMMA, Shared, meet, warpgroup
@@ -106,15 +107,15 @@ class _Tokens(NamedTuple):
 
 
 def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
-    refs = list(refs)
-    take = lambda there=True: refs.pop(0) if there else None
+    rest = Refs(refs)
+    take = rest.take
     x, gate, spectrum, bias = take(), take(work.gated), take(), take(work.bias)
     pair = take(work.pair)
     gates_in = [take(there) for there in gates]
-    first, last, second, odd = (take() for _ in range(4))
+    first, last, second, odd = rest.several(4)
     outputs = [take() for _ in gates]
     kept, gradient = take(work.keep), take(work.pair)
-    shared = Shared(*(take() for _ in Shared._fields))
+    shared = Shared(*rest.several(len(Shared._fields)))
     channels = pl.ds(jax.lax.axis_index("channels") * plan.channels, plan.channels)
     tokens = _Tokens(take(), take(), jax.lax.axis_index("batch"), channels)
 
@@ -143,8 +144,7 @@ def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
         if work.pair:
             mine = [gpu_stages.narrow(*spectrum_of(at)) for at in columns]
             meet(shared)  # the plane was read: there is room in it
-            rest = mine[1:]
-            for i, part in enumerate(rest and rest[0]):
+            for i, part in enumerate(mine[1] if len(mine) > 1 else ()):
                 tokens.planes[c, :, _spare(2 * w + i, plan)] = part
             for block in gpu_stages.blocks(plan, plan.width):
                 _other(pair.at[tokens.row, e, :, block], operand.at[:, block], plan)
