@@ -20,6 +20,8 @@ def _filled(
 ) -> list[GpuRow]:
     """The pass, and a row for each kernel by name."""
     del kind
+    names = {k.name for k in counted}
+    kernels = tuple(k for k in kernels if not names or k.name in names)
     bare = GpuRow(*row[:6], status="compiled")
     rows = []
     for name in dict.fromkeys(k.name for k in kernels):

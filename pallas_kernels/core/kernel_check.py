@@ -51,7 +51,8 @@ class Target:
         compile: as aot.compile_for.
         blank: a row without findings, of stack, operator, call, dtype, device kind.
         filled: the rows of a pass that compiled, the pass's own first: of that row as far as it is
-            known, the machine code of its kernels, the kernels as they were counted, device kind.
+            known, the machine code of the program's kernels (the forward pass's too), the kernels
+            of the pass as they were counted, device kind.
     """
 
     form: str
@@ -277,8 +278,6 @@ def _compiled(
     kernels = found.kernels
     if not kernels:
         return None, [row._replace(status="no Pallas call in the program")]
-    if row.part == "backward":  # the forward pass has a row of its own
-        kernels = tuple(k for k in kernels if _BACKWARD.search(k.name)) or kernels
     around = max(0, int(found.around - (without.around if without else 0)))
     row = row._replace(
         status="compiled",
@@ -298,6 +297,8 @@ def _tpu_blank(stack: str, operator: str, call: str, dtype: str, kind: str) -> R
 def _tpu_filled(row: Row, kernels: tuple, counted: tuple[Kernel, ...], kind: str) -> list[Row]:
     """One row: sums over the kernels, and the vector memory of the one nearest to its limit."""
     del counted
+    if row.part == "backward":  # the forward pass has a row of its own
+        kernels = tuple(k for k in kernels if _BACKWARD.search(k.name)) or kernels
     default = generation(kind).scoped_vmem
     limits = [k.limit or default for k in kernels]
     tightest = max(range(len(kernels)), key=lambda i: kernels[i].vmem / limits[i])
