@@ -36,6 +36,17 @@ def test_agrees():
 
 
 def test_agrees_in_bfloat16():
+    """Sums; gradients take longer, below."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 70, 1, n)), jnp.bfloat16) for n in (4, 4, 5))
+    got, _ = taylor_attention(q, k, v, **HOW)
+    want, _ = taylor_attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="xla")
+    assert got.dtype == jnp.bfloat16
+    assert np.sqrt(np.mean((got.astype(jnp.float32) - want) ** 2) / np.mean(want**2)) < 1e-2
+
+
+@slow
+def test_gradients_agree_in_bfloat16():
     testing.check_agrees(taylor_attention, WHOLE, 130, dtype="bfloat16", documents=True, **HOW)
 
 
@@ -104,7 +115,10 @@ def test_two_lengths_in_one_process():
 @slow
 @pytest.mark.parametrize("slots", [1, 2])
 def test_without_races(slots):
-    """Three warpgroups, each a thread of the interpreter's, forward and backward."""
+    """Three warpgroups, each a thread of the interpreter's, forward and backward.
+
+    Three threads that wait for each other need as many of XLA's: conftest.py's devices bring them.
+    """
     config = PallasGpuConfig(interpret="races", slots=slots)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 190, 1, n)), jnp.bfloat16) for n in (13, 13, 20))
@@ -119,7 +133,7 @@ def test_without_races(slots):
     assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in gradients)
 
 
-@pytest.mark.parametrize("k", [1, 3, 12, 16])
+@pytest.mark.parametrize("k", [3, 16])
 def test_features_are_those_of_the_other_forms(k):
     rng = np.random.default_rng(0)
     q, x = (rng.normal(size=(7, k)).astype(np.float32) for _ in range(2))
@@ -134,11 +148,10 @@ def test_features_are_those_of_the_other_forms(k):
         found = left * right * known[factor][:, None]
         return np.moveaxis(found, 0, 1).reshape(7, -1)
 
-    want = features(jnp.asarray(x))
+    with jax.disable_jit():
+        want, scaled = features(jnp.asarray(x)), features(jnp.asarray(0.3 * q, jnp.float32))
     np.testing.assert_allclose(made(x, "of_k")[:, : want.shape[1]], want, rtol=1e-6)
-    np.testing.assert_allclose(
-        made(q, "of_q")[:, : want.shape[1]], features(0.3 * q), rtol=1e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(made(q, "of_q")[:, : want.shape[1]], scaled, rtol=1e-5, atol=1e-7)
     assert not np.any(made(x, "of_k")[:, want.shape[1] :])
 
 
@@ -163,6 +176,7 @@ def test_every_value_has_one_warpgroup_that_sends_it(k, v, shares):
         (8, 64, "float32", "NVIDIA H200", None),
         (24, 64, "bfloat16", "NVIDIA H200", "24 wide; the kernel's features are those of 16 or"),
         (16, 128, "bfloat16", "NVIDIA H200", "values are 128 wide; a state of more than 112"),
+        (16, 64, "float32", "NVIDIA H200", "261 KiB of shared memory: float32 is multiplied as"),
         (16, 64, "float16", "NVIDIA H200", "float16"),
         (16, 64, "bfloat16", "NVIDIA A100-SXM4-80GB", "written for Hopper"),
     ],
