@@ -22,6 +22,7 @@ _GROUPS = (4, 8, 16)
 _STATES = (1, 2, 4, 8)
 _REDUCED = 64  # rows of a layout in which a warpgroup sums quickly
 _CORES = 132  # of an H100 or H200
+_STRETCH = 128  # tokens that are worth the calls of a pass more
 _SPARE = 4096  # bytes of shared memory that the compiler takes: barriers, sums between warps
 
 
@@ -100,6 +101,7 @@ def _splits(t: int, chunk: int, blocks: int, per_core: int) -> int:
     while (
         2 * blocks <= _CORES
         and 2 * splits * blocks <= per_core * _CORES
+        and 2 * splits * _STRETCH <= t
         and _round_up(t, 2 * splits * chunk) <= t + t // 16
     ):
         splits *= 2

@@ -150,8 +150,8 @@ def test_tiles_follow_from_sizes():
     # Stretches of time where blocks are few, and where padding up to them is little.
     of_splits = lambda *sizes: (of(*sizes, 16, 2).splits, of(*sizes, 16, 2).splits_backward)
     assert of_splits(1, 2048, 1536) == (16, 8)
-    assert of_splits(1, 2000, 1536) == (16, 8)
-    assert of_splits(1, 300, 1536) == (1, 1)
+    assert of_splits(1, 2000, 1536) == (8, 8)
+    assert of_splits(1, 300, 1536) == of_splits(1, 128, 1536) == (1, 1)
     assert of_splits(8, 2048, 2048) == (1, 1)
 
 
