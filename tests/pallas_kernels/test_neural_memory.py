@@ -246,7 +246,7 @@ def test_bad_states():
         call(state._replace(momentum=state.momentum._replace(gamma=jnp.zeros((4, 2, 4)))))
     with pytest.raises(ValueError, match="count of initial_state is float32"):
         call(state._replace(count=jnp.zeros(4)))
-    with pytest.raises(NotImplementedError, match="not written yet"):
+    with pytest.raises(NotImplementedError, match="pallas_gpu' is refused"):
         neural_memory(**arrays, chunk=16, implementation="pallas_gpu")
 
 
