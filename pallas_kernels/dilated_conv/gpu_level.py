@@ -158,8 +158,8 @@ def before(refs, at: Place, walk: Walk, lines: Lines) -> list[jax.Array]:
     if outputs are late."""
     edge_s, barrier = refs["edge_s"], refs["barrier"]
     n = walk.behind + walk.late * walk.rows
-    if n == 0:
-        return []
+    if n == 0 or (walk.parts == 1 and not walk.past):
+        return [lines.zero] * n
     if walk.past:
         source, there = refs["past"].at[at.rows(0, walk.edge)], None
     else:
