@@ -69,9 +69,9 @@ class Block(NamedTuple):
         return self.widths.tiles - 1
 
 
-def warpgroup(widths: Widths, dtype: Any, how: How) -> Warpgroup:
-    """For the bodies of a call with values of this dtype."""
-    return Warpgroup(how.config, parts_of(dtype))
+def warpgroup(dtype: Any, how: How, wide: int = 32) -> Warpgroup:
+    """For the bodies of a call with values of this dtype; wide as in Warpgroup."""
+    return Warpgroup(how.config, parts_of(dtype), wide)
 
 
 def block_buffers(widths: Widths, n_parts: int) -> dict[str, Any]:

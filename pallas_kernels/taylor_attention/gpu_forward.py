@@ -78,7 +78,7 @@ def forward(q, k, v, tables, state, places, widths: Widths, how: How, *, save: b
         tables | dict(initial=state),
         outputs,
         buffers(widths, v.dtype),
-        warpgroup(widths, v.dtype, how),
+        warpgroup(v.dtype, how),
         widths,
         how,
     )

@@ -75,7 +75,7 @@ def keys_and_values(
         tables | dict(dlast=dlast),
         outputs,
         buffers(widths, v.dtype),
-        warpgroup(widths, v.dtype, how),
+        warpgroup(v.dtype, how),
         widths,
         how,
         backward=True,

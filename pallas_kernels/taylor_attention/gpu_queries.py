@@ -64,7 +64,7 @@ def queries(q, k, v, dy, y, inverse, tables, state, places, widths: Widths, how:
         tables | dict(initial=state),
         outputs,
         buffers(widths, v.dtype),
-        warpgroup(widths, v.dtype, how),
+        warpgroup(v.dtype, how, wide=32 if widths.columns <= 96 else 16),
         widths,
         how,
     )
