@@ -8,6 +8,8 @@ definition.py  what a study is, as it is written down and compared
 storage.py     where a study lies: a journal file or a database, with patience
 study.py       its trials, who holds which, when it is done
 trial.py       one trial: its run folders, its value
+groups.py      which points are trained together
+vectorize.py   their trials: claimed, trained and told together
 worker.py      a process that takes one trial after another
 devices.py     which devices this machine gives to workers
 pool.py        the workers of this machine

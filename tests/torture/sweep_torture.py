@@ -43,7 +43,10 @@ SPACES = {
     "grid": ("optimizer.lr=1e-3,3e-3,1e-2,3e-2", "optimizer.weight_decay=0,0.1"),
     "random": (LOG, "optimizer.weight_decay=0,0.1", "data.seed=range(0,3)"),
     "tpe": (LOG, "optimizer.weight_decay=0,0.1", "data.seed=range(0,3)"),
-}
+    # A grid whose runs are trained by fours, in one program.
+    "groups": ("optimizer.lr=1e-3,3e-3,1e-2,3e-2", "optimizer.weight_decay=0,0.1",
+               "sweep.vectorize=[optimizer.lr,data.seed]", "sweep.vectorize_most=4"),
+}  # fmt: skip
 # A kill waits until its victim says that it does one of these, and a random moment longer.
 PHASES = {"compile": 2.0, "train": 1.5, "save": 0.05, "eval": 0.05}
 _POOL = 0.2  # so many of the kills hit the pool
@@ -242,8 +245,9 @@ def torture(
     overrides: tuple[str, ...] = OVERRIDES,
 ) -> list[str]:
     """Runs one broken sweep and what it is held against; returns what is wrong."""
-    words = [*overrides, *SPACES[sampler], f"sweep.sampler={sampler}", f"sweep.name={sampler}"]
-    if sampler == "grid":
+    drawn = "grid" if sampler == "groups" else sampler
+    words = [*overrides, *SPACES[sampler], f"sweep.sampler={drawn}", f"sweep.name={sampler}"]
+    if drawn == "grid":
         words += [f"data.seed=range(0,{trials // 8})"]  # as many points as there are trials
     else:
         words += [f"sweep.n_trials={trials}"]

@@ -57,6 +57,23 @@ def test_a_member_is_its_run_alone(together, fit, by):
         np.testing.assert_allclose(weights_of(one.path), weights_of(alone.path), atol=1e-5)
 
 
+@slow
+@pytest.mark.parametrize("by", ["map", "vmap"])
+def test_200_steps_stay_beside_their_runs_alone(together, fit, by):
+    words = ["trainer.steps=200", "trainer.eval_every=100", "trainer.log_every=1"]
+    lines = [["trainer.seed=1", "optimizer.weight_decay=0.3"], ["optimizer.lr=3e-2"],
+             ["data.seed=4", "model.embed_std=0.3"]]  # fmt: skip
+    found = together(*([*words, *line] for line in lines), by=by)
+    for line, one in zip(lines, found, strict=True):
+        losses = [
+            np.array([line["train/loss"] for line in read_metrics(path) if "train/loss" in line])
+            for path in (one.path, fit(*words, *line).path)
+        ]
+        assert len(losses[0]) == len(losses[1]) == 200
+        np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-6)
+        np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
 @pytest.mark.parametrize("by", ["map", pytest.param("vmap", marks=slow)])
 def test_what_is_not_finite_ends_alone(together, tmp_path, by):
     good, bad = ["trainer.seed=1"], ["trainer.seed=2", "optimizer.lr=1e38"]
