@@ -83,7 +83,11 @@ class Call(NamedTuple):
     def room(self, states: int, tokens: int) -> int:
         """Places for tiles of which there can be in shared memory, beside so many tiles of weights
         in three parts, and so many of tokens, which come while those before are at work."""
-        taken = states * 3 * _PART + self.narrow * 2 * tokens * _PART + 24 * 1024
+        taken = (
+            states * 3 * _PART
+            + self.narrow * 2 * tokens * _PART
+            + (24 if self.form.blocks == 1 else 18) * 1024
+        )
         if self.form.blocks > 1:
             taken += _WIDE
         return (SHARED_MEMORY - taken) // (self.parts * _PART)

@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 
 from pallas_kernels import neural_memory
-from pallas_kernels.core import dispatch, testing
+from pallas_kernels.core import testing
 from pallas_kernels.core.gpu import SHARED_MEMORY
-from pallas_kernels.neural_memory import gpu_backward, gpu_block, gpu_chunk, gpu_machine, gpu_plan
+from pallas_kernels.neural_memory import (
+    gpu_backward,
+    gpu_block,
+    gpu_chunk,
+    gpu_machine,
+    gpu_plan,
+    pallas_gpu,
+)
 from pallas_kernels.neural_memory.arg_specs import named
-from pallas_kernels.neural_memory.memory import Rule
+from pallas_kernels.neural_memory.memory import Rule, Weights
 from pallas_kernels.neural_memory.pallas_gpu import PallasGpuConfig
 
-LINEAR, WHOLE, CLIP, NORMALISE, DEEP = map(named, ("linear", "whole", "clip", "normalise", "deep"))
+LINEAR, WHOLE, CLIP, NORMALISE = map(named, ("linear", "whole", "clip", "normalise"))
 CONFIG = PallasGpuConfig(interpret=True)
 HOW = dict(implementation="pallas_gpu", config=CONFIG)
 slow = pytest.mark.slow
@@ -42,14 +49,16 @@ def test_agrees():
 @slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [LINEAR, CLIP, NORMALISE], ids=lambda s: s.name)
-def test_agrees_for_more_memories(spec, dtype):
+def test_agrees_for_more_memories(spec, dtype, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "TWO_LAYERS", True)
     testing.check_agrees(one_document, small(spec), 20, dtype=dtype, **HOW)
 
 
 @slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_agrees_in_a_cluster(dtype):
+def test_agrees_in_a_cluster(dtype, monkeypatch):
     """Two blocks share the hidden units."""
+    monkeypatch.setattr(pallas_gpu, "TWO_LAYERS", True)
     testing.check_agrees(one_document, small(WHOLE, m=100, n=100), 20, dtype=dtype, **HOW)
 
 
@@ -164,28 +173,34 @@ def test_shared_memory_is_enough(narrow, blocks):
 # --- What is refused -----------------------------------------------------------------------------
 
 
-def reason_against(names, dtype=jnp.bfloat16, kind="NVIDIA H200", chunk=64, more=None, **sizes):
+def reason_against(names=(), dtype=jnp.bfloat16, kind="NVIDIA H200", ids=None, **sizes):
     """Why the kernels of a device do not serve a call; None = they do."""
     sizes = dict(b=1, t=256, h=4, k=64, v=64, m=256, n=256, l=1) | sizes
     letters = testing.letters_of(neural_memory)
     names = (*testing.required(neural_memory), *names)
     shape = lambda n: tuple(sizes[x] for x in letters[n])
     arrays = [jax.ShapeDtypeStruct(shape(n), dtype) if n in names else None for n in letters]
-    with dispatch.compiling_for(kind):
-        return dispatch.explain(neural_memory, *arrays, chunk=chunk, **(more or {}))["pallas_gpu"]
+    opening = Weights(*arrays[6:10])
+    return pallas_gpu.refuses((arrays[:6], (opening, opening), None, ids), kind)
 
 
-def test_what_is_refused():
-    assert reason_against(("w_in", "gamma")) is None
-    assert reason_against((), n=64) is None
-    assert "Hopper" in reason_against((), n=64, kind="NVIDIA A100-SXM4-80GB")
+def test_what_is_refused(monkeypatch):
+    assert reason_against(n=64) is None
+    assert "Hopper" in reason_against(n=64, kind="NVIDIA A100-SXM4-80GB")
     assert "has 3 layers" in reason_against(("w_in", "w_hidden"))
-    assert "heads are 128 wide" in reason_against((), k=128, v=128, n=128)
+    assert "heads are 128 wide" in reason_against(k=128, v=128, n=128)
     assert "has 1024 hidden units" in reason_against(("w_in",), m=1024, n=1024)
-    assert "chunk is 128" in reason_against((), n=64, chunk=128)
+    assert "two layers" in reason_against(("w_in", "gamma"))
+    monkeypatch.setattr(pallas_gpu, "TWO_LAYERS", True)
+    assert reason_against(("w_in", "gamma")) is None
     assert "float16" in reason_against((), jnp.float16, n=64)
-    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
-    assert "segment_ids" in reason_against((), n=64, more=dict(segment_ids=ids))
-    case = testing.draw_case(neural_memory, LINEAR, 3)
-    with pytest.raises(NotImplementedError, match="a state came with the call"):
-        neural_memory(**case.arrays, **LINEAR.options, initial_state=case.state, **HOW)
+    assert "segment_ids" in reason_against(n=64, ids=jax.ShapeDtypeStruct((1, 256), jnp.int32))
+
+
+def test_which_calls_are_refused():
+    refused = lambda chunk, fresh: pallas_gpu.refuses_options(
+        None, None, how=Rule(chunk, "gelu", 1e-5, "none", 1.0, False), fresh=fresh, still=True
+    )
+    assert refused(64, True) is None
+    assert "chunk is 128" in refused(128, True)
+    assert "a state came with the call" in refused(64, False)
