@@ -56,6 +56,8 @@ def run(
     old = wide(ring)
     call = xla.after_call(x, count, last_id, segment_ids)
     sights, end = call.sights, call.end
+    if sights is not None:  # a gradient's sum takes 0 times what is not seen: it may be no number
+        s = jnp.where(sights.valid[..., None], s, 0)
     turned = sights is not None and not fresh
     if turned:  # the past stands right before the first row: so does the first token
         s = rings.turned(s, call.first)

@@ -40,8 +40,8 @@ def test_agrees_at_more_lengths(name, documents, length):
 @pytest.mark.parametrize("spec", [TWO, SYMMETRIC], ids=lambda s: s.name)
 def test_agrees_over_several_parts(spec):
     """Rows are cut: what the neighbours of a part have is read again."""
-    testing.check_agrees(dilated_conv, spec, 900, **HOW)
-    testing.check_documents_alone(dilated_conv, spec, 700, **HOW)
+    testing.check_agrees(dilated_conv, spec, 768, **HOW)
+    testing.check_documents_alone(dilated_conv, spec, 60, **HOW)
 
 
 def test_agrees_in_bfloat16():
