@@ -65,12 +65,14 @@ def claim(study: Study) -> list[Claimed]:
                 claimed = study.take(frozen.number)
                 if claimed is not None:
                     claims.append(claimed)
-        except BaseException as error:
+        except LockedError:
             for claimed in claims:
                 claimed.leave()
                 claimed.__exit__()
-            if not isinstance(error, LockedError):
-                raise
+        except BaseException:
+            for claimed in claims:
+                claimed.__exit__()
+            raise
         else:
             if claims:
                 return claims

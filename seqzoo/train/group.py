@@ -17,18 +17,18 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from seqzoo.allocator import keep_freed_memory
-from seqzoo.data import pipeline
 from seqzoo.data.source import Batch, Split
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted
 from seqzoo.train import branch as branches
 from seqzoo.train import checkpoint, loop, precision, processes, programs, stacked
 from seqzoo.train.evaluate_group import evaluate_group
+from seqzoo.train.feed import Feed
 from seqzoo.train.folder import RunFolder, read_status
 from seqzoo.train.hooks import Hook, make_hooks
 from seqzoo.train.hooks.progress import Progress
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result, finished_before
-from seqzoo.train.session import Session, stream_of
+from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup, build_data, check_data, setup
 from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
@@ -153,6 +153,11 @@ def _check_alike(runs: Sequence[Setup]) -> None:
         )
     if first.trainer.profile is not None:
         raise ConfigError("trainer.profile traces a run alone: leave sweep.vectorize out for it")
+    if first.logger.wandb:
+        raise ConfigError(
+            "logger.wandb follows one run per process: set it to false, or leave sweep.vectorize "
+            "out"
+        )
     for run in runs[1:]:
         changed = [
             name
@@ -296,7 +301,7 @@ class Group:
             self._valid = {(member.step, one): values for one, values in found.items()}
         return self._valid.pop(place)
 
-    def feed(self, run: Setup) -> "Feed":
+    def feed(self, run: Setup) -> Feed:
         """Where a run reads; those that read the same share it."""
         return self._feeds.setdefault(run.data, Feed(run))
 
@@ -384,7 +389,7 @@ class Group:
                 self._step,
                 *(self.states, *arguments),
                 name=f"train step of {self._n} runs",
-                what=f"{self._n} runs, {rows} rows of {length} tokens each",
+                what=f"{self._n} runs (sweep.vectorize_most), {rows} rows of {length} tokens each",
                 say=self.say,
             )
         member.folder.phase("train", member.step)
@@ -408,56 +413,3 @@ class Row(NamedTuple):
     @property
     def finite(self) -> bool:
         return bool(np.asarray(self.all.finite)[self.place])
-
-
-class Feed:
-    """The batches of one data set, each made once for all runs that are at the same step."""
-
-    def __init__(self, run: Setup):
-        self._run = run
-        self._stream: pipeline.Stream | None = None
-        self._at = -1
-        self._batch: Batch = {}
-        self._waited = 0.0
-
-    def reader(self, start: int) -> "Reader":
-        return Reader(self, start)
-
-    def read(self, step: int) -> Batch:
-        """The batch of a step of the data."""
-        if step == self._at:
-            return self._batch
-        if self._stream is None or step != self._at + 1:
-            self.close()
-            self._stream = stream_of(self._run, step, None)
-        self._at, self._batch = next(self._stream)
-        return self._batch
-
-    @property
-    def waited(self) -> float:
-        return self._waited + (0.0 if self._stream is None else self._stream.waited)
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._waited = self.waited
-            self._stream.close()
-            self._stream = None
-
-
-class Reader:
-    """One run's place in a feed; in its session it stands for a stream."""
-
-    def __init__(self, feed: Feed, start: int):
-        self._feed, self._next = feed, start
-
-    def __next__(self) -> tuple[int, Batch]:
-        step, self._next = self._next, self._next + 1
-        return step, self._feed.read(step)
-
-    @property
-    def waited(self) -> float:
-        """Seconds that its feed kept all of them waiting."""
-        return self._feed.waited
-
-    def close(self) -> None:
-        """The feed stays open for the others."""
