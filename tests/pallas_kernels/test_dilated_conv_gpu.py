@@ -15,14 +15,18 @@ HOW = dict(implementation="pallas_gpu", config=PallasGpuConfig(interpret=True))
 slow = pytest.mark.slow
 HOPPER = "NVIDIA H200"
 SMALL = dict(b=1, e=3)
-TWO = spec("two", dilations=(1, 4), w=3, sizes=SMALL)
-SYMMETRIC = spec("symmetric", dilations=(3,), w=5, symmetric=True, sizes=SMALL)
+TWO = spec("two", dilations=(1, 2), w=3, sizes=SMALL)
+SYMMETRIC = spec("symmetric", dilations=(3,), w=3, symmetric=True, sizes=SMALL)
 
 
-@pytest.mark.parametrize("spec", [TWO, SYMMETRIC], ids=lambda s: s.name)
-def test_agrees(spec):
-    """130 tokens; with documents, and of a causal stack with a past."""
-    testing.check_agrees(dilated_conv, spec, 130, documents=True, **HOW)
+@pytest.mark.parametrize(
+    "spec, length",
+    [(TWO, 130), (SYMMETRIC, 40), pytest.param(SYMMETRIC, 130, marks=slow)],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_agrees(spec, length):
+    """With documents, and of a causal stack with a past."""
+    testing.check_agrees(dilated_conv, spec, length, documents=True, **HOW)
 
 
 @slow
@@ -45,8 +49,8 @@ def test_agrees_over_several_parts(spec):
 
 
 def test_agrees_in_bfloat16():
-    one = spec("linear", dilations=(2,), w=4, given=(), activation="linear", sizes=SMALL)
-    testing.check_agrees(dilated_conv, one, 50, dtype="bfloat16", **HOW)
+    one = spec("linear", dilations=(4,), w=2, given=(), activation="linear", sizes=SMALL)
+    testing.check_agrees(dilated_conv, one, 20, dtype="bfloat16", **HOW)
 
 
 @slow
