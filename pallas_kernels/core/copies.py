@@ -4,7 +4,8 @@ The copies are written out in the body (`copy_gmem_to_smem`, `copy_smem_to_gmem`
 `emit_pipeline` makes of them, reads and writes of a reference in memory), so the bytes follow from
 their shapes, the trip counts around them, the warpgroups and the grid. Whole numbers are followed
 through the body, so that a branch on a loop's index is taken as often as it is; where one hangs on
-the block's place in the grid, blocks are walked one by one (of many, a sample).
+the block's place in the grid, blocks are walked one by one (of many, a sample). Of loops that are
+too long to follow, the first and last turns are, and some in the middle for the rest.
 
 What another block reads again counts again, whether or not it is still in the second-level cache.
 """
@@ -20,7 +21,8 @@ import numpy as np
 from pallas_kernels.core.blocks import Kernel
 
 _MOST_BLOCKS = 48  # walked one by one
-_MOST_STEPS = 400_000  # equations of a walk
+_MOST_STEPS = 60_000  # equations of a walk
+_ENDS, _MIDDLE = 2, 8  # turns of a long loop that are followed, at each end and in the middle
 _ARITHMETIC: dict[str, Callable] = {
     **dict(add=operator.add, sub=operator.sub, mul=operator.mul, max=max, min=min),
     **dict(lt=operator.lt, le=operator.le, gt=operator.gt, ge=operator.ge),
@@ -60,6 +62,12 @@ def of_call(equation: Any) -> Kernel:
     name = params.get("name") or "kernel"
 
     def walked(cells: Iterable[tuple[int, ...]] | None) -> tuple[float, float, bool]:
+        try:
+            return exactly(cells, False)
+        except UnknownBody:
+            return exactly(cells, True)
+
+    def exactly(cells: Any, sampled: bool) -> tuple[float, float, bool]:
         read = written = 0.0
         unsure = False
         for cell in cells if cells is not None else [None]:
@@ -67,36 +75,37 @@ def of_call(equation: Any) -> Kernel:
                 known = {} if cell is None else dict(zip(names, cell, strict=True))
                 if getattr(mesh, "thread_name", None):
                     known[mesh.thread_name] = thread
-                walk = _Walk(known, dict(zip(names, sizes, strict=True)), threads)
+                walk = _Walk(known, dict(zip(names, sizes, strict=True)), sampled)
                 walk.run(jaxpr, [None] * len(_open(jaxpr).invars))
                 read, written = read + walk.read, written + walk.written
-                unsure = unsure or walk.unsure
+                unsure, steps[0] = unsure or walk.unsure, max(walk.steps, 1)
         return read, written, unsure
 
+    steps = [1]  # of a walk
     read, written, unsure = walked(None)
     share: float = blocks
     if unsure and sizes:
-        cells = _cells(sizes)
+        cells = _cells(sizes, max(3, min(_MOST_BLOCKS, _MOST_STEPS // (threads * steps[0]))))
         read, written, _ = walked(cells)
         share = blocks / len(cells)
     return Kernel(name, sizes or (1,), read * share, written * share)
 
 
-def _cells(sizes: tuple[int, ...]) -> list[tuple[int, ...]]:
+def _cells(sizes: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
     """Places in a grid: all of a small one, else some that lie evenly and yet out of step."""
     total = math.prod(sizes)
-    if total <= _MOST_BLOCKS:
+    if total <= most:
         at: Any = range(total)
     else:
-        at = sorted({int(total * (i * 0.6180339887498949 % 1)) for i in range(_MOST_BLOCKS)})
+        at = sorted({int(total * (i * 0.6180339887498949 % 1)) for i in range(most)})
     return [tuple(int(x) for x in np.unravel_index(i, sizes)) for i in at]
 
 
 class _Walk:
     """One warpgroup's way through a body: bytes read and written."""
 
-    def __init__(self, axes: dict[str, int], sizes: dict[str, int], threads: int):
-        self.axes, self.sizes, self.threads = axes, sizes, threads
+    def __init__(self, axes: dict[str, int], sizes: dict[str, int], sampled: bool):
+        self.axes, self.sizes, self.sampled = axes, sizes, sampled
         self.read = self.written = 0.0
         self.unsure = False
         self.steps = 0
@@ -201,11 +210,29 @@ class _Walk:
         slices = len(_open(inner).invars) - same - carried
         if length > 64 and not self._inside_moves(inner):
             return None
-        turns = range(length - 1, -1, -1) if params.get("reverse") else range(length)
-        for _ in turns:
-            found = self.run(inner, [*consts, *carry, *[None] * slices])
-            carry = found[:carried]
-        return carry
+
+        def turns(carry: list[Any], count: int) -> list[Any]:
+            for _ in range(count):
+                carry = self.run(inner, [*consts, *carry, *[None] * slices])[:carried]
+            return carry
+
+        if not self.sampled or length <= 2 * _ENDS + _MIDDLE:
+            return turns(carry, length)
+        before = turns(carry, _ENDS - 1)
+        after = turns(before, 1)
+
+        def at(turn: int) -> list[Any]:  # whole numbers go on as from the second turn to the third
+            return [
+                None if x is None or y is None else y + (turn - _ENDS) * (y - x)
+                for x, y in zip(before, after, strict=True)
+            ]
+
+        read, written = self.read, self.written
+        turns(at(length // 2), _MIDDLE)
+        share = (length - 2 * _ENDS) / _MIDDLE
+        self.read = read + share * (self.read - read)
+        self.written = written + share * (self.written - written)
+        return turns(at(length - _ENDS), _ENDS)
 
     def _while(self, params: dict, given: list[Any]) -> list[Any] | None:
         skip, same = params["cond_nconsts"], params["body_nconsts"]

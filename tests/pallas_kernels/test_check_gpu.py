@@ -13,7 +13,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import OPERATORS, check_gpu, gpu_report
-from pallas_kernels.core import aot_gpu, bench, cubin, gpu, gpu_table, kernel_report, kernel_table
+from pallas_kernels.core import (
+    aot_gpu,
+    bench,
+    copies,
+    cubin,
+    gpu,
+    gpu_table,
+    kernel_report,
+    kernel_table,
+)
 from pallas_kernels.core.axes import axes
 from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.gpu_table import GpuRow
@@ -116,6 +125,20 @@ def test_bytes_of_a_body_follow_loops_branches_warpgroups_and_the_grid():
         platform="cuda",
     )
     assert twice.by_kernels == 5 * found.by_kernels
+
+
+def test_loops_too_long_to_follow_are_sampled(monkeypatch):
+    x = jax.ShapeDtypeStruct((3, 8 * 500, 128), jnp.bfloat16)
+    program = functools.partial(copying, name="toy_forward")
+    exact = traffic(program, x, platform="cuda")
+    monkeypatch.setattr(copies, "_MOST_STEPS", 1500)
+    sampled = traffic(program, x, platform="cuda")
+    assert sampled.kernels[0].read == exact.kernels[0].read
+    # The third row's second write of its third tile stands between what is followed.
+    assert sampled.kernels[0].written == exact.kernels[0].written - 8 * 128 * 2
+    monkeypatch.setattr(copies, "_MOST_STEPS", 10)
+    with pytest.raises(copies.UnknownBody, match="too long to follow"):
+        traffic(program, x, platform="cuda")
 
 
 ROW = GpuRow(
