@@ -1,6 +1,7 @@
 """The backward kernel of neural_memory on a GPU: from the last block, each computed once more."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,9 @@ def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
 
     def rule(now, momentum, dnow, dmomentum, tokens, dy, first):
         def run(now, momentum, *tokens_):
-            return gpu_chunk.read_and_write(form, now, now, momentum, Tokens(*tokens_, tokens.own))
+            return gpu_chunk.read_and_write(
+                form, now, now, momentum, Tokens(*(*tokens_, tokens.own))
+            )
 
         pull = jax.vjp(run, now, momentum, *tokens[:6])[1]
         # Blocks of a cluster add up: what all of them have, one of them answers for.
@@ -84,7 +87,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     call, leaves = block.call, jax.tree.leaves
 
     def gradients():
-        found = [block.far(x) for x in results["dcarry"]]
+        found: list[Any] = [block.far(x) for x in results["dcarry"]]
         if call.gain:
             found = [x._replace(gamma=block.row("rows", i)) for i, x in enumerate(found)]
         return found

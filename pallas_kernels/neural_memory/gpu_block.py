@@ -22,6 +22,7 @@ from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.memory import Weights
 
 _PART = SIZE * SIZE * 2  # bytes of a part of a tile
+_weights: Any = Weights  # of references, shapes, places
 _WIDE = SIZE * SIZE * 4
 GATES = 4  # alpha, eta, theta, what counts
 
@@ -61,7 +62,7 @@ class Call(NamedTuple):
         """Of a block, as it is traced."""
         tile = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)
         row = jax.ShapeDtypeStruct((1, SIZE), jnp.float32)
-        return Weights(tile, tile if self.mlp else None, None, row if self.gain else None)
+        return _weights(tile, tile if self.mlp else None, None, row if self.gain else None)
 
     @property
     def tokens(self) -> Tokens:
@@ -73,7 +74,7 @@ class Call(NamedTuple):
         """Weights in device memory, of all heads."""
         size = self.form.blocks * SIZE
         new = lambda *shape: jax.ShapeDtypeStruct((*lead, self.h, *shape), jnp.float32)
-        return Weights(
+        return _weights(
             new(SIZE, size),
             new(size, SIZE) if self.mlp else None,
             None,
@@ -231,7 +232,7 @@ class Block:
         columns = pl.ds(self.j * SIZE, SIZE) if self.blocks > 1 else slice(None)
         at = (self.b, *lead, self.h)
         take = lambda ref, *of: None if ref is None else Far(ref.at[(*at, *of)], self.registers)
-        return Weights(
+        return _weights(
             take(weights.w_out, slice(None), columns),
             take(weights.w_in, columns, slice(None)),
             None,
@@ -242,11 +243,11 @@ class Block:
         """What all blocks of a cluster have, and the first one writes."""
         return Far(ref, self.registers, None if self.blocks == 1 else self.j == 0)
 
-    def states(self) -> tuple[Weights, Weights]:
+    def states(self) -> tuple[Weights, ...]:
         """Two sets of weights in shared memory."""
         each = 2 if self.call.mlp else 1
         return tuple(
-            Weights(
+            _weights(
                 self.tile(3 * each * i, 3),
                 self.tile(3 * each * i + 3, 3) if self.call.mlp else None,
                 None,
@@ -272,22 +273,18 @@ class Block:
         """Waits for them: where tokens and shares lie."""
         plgpu.barrier_wait(self.memory["came"].at[2 * self.j + parity if self.emulated else parity])
         rows = pl.ds(i * SIZE, SIZE)
-        if self.call.narrow:
-            found: list[Any] = [
-                Tile(
-                    lambda place=place: (self.mine(place).at[parity + self.fresh()],),
-                    self.registers,
-                )
-                for place in self.memory["tokens"]
-            ]
-        else:
-            found = [Far(ref.at[self.b, rows, self.h], self.registers) for ref in refs]
         gates = self.mine(self.memory["gates"])
-        rows = [
-            Vector(lambda r=r: gates.at[parity + self.fresh(), r], self.registers)
-            for r in range(GATES)
-        ]
-        return found, rows
+
+        def tile(place) -> Tile:
+            return Tile(lambda: (self.mine(place).at[parity + self.fresh()],), self.registers)
+
+        def share(row) -> Vector:
+            return Vector(lambda: gates.at[parity + self.fresh(), row], self.registers)
+
+        found: list[Any] = [tile(place) for place in self.memory["tokens"]]
+        if not self.call.narrow:
+            found = [Far(ref.at[self.b, rows, self.h], self.registers) for ref in refs]
+        return found, [share(row) for row in range(GATES)]
 
     # --- The cluster
 
@@ -312,7 +309,7 @@ class Block:
         self.mine(ref)[...] = x
         plgpu.barrier_arrive(self.memory["full"])
         plgpu.barrier_wait(self.memory["full"])
-        found = None
+        found: Any = None
         for j in range(self.blocks):
             peer = ref.at[j] if self.emulated else plgpu.cluster_ref(ref, {"j": jnp.int32(j)})
             share = self.registers.cast(peer[...])

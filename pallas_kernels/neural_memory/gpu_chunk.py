@@ -115,7 +115,7 @@ def _written(mix: Mix, now: Weights, momentum: Weights, found: _Found):
     return Weights(w_out, w_in, None, gamma), Weights(s_out, s_in, None, s_gamma)
 
 
-def _read(form: Form, mix: Mix, now: Weights, momentum: Weights, q, found: _Found):
+def _read(form: Form, mix: Mix, now: Weights, momentum: Any, q, found: _Found):
     def layer(x, w, s, inputs, error):
         y = mix.weights * dot("nt", x, w) + mix.momentum * dot("nt", x, s)
         return y - dot("nn", mix.gradients * dot("nt", x, inputs), error)

@@ -281,7 +281,8 @@ class _Run:
         if self.registers.interpret:
             read = lambda ref, turn: (ref[...].T if turn else ref[...]).astype(jnp.float32)
             dot = lambda x, y: jnp.dot(x, y, precision=jax.lax.Precision.HIGHEST)
-            return sum(dot(read(a[i], turned[0]), read(b[j], turned[1])) for i, j in terms)
+            found: Any = sum(dot(read(a[i], turned[0]), read(b[j], turned[1])) for i, j in terms)
+            return found
         if self.loose:
             plgpu.commit_smem()
             self.loose = False

@@ -57,7 +57,7 @@ def _is_bool(node: Node, shapes: dict) -> bool:
     return shapes[node.output][2] == "bool"
 
 
-def _again(trace: Trace, nodes: list[Node], free: dict[int, Node], outputs: tuple, near: int):
+def _again(trace: _Trace, nodes: list[Node], free: dict[int, Node], outputs: tuple, near: int):
     """The nodes with element-wise tiles computed where they are wanted, again and again, unless
     they take the place of what nobody else wants."""
     shapes = trace.shapes
@@ -83,7 +83,8 @@ def _again(trace: Trace, nodes: list[Node], free: dict[int, Node], outputs: tupl
         if not whole and is_tile(node.output) and not alone:
             lazy[node.output] = node
     found: list[Node] = []
-    now, made = 0, {}  # the copy of a lazy value, and when it was made
+    now = 0
+    made: dict[int, tuple[int, int]] = {}  # the copy of a lazy value, and when it was made
 
     def copy(x):
         if isinstance(x, list):
