@@ -70,6 +70,11 @@ class Plan(NamedTuple):
         return self.rows * self.width
 
     @property
+    def kept(self) -> int:
+        """Rows of a plane in memory: whole tiles."""
+        return -(-self.rows // 8) * 8
+
+    @property
     def most(self) -> int:
         """Tokens and lags that a transform has room for."""
         return ROWS * self.width
@@ -79,8 +84,7 @@ def plan_of(t: int, tokens: int, channels: int | None, config: GpuConfig) -> Pla
     """How rows of t tokens are cut; see the fields of PallasGpuConfig."""
     m = next(m for m in (16, 32, 64) if t <= 128 * m)
     piece = tokens // (2 * m)
-    step = WARPGROUPS * piece
-    rows = -(-t // (2 * m * step)) * step
+    rows = -(-t // tokens) * piece
     return Plan(m, rows, channels or (8 if m == 64 else 16), piece, config)
 
 

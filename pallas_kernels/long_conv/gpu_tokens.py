@@ -27,7 +27,7 @@ class Work(NamedTuple):
     Attributes:
         adjoint: a correlation instead.
         convolve: False = nothing but turning x round.
-        keep: the planes are a result, `[b e rows 2M]` bfloat16.
+        keep: the planes are a result, `[b e kept 2M]` bfloat16.
         pair: planes of another call come in, and the spectrum of the kernel's gradient goes out,
             `[b e 2 2 64 M]`: warpgroup, real and imaginary part, r, q.
         gated: whether x has a gate.
@@ -76,7 +76,7 @@ def convolve(
     work = Work(adjoint, bool(gates), keep, planes is not None, gate is not None, bias is not None)
     outputs = [jax.ShapeDtypeStruct(x.shape, (x if g is None else g).dtype) for g in gates]
     if keep:
-        outputs.append(jax.ShapeDtypeStruct((b, e, plan.rows, plan.width), BF16))
+        outputs.append(jax.ShapeDtypeStruct((b, e, plan.kept, plan.width), BF16))
     if work.pair:
         outputs.append(jax.ShapeDtypeStruct((b, *spectrum.shape), BF16))
     given = [x, gate, spectrum, bias, planes, *gates, *waves(plan)]
@@ -121,7 +121,7 @@ def _body(*refs, plan: Plan, work: Work, gates: tuple[bool, ...]):
 
     if work.convolve:
         gpu_stages.fetch_waves(first, last, second, shared, plan)
-    _load(x, gate, tokens, plan)
+    _load(x, gate, tokens, shared, plan)
     meet(shared)
     if work.keep:
         _keep(kept, tokens, shared, plan)
@@ -189,10 +189,16 @@ def _spare(i, plan: Plan):
 def _pieces(plan: Plan, body) -> None:
     """Runs body(first row) for each piece of this warpgroup."""
 
-    each(
-        plan.rows // (WARPGROUPS * plan.piece),
-        lambda i: body((WARPGROUPS * i + warpgroup()) * plan.piece),
-    )
+    pieces = plan.rows // plan.piece
+
+    def step(i):
+        at = WARPGROUPS * i + warpgroup()
+        if pieces % WARPGROUPS:
+            pl.when(at < pieces)(lambda: body(at * plan.piece))
+        else:
+            body(at * plan.piece)
+
+    each(-(-pieces // WARPGROUPS), step)
 
 
 def _single(plan: Plan) -> Any:
@@ -200,15 +206,15 @@ def _single(plan: Plan) -> Any:
     return plgpu.Layout.WG_STRIDED((plan.piece, plan.width), vec_size=1)
 
 
-def _load(x, gate, tokens: _Tokens, plan: Plan) -> None:
+def _load(x, gate, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
     """Fills the planes."""
     if plan.rows < ROWS:
 
         def clear(c):
-            rest = (ROWS - plan.rows, plan.width)
-            tokens.planes[c, plan.rows :, :] = jnp.zeros(rest, BF16)
+            tokens.planes[c] = jnp.zeros((ROWS, plan.width), BF16)
 
-        each(plan.channels, clear)
+        pl.when(warpgroup() == 0)(lambda: each(plan.channels, clear))
+        meet(shared)
     stage = tokens.stage.at[warpgroup()]
 
     def piece(row):
@@ -227,17 +233,28 @@ def _load(x, gate, tokens: _Tokens, plan: Plan) -> None:
 def _keep(kept, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
     """Writes the planes as they are."""
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tokens.planes.at[:, : plan.rows], kept.at[tokens.row, tokens.channels])
-    plgpu.wait_smem_to_gmem(0)
+    meet(shared)
+
+    @pl.when(warpgroup() == 0)
+    def _():
+        def one(c):
+            target = kept.at[tokens.row, tokens.channels.start + c]
+            plgpu.copy_smem_to_gmem(tokens.planes.at[c, : plan.kept], target)
+
+        each(plan.channels, one)
+        plgpu.wait_smem_to_gmem(0)
+
     meet(shared)
 
 
 def _other(source, target, plan: Plan) -> None:
     """Rows of a plane in memory into an operand; the rest is 0."""
-    if plan.rows < ROWS:
-        target[plan.rows :, :] = jnp.zeros((ROWS - plan.rows, plan.tile), BF16)
-    line = read(source, gpu_stages.lines(plan), plan.config)
-    target[: plan.rows, :] = line
+    lines = gpu_stages.lines(plan)
+    if plan.kept < ROWS:
+        nothing = jnp.zeros((ROWS, plan.tile), BF16)
+        target[...] = layout_cast(nothing, lines, plan.config)
+    line = read(source, lines, plan.config)
+    target[: plan.kept, :] = line
 
 
 def _store(outputs, gates, bias, tokens: _Tokens, plan: Plan) -> None:

@@ -40,8 +40,10 @@ class PallasGpuConfig(gpu.GpuConfig):
     def heuristic(
         cls, sizes: Mapping[str, int], device_kind: str | None = None
     ) -> "PallasGpuConfig":
-        """More at once where a block has fewer channels."""
-        return cls(tokens=512 if sizes["t"] > LONGEST // 2 else 256, device_kind=device_kind)
+        """As many as a row is whole pieces of; fewer where a block has more channels."""
+        most = (512, 256) if sizes["t"] > LONGEST // 2 else (256,)
+        whole = (tokens for tokens in most if sizes["t"] % tokens == 0)
+        return cls(tokens=next(whole, 128), device_kind=device_kind)
 
 
 class Arguments(NamedTuple):
@@ -115,13 +117,18 @@ def _of_tokens(x, like):
 
 
 def _lags(x, count: int, plan: Plan):
-    """The lags of `[e l]` that count as `[e 64 2M]`, with zeros."""
+    """The lags of `[e l]` that count as `[e 64 2M]`, with zeros.
+
+    The last of as many reverse lags as tokens meets none of them, and is not cut.
+    """
     if x is None:
         return None
     e, available = x.shape
     count = min(count, available)
     fill = ((0, -e % plan.channels), (0, plan.most - count))
-    return jnp.pad(x[:, :count], fill).reshape(-1, ROWS, plan.width)
+    if count < available or fill != ((0, 0), (0, 0)):
+        x = jnp.pad(x[:, :count], fill)
+    return x.reshape(-1, ROWS, plan.width)
 
 
 def _of_lags(x, count: int, like):
@@ -129,7 +136,8 @@ def _of_lags(x, count: int, like):
     e, available = like.shape
     count = min(count, available)
     x = x.reshape(x.shape[0], -1)[:e, :count]
-    return jnp.pad(x, ((0, 0), (0, available - count))).astype(like.dtype)
+    x = jnp.pad(x, ((0, 0), (0, available - count))) if count < available else x
+    return x.astype(like.dtype)
 
 
 def _channel(x, plan: Plan):
@@ -147,7 +155,7 @@ def _convolution_forward(plan, given):
     t = given.u.shape[1]
     spectrum = gpu_lags.spectra(
         _lags(given.kernel, t, plan),
-        _lags(given.reverse, t - 1, plan),
+        _lags(given.reverse, t, plan),
         _channel(given.skip, plan),
         plan,
     )
@@ -191,9 +199,9 @@ def _convolution_backward(plan, residuals, dy):
         plan=plan,
     )
     dkernel, *dreverse = gpu_lags.lags(gradient, given.reverse is not None, plan)
-    t, (e, _) = dy.shape[1], given.kernel.shape
+    t, e = dy.shape[1], given.kernel.shape[0]
     first = dkernel.reshape(dkernel.shape[0], -1)[:e, 0]  # the skip is part of lag 0
-    ahead = None if given.reverse is None else _of_lags(dreverse[0], t - 1, given.reverse)
+    ahead = None if given.reverse is None else _of_lags(dreverse[0], t, given.reverse)
     dbias = None
     if given.bias is not None:
         dz = dy.astype(jnp.float32)
