@@ -34,9 +34,9 @@ def read(ref: Any, layout: Any, config: GpuConfig) -> jax.Array:
     """
     if config.interpret:
         return ref[...]
-    if jax.__version_info__ < (0, 11):
-        return plgpu.load(ref, (), layout=layout, optimized=False)
-    return plgpu.load(ref, layout=layout, optimized=False)
+    load: Any = plgpu.load  # jax 0.10 wants an index, 0.11 wants none
+    index = ((),) if jax.__version_info__ < (0, 11) else ()
+    return load(ref, *index, layout=layout, optimized=False)
 
 
 def vectors(*shape: int, dtype: Any = jnp.float32) -> Any:

@@ -29,6 +29,7 @@ from pallas_kernels.core.gpu import GpuConfig
 
 ROWS = 64  # of a product: what the matrix unit takes at least
 WARPGROUPS = 2
+SHORTEST = 1024  # tokens of a row: what is shorter is filled up to as many at least
 LONGEST = 8192  # tokens of a row: a plane of eight channels is 128 KiB of shared memory
 
 

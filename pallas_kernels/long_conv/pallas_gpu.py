@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.long_conv import gpu_lags, gpu_tokens
 from pallas_kernels.long_conv.documents import last_inputs
-from pallas_kernels.long_conv.gpu_plan import LONGEST, ROWS, Plan, plan_of
+from pallas_kernels.long_conv.gpu_plan import LONGEST, ROWS, SHORTEST, Plan, plan_of
 from pallas_kernels.long_conv.streams import from_state
 
 
@@ -71,6 +71,8 @@ def refuses(shapes, device_kind) -> str | None:
         )
     if segment_ids is not None:
         return "there are segment ids; documents are convolved half by half, which xla does"
+    if u.shape[1] < SHORTEST:
+        return f"rows of {u.shape[1]} tokens would mostly be filling: a transform is of 2,048"
     if u.shape[1] > LONGEST:
         return f"a row has {u.shape[1]} tokens and shared memory has room for {LONGEST}"
     return None

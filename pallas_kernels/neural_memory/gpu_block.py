@@ -302,8 +302,8 @@ class Block:
         """The sum over the blocks of a cluster, in the same order in each of them."""
         if x.ndim == 1:  # a column; others' memory is read by tiles
             assert axis == 0
-            found = self.across(jax.lax.broadcast_in_dim(x, (SIZE, SIZE), (0,)), 0)
-            return jnp.sum(found, axis=1) * (1 / SIZE)
+            tile = self.across(jax.lax.broadcast_in_dim(x, (SIZE, SIZE), (0,)), 0)
+            return jnp.sum(tile, axis=1) * (1 / SIZE)
         ref = self.memory["tile"]
         plgpu.barrier_wait(self.memory["empty"])
         self.mine(ref)[...] = x

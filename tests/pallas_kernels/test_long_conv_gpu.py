@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import long_conv
 from pallas_kernels.core import testing
 from pallas_kernels.core.dispatch import compiling_for, explain
-from pallas_kernels.long_conv import gpu_plan
+from pallas_kernels.long_conv import gpu_plan, pallas_gpu
 from pallas_kernels.long_conv.arg_specs import GATES, draw, draw_flat
 from pallas_kernels.long_conv.pallas_gpu import PallasGpuConfig
 from pallas_kernels.long_conv.xla import XlaConfig
@@ -43,6 +43,12 @@ def op(
 
 
 op.axes = long_conv.axes
+
+
+@pytest.fixture(autouse=True)
+def short_rows(monkeypatch):
+    """Rows that a GPU leaves to xla are what the interpreter has the time for."""
+    monkeypatch.setattr(pallas_gpu, "SHORTEST", 1)
 
 
 def test_agrees():
@@ -127,7 +133,9 @@ def test_stages_are_one_transform(m):
         assert abs(found[k] - want) < 1e-2 * np.sqrt(n)  # the matrices are bfloat16
 
 
-def test_what_is_refused():
+def test_what_is_refused(monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "SHORTEST", gpu_plan.SHORTEST)
+
     def why_not(t, dtype=jnp.bfloat16, segment_ids=None, device="NVIDIA H200"):
         arrays = (jax.ShapeDtypeStruct(s, dtype) for s in ((1, t, 128), (128, t)))
         with compiling_for(device):
@@ -135,6 +143,7 @@ def test_what_is_refused():
 
     assert why_not(8192) is None
     assert "room for 8192" in why_not(8193)
+    assert "mostly be filling" in why_not(128)
     assert "float32" in why_not(64, jnp.float32)
     assert "segment ids" in why_not(64, segment_ids=jax.ShapeDtypeStruct((1, 64), jnp.int32))
     assert "Hopper" in why_not(64, device="NVIDIA A100-SXM4-80GB")
