@@ -9,6 +9,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from pallas_kernels import taylor_attention
 from pallas_kernels.core import dispatch, testing
 from pallas_kernels.core.testing import ArgSpec
+from pallas_kernels.taylor_attention import pallas_gpu
 from pallas_kernels.taylor_attention.arg_specs import draw, draw_extreme, settle
 from pallas_kernels.taylor_attention.features import features
 from pallas_kernels.taylor_attention.gpu_layout import Widths, tables
@@ -29,6 +30,12 @@ MORE = (
     of("two", 12, 17),  # two warpgroups
 )
 slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Refused on a GPU, for gradients at some widths; at those here it agrees."""
+    monkeypatch.setattr(pallas_gpu, "FLOAT32", True)
 
 
 def test_agrees():
@@ -54,7 +61,7 @@ def test_gradients_agree_in_bfloat16():
 @pytest.mark.parametrize("documents", [False, True], ids=["one", "packed"])
 @pytest.mark.parametrize("spec", MORE, ids=lambda s: s.name)
 def test_agrees_with_other_settings(spec, documents):
-    testing.check_agrees(taylor_attention, spec, 130, documents=documents, **HOW)
+    testing.check_agrees(taylor_attention, spec, 130, dtype="bfloat16", documents=documents, **HOW)
 
 
 @slow
@@ -173,15 +180,15 @@ def test_every_value_has_one_warpgroup_that_sends_it(k, v, shares):
     [
         (16, 64, "bfloat16", "NVIDIA H100 80GB HBM3", None),
         (16, 112, "bfloat16", "NVIDIA H200", None),
-        (8, 64, "float32", "NVIDIA H200", None),
+        (8, 64, "float32", "NVIDIA H200", "not that exact yet"),
         (24, 64, "bfloat16", "NVIDIA H200", "24 wide; the kernel's features are those of 16 or"),
         (16, 128, "bfloat16", "NVIDIA H200", "values are 128 wide; a state of more than 112"),
-        (16, 64, "float32", "NVIDIA H200", "261 KiB of shared memory: float32 is multiplied as"),
         (16, 64, "float16", "NVIDIA H200", "float16"),
         (16, 64, "bfloat16", "NVIDIA A100-SXM4-80GB", "written for Hopper"),
     ],
 )
-def test_refuses(k, v, dtype, kind, reason):
+def test_refuses(k, v, dtype, kind, reason, monkeypatch):
+    monkeypatch.setattr(pallas_gpu, "FLOAT32", False)
     shape = lambda n: jax.ShapeDtypeStruct((1, 9, 1, n), dtype)
     with dispatch.compiling_for(kind):
         found = dispatch.explain(taylor_attention, shape(k), shape(k), shape(v))["pallas_gpu"]
