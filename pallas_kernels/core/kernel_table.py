@@ -82,6 +82,7 @@ _ALLOWED = {
     "inner": (1.0, 0),
     "bundles": (1.25, 64),
     "registers": (1.0, 24),
+    "spilled": (1.0, 0),
     "shared": (1.03, 1024),
 }
 

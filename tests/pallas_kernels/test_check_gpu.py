@@ -167,6 +167,11 @@ def test_what_may_not_be_and_what_got_worse():
         "72 bytes of registers are spilled",
         "232,449 bytes of shared memory",
     ]
+    documents = CODE._replace(part="documents, state", spilled=16)
+    assert gpu_table.wrong([documents]) == []
+    assert "16 bytes of registers" in gpu_table.beside_the_goals([documents])[0]
+    less = documents._replace(spilled=0)
+    assert "spilled 0 -> 16" in kernel_table.regressions([less], [documents])[0]
     (text,) = kernel_table.regressions([CODE], [CODE._replace(registers=130)])
     assert text == "toy real forward, toy_forward on h200: registers 90 -> 130"
     (text,) = kernel_table.regressions([], [ROW._replace(call="-", status="NOT WRITTEN: no")])
