@@ -41,11 +41,12 @@ def parse(text: str) -> tuple[int, int, int, int]:
     registers = re.findall(r"Used (\d+) registers", text)
     if not registers:
         raise ValueError(f"ptxas says nothing of registers: {' '.join(text.split())[:200]}")
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
+    # A warning that there are spills says the same numbers again.
+    spills = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     static = re.findall(r"(\d+) bytes smem", text)
     return (
         max(map(int, registers)),
-        sum(map(int, spills)),
+        sum(int(stores) + int(loads) for stores, loads in spills),
         max(map(int, static), default=0),
         int("C7510" in text),
     )
