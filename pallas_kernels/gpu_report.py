@@ -20,9 +20,9 @@ import time
 import zipfile
 
 from pallas_kernels.core import gpu_table, kernel_command
-from pallas_kernels.on_gpu import page, result
-from pallas_kernels.on_gpu.result import Result
-from pallas_kernels.on_gpu.work import PHASES, SHARES, USUAL, names_of, work
+from pallas_kernels.core.on_gpu import page, result
+from pallas_kernels.core.on_gpu.result import Result
+from pallas_kernels.core.on_gpu.work import PHASES, SHARES, USUAL, names_of, work
 
 EPILOG = """examples:
   python -m pallas_kernels.gpu_report                   everything, under 8 minutes, into docs/gpu/

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from pallas_kernels.on_gpu.result import Result
+from pallas_kernels.core.on_gpu.result import Result
 
 _TEXT = ("data=stdlib_text", "task=next_token")
 _MASKED = ("data=masked_stdlib_text", "task=masked_tokens")

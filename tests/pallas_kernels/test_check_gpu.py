@@ -26,10 +26,10 @@ from pallas_kernels.core import (
 from pallas_kernels.core.axes import axes
 from pallas_kernels.core.costs import Cost
 from pallas_kernels.core.gpu_table import GpuRow
+from pallas_kernels.core.on_gpu import bars, numerics, page, peers, result, shapes, times, work
+from pallas_kernels.core.on_gpu.result import Result
 from pallas_kernels.core.testing import ArgSpec
 from pallas_kernels.core.traffic import traffic
-from pallas_kernels.on_gpu import bars, numerics, page, peers, result, shapes, times, work
-from pallas_kernels.on_gpu.result import Result
 from seqzoo.eval import gpu_models
 
 PTXAS = """\

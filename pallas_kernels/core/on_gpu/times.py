@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.core import bench, kernel_check
-from pallas_kernels.core.testing import ArgSpec, draw_case
-from pallas_kernels.on_gpu.numerics import (
+from pallas_kernels.core.on_gpu.numerics import (
     FORM,
     TAGS,
     How,
@@ -26,7 +25,8 @@ from pallas_kernels.on_gpu.numerics import (
     small_specs,
     with_state,
 )
-from pallas_kernels.on_gpu.result import Result
+from pallas_kernels.core.on_gpu.result import Result
+from pallas_kernels.core.testing import ArgSpec, draw_case
 
 _CACHE = 150e6  # bytes: three times the second-level cache of a Hopper
 _MOST_BYTES = 24e9  # of all sets

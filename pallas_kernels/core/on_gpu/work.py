@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from pallas_kernels.on_gpu import shapes
-from pallas_kernels.on_gpu.result import Result
+from pallas_kernels.core.on_gpu import shapes
+from pallas_kernels.core.on_gpu.result import Result
 
 # In their order: whether kernels are right comes before how fast they are. Seconds that one
 # process of a phase may take, and the phase's share of the time that is left.
@@ -46,11 +46,11 @@ def _findings(
     phase: str, name: str, seed: int, dry: bool, folder: pathlib.Path
 ) -> Iterator[Result | str]:
     if phase == "peers":  # no jax: the GPU's memory is PyTorch's
-        from pallas_kernels.on_gpu import peers
+        from pallas_kernels.core.on_gpu import peers
 
         yield from peers.measure(name, seed, dry, folder)
         return
-    from pallas_kernels.on_gpu import lines, numerics, times
+    from pallas_kernels.core.on_gpu import lines, numerics, times
 
     how = numerics.How(seed, dry)
     if phase == "device":

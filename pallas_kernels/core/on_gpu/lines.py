@@ -11,10 +11,10 @@ import numpy as np
 
 from pallas_kernels import OPERATORS
 from pallas_kernels.core import bench, kernel_check
+from pallas_kernels.core.on_gpu import shapes, times
+from pallas_kernels.core.on_gpu.numerics import FORM, How, config_of
+from pallas_kernels.core.on_gpu.result import Result
 from pallas_kernels.core.testing import ArgSpec
-from pallas_kernels.on_gpu import shapes, times
-from pallas_kernels.on_gpu.numerics import FORM, How, config_of
-from pallas_kernels.on_gpu.result import Result
 
 
 def attention(how: How) -> Iterator[Result | str]:

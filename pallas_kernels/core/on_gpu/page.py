@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from pallas_kernels.on_gpu import bars, result
-from pallas_kernels.on_gpu.result import Result
+from pallas_kernels.core.on_gpu import bars, result
+from pallas_kernels.core.on_gpu.result import Result
 
 KERNEL = "pallas_gpu"
 BOTH = "forward + backward"

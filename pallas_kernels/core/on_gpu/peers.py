@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.on_gpu import shapes
-from pallas_kernels.on_gpu.result import Result
+from pallas_kernels.core.on_gpu import shapes
+from pallas_kernels.core.on_gpu.result import Result
 
 _ROUNDS = 15
 

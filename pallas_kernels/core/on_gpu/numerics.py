@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.core import kernel_check
+from pallas_kernels.core.on_gpu.result import Result
 from pallas_kernels.core.testing import (
     ArgSpec,
     Arrays,
@@ -25,7 +26,6 @@ from pallas_kernels.core.testing import (
     results,
     tolerance_of,
 )
-from pallas_kernels.on_gpu.result import Result
 
 FORM = "pallas_gpu"
 # What is compared; the last with a state before and packed documents, the first without either.
