@@ -45,10 +45,10 @@ train: $(STAMP)  ## trains the default experiment to its target (ARGS="key=value
 	$(BIN)/seqzoo train $(ARGS)
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## the long tests as well: more lengths, twenty kills, 262,144 tokens
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m 'slow or not slow' $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'slow or not slow' $(ARGS)
 
 torture-resume: $(STAMP)  ## twenty SIGKILLs of one run; its end must equal an unbroken one bit by bit
 	$(BIN)/python tests/torture/torture.py $(ARGS)

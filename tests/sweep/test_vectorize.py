@@ -154,6 +154,7 @@ def test_a_dry_run_shows_the_groups(tiny_words, capsys):
     assert "trained in 2 groups of 10, 5 runs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_bench(capsys):
     assert main(["bench", "vectorize", "--quick", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["results"]["vectorize"]
