@@ -119,9 +119,11 @@ def _check_searched(sweep: SweepSettings, space: Space) -> None:
         searched.add("trainer.seed")
     for key in sweep.vectorize:
         if key not in searched:
+            example = "0,1,2 (or sweep.seeds=3)" if key == "trainer.seed" else "A,B"
             raise ConfigError(
                 f"sweep.vectorize holds {key}, which is not searched"
-                f"{suggest(key, searched)}; searched are {', '.join(sorted(searched)) or 'none'}"
+                f"{suggest(key, searched)}; searched are {', '.join(sorted(searched)) or 'none'}. "
+                f"Give it values, as in {key}={example}, or take it out of the list"
             )
 
 
