@@ -43,9 +43,15 @@ CASES = {
     "titans_mag": (mixers.TitansMAG, MEMORY | dict(window=12)),
     "titans_mal": (mixers.TitansMAL, MEMORY | dict(window=12)),
 }  # fmt: skip
-# Relative to the largest entry. MAC trains a memory on what it read from it, which enlarges
-# rounding: 1.2e-5 over tokens that are cut; the same program in float64 is within 1e-13 there.
-TOLERANCES = {"titans_mac": 2e-5}
+# Relative to the largest entry; of gradients, where it is another number: (outputs, gradients).
+# Training a Titans memory enlarges what rounding makes of its gradients, on any axis, that of rows
+# too: measured up to (1.13e-5, 5.3e-4), (4e-7, 1.1e-5), (7e-7, 2.1e-5). Rounding is all it is: in
+# float64 the same programs are within 4e-14, below for the two whose states can be float64.
+TOLERANCES = {
+    "titans_mac": (2e-5, 1e-3),
+    "titans_mag": (1e-5, 3e-5),
+    "titans_mal": (1e-5, 3e-5),
+}
 # Each on eight devices; rows are shared by those that the axis itself does not use.
 MESHES = {
     "data": dict(data=8),
@@ -73,13 +79,13 @@ def documents():
 
 
 @functools.cache
-def one_device(name):
+def one_device(name, dtype="float32"):
     """The mixer, its inputs, and what one device makes of them."""
     make, keywords = CASES[name]
-    mixer = make(D, rngs=nnx.Rngs(0), **keywords)
+    mixer = make(D, rngs=nnx.Rngs(0), **keywords, dtype=dtype)
     graphdef, variables, rest = nnx.split(mixer, nnx.Param, ...)
     rng = np.random.default_rng(1)
-    x, weight = (jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(2))
+    x, weight = (jnp.asarray(rng.normal(size=(B, T, D)), dtype) for _ in range(2))
     ids = jnp.asarray(documents())
 
     def run(params, x, weight, ids):
@@ -90,26 +96,37 @@ def one_device(name):
         (_, y), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(params, x)
         return y, *grads
 
-    params = nnx.as_pure(variables)
-    return run, variables, (x, weight, ids), jax.jit(run)(params, x, weight, ids)
+    params = jax.tree.map(lambda a: a.astype(dtype), nnx.as_pure(variables))
+    shardings = functools.partial(param_shardings, variables)
+    return run, params, shardings, (x, weight, ids), jax.jit(run)(params, x, weight, ids)
 
 
 @pytest.mark.parametrize(("name", "mesh"), NAMED)
 def test_a_mixer_on_a_mesh(name, mesh):
-    run, variables, arrays, want = one_device(name)
-    most = TOLERANCES.get(name, 1e-5)
+    check(mesh, TOLERANCES.get(name, (1e-5, 1e-5)), *one_device(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["titans_mag", "titans_mal"])
+def test_what_differs_is_rounding(name):
+    with jax.enable_x64(True):
+        check("tensor", (1e-12, 1e-12), *one_device(name, "float64"))
+
+
+def check(mesh, most, run, params, shardings, arrays, want):
+    """Outputs and gradients on eight devices."""
     shape = [MESHES[mesh].get(axis, 1) for axis in MESH_AXES]
     mesh = jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    params = jax.device_put(nnx.as_pure(variables), param_shardings(variables, mesh))
+    params = jax.device_put(params, shardings(mesh))
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
     with use_mesh(mesh):
         got = jax.jit(lambda *a: run(*a))(params, *jax.device_put(arrays, rows))
-    assert error_of(want[0], got[0]) <= most
+    assert error_of(want[0], got[0]) <= most[0]
     leaves = [jax.tree.leaves(found[1:]) for found in (want, got)]
     # A gradient that is nothing but rounding (of a bias of keys) is compared with the others.
     largest = max(float(jnp.abs(a).max()) for a in leaves[0])
     for a, b in zip(*leaves, strict=True):
-        assert error_of(a, b, 1e-3 * largest) <= most
+        assert error_of(a, b, 1e-3 * largest) <= most[1]
 
 
 def error_of(a, b, least=0.0) -> float:
