@@ -157,10 +157,9 @@ def _convolution_backward(plan, config, given, dy):
     kernels = tpu_short if isinstance(plan, Short) else tpu_long
     found = kernels.backward(*given, dy, plan, config)
     found = Arguments(*found)
-    kernel = _of_lags(plan.lags, found.kernel, given.kernel)
-    # The reverse kernel's first lag looks one token ahead.
-    ahead = min(plan.lags, plan.t - 1)
-    reverse = None if given.reverse is None else _of_lags(ahead, found.reverse, given.reverse)
+    of_lags = functools.partial(_of_lags, plan.lags)
+    kernel = of_lags(found.kernel, given.kernel)
+    reverse = None if given.reverse is None else of_lags(found.reverse, given.reverse)
     return (found._replace(kernel=kernel, reverse=reverse),)
 
 

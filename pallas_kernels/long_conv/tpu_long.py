@@ -362,7 +362,10 @@ def _bwd_kernel(*refs, plan: Long, phases: _Phases, channels):
         @pl.when(phases.when(name, row, step))
         def _(name=name, ref=ref):
             at = (step - phases.first[name]) * plan.block
-            ref[...] = planes[0][_block(at, plan), :].T
+            lags = planes[0][_block(at, plan), :]
+            if name == "dreverse" and plan.lags == plan.t:  # the last one looks beyond the row
+                lags = rows_below(lags, plan.t - 1 - at)
+            ref[...] = lags.T
 
 
 def _gradients(planes, columns, g_columns, spectrum, sums, z_ref, between, channel_ref,

@@ -309,4 +309,7 @@ def _kernel_gradients(sums, operand, there, ahead, dkernel, dreverse, plan: Shor
             cos, sin, x, y = ahead[re], ahead[im], scale * sums[re], scale * sums[im]
             operand[re] = (cos * x + sin * y).astype(plan.operands)
             operand[im] = (sin * x - cos * y).astype(plan.operands)
-        dreverse[...] = dot(operand[...], there[:, columns], (0, 0))
+        lags = dot(operand[...], there[:, columns], (0, 0))
+        # The one that looks beyond the row is left out.
+        at = jax.lax.broadcasted_iota(jnp.int32, lags.shape, 1)
+        dreverse[...] = jnp.where(at < plan.t - 1, lags, 0)
