@@ -9,9 +9,12 @@ import jax.numpy as jnp
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
-    """What states and sums are kept in: float32 for bf16 and float32, float64 for float64."""
-    dtypes = [a.dtype for a in arrays if a is not None]
+def state_dtype(*of: jax.Array | str | None) -> jnp.dtype:
+    """What states and sums are kept in, of arrays or names of dtypes.
+
+    float32 for bf16 and float32, float64 for float64.
+    """
+    dtypes = [a if isinstance(a, str) else a.dtype for a in of if a is not None]
     return jnp.result_type(jnp.float32, *dtypes)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
@@ -146,5 +147,5 @@ class BaseConv(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the inputs of the convolution, and with the id."""
         del context_length
-        inputs = 4 * (self.d_conv - 1) * self.d_inner
+        inputs = state_dtype(self.dtype).itemsize * (self.d_conv - 1) * self.d_inner
         return {"recurrent": inputs, "total": inputs + 4}

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attention
 from pallas_kernels.taylor_attention.features import WIDEST, feature_count
 from seqzoo.nn import inits
@@ -144,8 +145,9 @@ class Based(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> TaylorAttentionState:
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
-        z = jnp.zeros((batch_size, self.n_heads, feature_count(self.feature_dim)), jnp.float32)
-        kv = jnp.zeros((*z.shape, self.head_dim), jnp.float32)
+        shape = (batch_size, self.n_heads, feature_count(self.feature_dim))
+        z = jnp.zeros(shape, state_dtype(self.dtype))
+        kv = jnp.zeros((*shape, self.head_dim), z.dtype)
         return TaylorAttentionState(kv, z, jnp.zeros((batch_size,), jnp.int32))
 
     def step(
@@ -158,5 +160,6 @@ class Based(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: sums of features times values and of features; with the id."""
         del context_length
-        recurrent = 4 * self.n_heads * feature_count(self.feature_dim) * (self.head_dim + 1)
+        kept = self.n_heads * feature_count(self.feature_dim) * (self.head_dim + 1)
+        recurrent = state_dtype(self.dtype).itemsize * kept
         return {"recurrent": recurrent, "total": recurrent + 4}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.gated_delta_rule import GatedDeltaRuleState, gated_delta_rule
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
@@ -195,7 +196,8 @@ class GatedDeltaNet(nnx.Module):
         if self.use_short_conv:
             layers = (self.q_conv, self.k_conv, self.v_conv)
             convs = tuple(conv.init_state(batch_size) for conv in layers)
-        s = jnp.zeros((batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim), jnp.float32)
+        shape = (batch_size, self.n_v_heads, self.head_k_dim, self.head_v_dim)
+        s = jnp.zeros(shape, state_dtype(self.dtype))
         return GatedDeltaNetState(
             convs, GatedDeltaRuleState(s, jnp.zeros((batch_size,), jnp.int32))
         )
@@ -210,9 +212,10 @@ class GatedDeltaNet(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the memory alone, and with the conv inputs and the ids."""
         del context_length
-        recurrent = 4 * self.n_v_heads * self.head_k_dim * self.head_v_dim
+        each = state_dtype(self.dtype).itemsize
+        recurrent = each * self.n_v_heads * self.head_k_dim * self.head_v_dim
         total = recurrent + 4
         if self.use_short_conv:
             width = 2 * self.n_heads * self.head_k_dim + self.n_v_heads * self.head_v_dim
-            total += 4 * width * (self.d_conv - 1) + 3 * 4
+            total += each * width * (self.d_conv - 1) + 3 * 4
         return {"recurrent": recurrent, "total": total}

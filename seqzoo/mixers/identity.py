@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
+
 
 class IdentityState(NamedTuple):
     """Nothing is kept; one empty array per row, so that states are trees of arrays.
@@ -50,7 +52,7 @@ class Identity(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> IdentityState:
         """An empty state."""
         del max_length
-        return IdentityState(jnp.zeros((batch_size, 0), jnp.float32))
+        return IdentityState(jnp.zeros((batch_size, 0), state_dtype(self.dtype)))
 
     def step(self, x_t: jax.Array, state: IdentityState) -> tuple[jax.Array, IdentityState]:
         """One token `[b d]`."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.core.numerics import einsum
+from pallas_kernels.core.numerics import einsum, state_dtype
 from seqzoo.nn import hippo, inits, krylov
 from seqzoo.nn.activations import activate, check_activation
 from seqzoo.nn.carried import Carried
@@ -218,12 +218,12 @@ class LSSL(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the recurrence alone, and with the id."""
         del context_length
-        recurrent = 4 * self.d_model * self.d_state
+        recurrent = self._sums.itemsize * self.d_model * self.d_state
         return {"recurrent": recurrent, "total": recurrent + 4}
 
     @property
     def _sums(self) -> jnp.dtype:
-        return jnp.promote_types(self.dtype, jnp.float32)
+        return state_dtype(self.dtype)
 
     def _wide(self, parameter: nnx.Param) -> jax.Array:
         return parameter[...].astype(self._sums)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn.checks import at_least
@@ -189,7 +190,7 @@ class Mamba(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> MambaState:
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
-        h = jnp.zeros((batch_size, self.d_inner, self.d_state), jnp.float32)
+        h = jnp.zeros((batch_size, self.d_inner, self.d_state), state_dtype(self.dtype))
         last_id = jnp.zeros((batch_size,), jnp.int32)
         return MambaState(self.conv.init_state(batch_size), SelectiveScanState(h, last_id))
 
@@ -201,10 +202,11 @@ class Mamba(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the recurrence alone, and with the conv inputs and the ids."""
         del context_length
-        recurrent = 4 * self.d_inner * self.d_state
+        each = state_dtype(self.dtype).itemsize
+        recurrent = each * self.d_inner * self.d_state
         return {
             "recurrent": recurrent,
-            "total": recurrent + 4 * self.d_inner * (self.d_conv - 1) + 8,
+            "total": recurrent + each * self.d_inner * (self.d_conv - 1) + 8,
         }
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
 from seqzoo.nn import inits
@@ -204,7 +205,8 @@ class Mamba2(nnx.Module):
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
         shape = (batch_size, self.n_heads, self.d_state, self.d_inner // self.n_heads)
-        ssm = SimpleGLAState(jnp.zeros(shape, jnp.float32), jnp.zeros((batch_size,), jnp.int32))
+        s = jnp.zeros(shape, state_dtype(self.dtype))
+        ssm = SimpleGLAState(s, jnp.zeros((batch_size,), jnp.int32))
         convs = (conv.init_state(batch_size) for conv in (self.conv, self.bc_conv))
         return Mamba2State(*convs, ssm)
 
@@ -216,9 +218,10 @@ class Mamba2(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the recurrence alone, and with the conv inputs and the ids."""
         del context_length
-        recurrent = 4 * self.d_inner * self.d_state
+        each = state_dtype(self.dtype).itemsize
+        recurrent = each * self.d_inner * self.d_state
         channels = self.d_inner + 2 * self.n_groups * self.d_state
         return {
             "recurrent": recurrent,
-            "total": recurrent + 4 * channels * (self.d_conv - 1) + 3 * 4,
+            "total": recurrent + each * channels * (self.d_conv - 1) + 3 * 4,
         }

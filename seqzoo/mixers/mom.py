@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn import slots as mom_slots
@@ -292,9 +293,10 @@ class MoM(nnx.Module):
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
         m, h, k, v = self.n_states, self.n_heads, self.head_dim, self.value_dim
+        dtype = state_dtype(self.dtype)
         return MoMState(
-            jnp.zeros((batch_size, m, self._kept, h * (2 * k + v)), jnp.float32),
-            jnp.zeros((batch_size, m, h, k, v), jnp.float32),
+            jnp.zeros((batch_size, m, self._kept, h * (2 * k + v)), dtype),
+            jnp.zeros((batch_size, m, h, k, v), dtype),
             jnp.zeros((batch_size,), jnp.int32),
         )
 
@@ -336,8 +338,9 @@ class MoM(nnx.Module):
         """Bytes kept per sequence: the memories alone, and with the conv inputs and the id."""
         del context_length
         m, h, k, v = self.n_states, self.n_heads, self.head_dim, self.value_dim
-        recurrent = 4 * m * h * k * v
-        past = 4 * m * self._kept * h * (2 * k + v)
+        each = state_dtype(self.dtype).itemsize
+        recurrent = each * m * h * k * v
+        past = each * m * self._kept * h * (2 * k + v)
         return {"recurrent": recurrent, "total": recurrent + past + 4}
 
     def idle_parameters(self) -> int:

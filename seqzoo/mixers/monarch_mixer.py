@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.long_conv.xla import XlaConfig
 from pallas_kernels.short_conv import ShortConvState
@@ -255,7 +256,7 @@ class MonarchMixer(nnx.Module):
         lags = self._lags(max_length)
 
         def memory(made_by):
-            v = jnp.zeros((batch_size, lags - 1, self.d_model), jnp.float32)
+            v = jnp.zeros((batch_size, lags - 1, self.d_model), state_dtype(self.dtype))
             conv = LongConvState(v, jnp.zeros((batch_size,), jnp.int32))
             return Memory(conv, made_by(lags)[0])
 
@@ -286,8 +287,9 @@ class MonarchMixer(nnx.Module):
         if not self.causal:
             raise NotImplementedError(_NO_STATE)
         lags, convolutions = self._lags(context_length), 1 + (self.residual_filter is not None)
-        short = 4 * (self.d_conv - 1) * 3 * self.d_model
-        long = 4 * convolutions * (lags - 1) * self.d_model
-        kernels = 4 * convolutions * lags * self.d_model
+        each = state_dtype(self.dtype).itemsize
+        short = each * (self.d_conv - 1) * 3 * self.d_model
+        long = each * convolutions * (lags - 1) * self.d_model
+        kernels = 4 * convolutions * lags * self.d_model  # as wide as parameters
         ids = 4 * (1 + convolutions)
         return {"recurrent": short + long, "total": short + long + kernels + ids}

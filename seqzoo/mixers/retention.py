@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least, head_widths
@@ -151,7 +152,8 @@ class Retention(nnx.Module):
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetentionState:
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
-        s = jnp.zeros((batch_size, self.n_heads, self.head_k_dim, self.head_v_dim), jnp.float32)
+        shape = (batch_size, self.n_heads, self.head_k_dim, self.head_v_dim)
+        s = jnp.zeros(shape, state_dtype(self.dtype))
         # One array each: a state is donated, and no buffer can be given away twice.
         last_id, count = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         return RetentionState(SimpleGLAState(s, last_id), count)
@@ -164,7 +166,8 @@ class Retention(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the recurrence alone, and with the count and the id."""
         del context_length
-        recurrent = 4 * self.n_heads * self.head_k_dim * self.head_v_dim
+        each = state_dtype(self.dtype).itemsize
+        recurrent = each * self.n_heads * self.head_k_dim * self.head_v_dim
         return {"recurrent": recurrent, "total": recurrent + 8}
 
 

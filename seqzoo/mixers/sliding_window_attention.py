@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
@@ -152,7 +153,7 @@ class SlidingWindowAttention(nnx.Module):
         del max_length
         shape = (batch_size, self.n_kv_heads, self.window, self.head_dim)
         # One array each: a state is donated, and no buffer can be given away twice.
-        k, v = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+        k, v = (jnp.zeros(shape, state_dtype(self.dtype)) for _ in range(2))
         count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         return ChunkAttentionState(k, v, count, last_id)
 
@@ -166,7 +167,8 @@ class SlidingWindowAttention(nnx.Module):
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the ring, and with its count and the id."""
         del context_length
-        ring = 2 * 4 * self.window * self.n_kv_heads * self.head_dim
+        each = state_dtype(self.dtype).itemsize
+        ring = 2 * each * self.window * self.n_kv_heads * self.head_dim
         return {"recurrent": ring, "total": ring + 8}
 
     def _check_mesh(self) -> None:

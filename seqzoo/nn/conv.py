@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from seqzoo.nn.param import param
 from seqzoo.nn.sharded import sharded
@@ -63,6 +64,6 @@ class ShortConv(nnx.Module):
         )
 
     def init_state(self, batch_size: int) -> ShortConvState:
-        """The state before the first token: zeros, `[b w-1 e]` float32."""
-        x = jnp.zeros((batch_size, self.d_conv - 1, self.width), jnp.float32)
+        """The state before the first token: zeros, `[b w-1 e]`, float32 at least."""
+        x = jnp.zeros((batch_size, self.d_conv - 1, self.width), state_dtype(self.dtype))
         return ShortConvState(x, jnp.zeros((batch_size,), jnp.int32))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.long_conv.xla import XlaConfig
 from seqzoo.nn.checks import at_least
@@ -135,18 +136,18 @@ class EMA(nnx.Module):
     def init_state(self, batch_size: int) -> EMAState | LongConvState:
         """The state before the first token: zeros."""
         self._refuse_streams("init_state")
-        last_id = jnp.zeros((batch_size,), jnp.int32)
+        last_id, dtype = jnp.zeros((batch_size,), jnp.int32), state_dtype(self.dtype)
         if self.truncation is not None:
-            inputs = jnp.zeros((batch_size, self.truncation - 1, self.d_model), jnp.float32)
+            inputs = jnp.zeros((batch_size, self.truncation - 1, self.d_model), dtype)
             return LongConvState(inputs, last_id)
-        return EMAState(jnp.zeros((batch_size, self.d_model, self.d_state), jnp.float32), last_id)
+        return EMAState(jnp.zeros((batch_size, self.d_model, self.d_state), dtype), last_id)
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Bytes kept per sequence: the averages (truncated: the inputs), and with the id."""
         del context_length
         self._refuse_streams("state_bytes")
         each = self.d_state if self.truncation is None else self.truncation - 1
-        recurrent = 4 * self.d_model * each
+        recurrent = state_dtype(self.dtype).itemsize * self.d_model * each
         return {"recurrent": recurrent, "total": recurrent + 4}
 
     def _average(self, x, segment_ids, state):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
+from pallas_kernels.core.numerics import state_dtype
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.linear import NORMS, linear
@@ -194,7 +195,8 @@ class MegaBlock(nnx.Module):
         """The state before the first token; `max_length` changes nothing here."""
         del max_length
         self._refuse_streams("init_state")
-        ring = lambda width: jnp.zeros((batch_size, 1, self.chunk_size, width), jnp.float32)
+        shape, dtype = (batch_size, 1, self.chunk_size), state_dtype(self.dtype)
+        ring = lambda width: jnp.zeros((*shape, width), dtype)
         # One array each: a state is donated, and no buffer can be given away twice.
         count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
         attention = ChunkAttentionState(ring(self.z_dim), ring(self.v_dim), count, last_id)
@@ -204,7 +206,7 @@ class MegaBlock(nnx.Module):
         """Bytes kept per sequence: the move's and the keys and values of a chunk."""
         self._refuse_streams("state_bytes")
         move = self.move.state_bytes(context_length)
-        chunk = 4 * self.chunk_size * (self.z_dim + self.v_dim)
+        chunk = state_dtype(self.dtype).itemsize * self.chunk_size * (self.z_dim + self.v_dim)
         return {"recurrent": move["recurrent"] + chunk, "total": move["total"] + chunk + 8}
 
     def _before(self, x):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.neural_memory import (
     ACTIVATIONS,
     LIMITS,
@@ -68,7 +69,7 @@ class NeuralMemory(nnx.Module):
         n_persistent: learned tokens that every document begins with, written before its own.
         norm_eps: of the network's norm.
         implementation: which implementation of the operators; None = the best.
-        dtype: of projections; weights of the memory, gates and sums are float32.
+        dtype: of projections; weights of the memory, gates and sums are float32 at least.
         rngs: source of the initial values.
 
     Raises:
@@ -128,7 +129,7 @@ class NeuralMemory(nnx.Module):
         self.n_heads, self.head_dim, self.use_conv = n_heads, head_dim, d_conv > 0
         self.use_momentum, self.use_forgetting = use_momentum, use_forgetting
         self.theta_max = _step_size(theta_max, chunk, eta_bias if use_momentum else None)
-        self.implementation = implementation
+        self.implementation, self.dtype = implementation, str(jnp.dtype(dtype))
         self.options = (
             ("chunk", chunk),
             ("activation", activation),
@@ -284,7 +285,8 @@ class NeuralMemory(nnx.Module):
 
     def init_state(self, batch_size: int) -> MemoryState:
         """The state before the first token: it holds no weights yet."""
-        row = lambda shape: shape and jnp.zeros((batch_size, *shape), jnp.float32)
+        dtype = state_dtype(self.dtype)
+        row = lambda shape: shape and jnp.zeros((batch_size, *shape), dtype)
         rows = lambda: Weights(*map(row, self.shapes))
         # One array each: a state is donated, and no buffer can be given away twice.
         count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
@@ -293,7 +295,8 @@ class NeuralMemory(nnx.Module):
 
     def state_bytes(self) -> dict[str, int]:
         """Weights now, at the chunk's start, and momentum; and with the conv inputs and counts."""
-        weights = 3 * 4 * sum(math.prod(shape) for shape in self.shapes if shape)
+        each = state_dtype(self.dtype).itemsize
+        weights = 3 * each * sum(math.prod(shape) for shape in self.shapes if shape)
         return {"recurrent": weights, "total": weights + 8 + self.inputs.state_bytes()}
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn.checks import at_least
 from seqzoo.nn.projections import Projections
@@ -43,7 +44,7 @@ class PersistentAttention(nnx.Module):
         rope: turn queries and keys by their positions.
         rope_theta: base of the rotary wavelengths.
         implementation: which implementation of the convolution; None = the best.
-        dtype: what to compute in; the softmax and the state are float32.
+        dtype: what to compute in; the softmax and the state are float32 at least.
         rngs: source of the initial values.
 
     Raises:
@@ -122,12 +123,13 @@ class PersistentAttention(nnx.Module):
         """Nothing read."""
         return AttentionState(
             self.inputs.init_states(batch_size),
-            empty_window(batch_size, self.window, self.n_heads, self.head_dim),
+            empty_window(batch_size, self.window, self.n_heads, self.head_dim, self.dtype),
         )
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the keys and values, and with the conv inputs, the count and the ids."""
-        kept = 2 * 4 * (self.window - 1) * self.n_heads * self.head_dim
+        each = state_dtype(self.dtype).itemsize
+        kept = 2 * each * (self.window - 1) * self.n_heads * self.head_dim
         return {"recurrent": kept, "total": kept + 8 + self.inputs.state_bytes()}
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState, short_conv
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import l2_norm
@@ -101,8 +102,10 @@ class Projections(nnx.Module):
 
     def state_bytes(self) -> int:
         """Bytes of that per sequence."""
+        if not self.d_conv:
+            return 0
         width = self.n_out * self.n_heads * self.head_dim
-        return 4 * width * (self.d_conv - 1) + 4 if self.d_conv else 0
+        return state_dtype(self.conv.dtype).itemsize * width * (self.d_conv - 1) + 4
 
 
 def plain(implementation: str | None) -> str:

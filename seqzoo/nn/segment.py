@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.core import parts
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.neural_memory import NeuralMemoryState, Weights, recall
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn.gated_norm import GatedRMSNorm
@@ -142,7 +143,7 @@ class Segment(nnx.Module):
         b, c = mine.shape
         at = jnp.full((b, self.segment + 1), -1, jnp.int32)
         slot = jnp.where(mine, slot, self.segment)  # the last one is nobody's
-        at = at.at[jnp.arange(b)[:, None], slot].set(jnp.arange(c), mode="drop")
+        at = at.at[jnp.arange(b)[:, None], slot].set(jnp.arange(c, dtype=jnp.int32), mode="drop")
         at = at[:, : self.segment, None, None]
         put = lambda old, x: jnp.where(
             at >= 0, jnp.take_along_axis(x, jnp.maximum(at, 0), axis=1).astype(old.dtype), old
@@ -188,7 +189,7 @@ class Segment(nnx.Module):
             tuple(x.x for x in convs),
             *memory[:3],
             jax.tree.map(jnp.zeros_like, memory.now),
-            *(jnp.zeros(shape, jnp.float32) for _ in range(4)),
+            *(jnp.zeros(shape, state_dtype(self.dtype)) for _ in range(4)),
         )
 
     def opened(self, batch_size: int) -> Carried:
@@ -199,7 +200,7 @@ class Segment(nnx.Module):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the memories and the segment's keys and values; and with the conv inputs."""
         memory = self.memory.state_bytes()["recurrent"]
-        slots = 4 * 4 * self.segment * self.n_heads * self.head_dim
+        slots = 4 * state_dtype(self.dtype).itemsize * self.segment * self.n_heads * self.head_dim
         recurrent = memory + memory // 3 + slots
         conv = self.memory.inputs.state_bytes()
         return {"recurrent": recurrent, "total": recurrent + max(conv - 4, 0)}

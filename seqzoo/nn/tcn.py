@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.dilated_conv import DilatedConvState, dilated_conv
 from seqzoo.nn import inits
 from seqzoo.nn.checks import at_least
@@ -167,11 +168,13 @@ class TCN(nnx.Module):
         """The state before the first token: a ring per level."""
         self._refuse_streams("init_state")
 
+        dtype = state_dtype(self.dtype)
+
         def empty(dilations):
             slots = (self.kernel_size - 1) * sum(dilations)
             count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
             return DilatedConvState(
-                jnp.zeros((batch_size, slots, self.d_model), jnp.float32), count, last_id
+                jnp.zeros((batch_size, slots, self.d_model), dtype), count, last_id
             )
 
         if self.preset == "separable":
@@ -182,7 +185,7 @@ class TCN(nnx.Module):
         """Bytes kept per sequence: the rings, and with their counts and ids."""
         del context_length
         self._refuse_streams("state_bytes")
-        rings = 4 * self.d_model * (self.receptive_field - 1)
+        rings = state_dtype(self.dtype).itemsize * self.d_model * (self.receptive_field - 1)
         counts = len(self.dilations) if self.preset == "separable" else 1
         return {"recurrent": rings, "total": rings + 8 * counts}
 

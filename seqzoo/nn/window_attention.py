@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.axes import axes
+from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn.sequence_parallel import halo
 
@@ -19,7 +20,8 @@ class WindowState(NamedTuple):
     """The keys and values before the next token that it may see, the oldest first.
 
     Attributes:
-        k, v: `[b w-1 h k]`, float32; what stands before the document's start is never looked at.
+        k, v: `[b w-1 h k]`, float32 at least; what stands before the document's start is never
+            looked at.
         count: int32 `[b]`, tokens of the current document so far.
         last_id: int32 `[b]`, id of that document; 0 = none yet, or not tracked.
     """
@@ -30,11 +32,13 @@ class WindowState(NamedTuple):
     last_id: jax.Array
 
 
-def empty_window(batch_size: int, window: int, n_heads: int, head_dim: int) -> WindowState:
-    """The state before the first token."""
+def empty_window(
+    batch_size: int, window: int, n_heads: int, head_dim: int, dtype: str
+) -> WindowState:
+    """The state before the first token, of a layer that computes in `dtype`."""
     shape = (batch_size, window - 1, n_heads, head_dim)
     # One array each: a state is donated, and no buffer can be given away twice.
-    k, v = (jnp.zeros(shape, jnp.float32) for _ in range(2))
+    k, v = (jnp.zeros(shape, state_dtype(dtype)) for _ in range(2))
     count, last_id = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
     return WindowState(k, v, count, last_id)
 
@@ -77,7 +81,9 @@ def window_attention(
     """
     b, t, *_ = q.shape
     fresh = initial_state is None
-    state = empty_window(b, window, *q.shape[2:]) if initial_state is None else initial_state
+    state = initial_state
+    if state is None:
+        state = empty_window(b, window, *q.shape[2:], str(q.dtype))
     if segment_ids is None:
         document, valid, last_id = jnp.zeros((b, t), jnp.int32), None, state.last_id
         count = state.count + t
@@ -165,7 +171,7 @@ def _after(old: _Keys, new: _Keys, count, last_id, window: int) -> WindowState:
     at = (
         jnp.zeros((b, n + 1), jnp.int32)
         .at[jnp.arange(b)[:, None], slot]
-        .set(jnp.arange(both.place.shape[1]), mode="drop")[:, :n]
+        .set(jnp.arange(both.place.shape[1], dtype=jnp.int32), mode="drop")[:, :n]
     )
     take = lambda x: jnp.take_along_axis(x, at[..., None, None], axis=1)
     return WindowState(take(both.k), take(both.v), count, last_id)
