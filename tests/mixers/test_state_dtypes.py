@@ -1,0 +1,59 @@
+"""What states are kept in: float32 at least, and float64 where a mixer computes in that."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from seqzoo import mixers
+
+SETTINGS = {
+    "MonarchMixer": dict(max_length=32),
+    "TitansLMM": dict(head_dim=16, chunk=8),
+    "TitansMAC": dict(head_dim=16, chunk=8, segment=16),
+    "TitansMAG": dict(head_dim=16, chunk=8, window=12),
+    "TitansMAL": dict(head_dim=16, chunk=8, window=12),
+}
+# Attention adds nothing to the keys and values that it keeps; Monarch Mixer's kernels are as wide
+# as the parameters that they are made of.
+KEPT = {
+    ("Attention", "bfloat16"): {"bfloat16"},
+    ("MonarchMixer", "float64"): {"float32", "float64"},
+}
+
+
+@pytest.mark.parametrize("name", mixers.__all__)
+def test_a_state_is_as_wide_as_its_sums(name):
+    """What is kept, and how many bytes that is; float64 does not change under way."""
+    for dtype, wide in {"bfloat16": "float32", "float64": "float64"}.items():
+        with jax.enable_x64(dtype == "float64"):
+            mixer, state, run = abstract(name, dtype)
+            types = lambda tree: [str(leaf.dtype) for leaf in jax.tree.leaves(tree)]
+            assert set(types(state)) - {"int32"} <= KEPT.get((name, dtype), {wide})
+            held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+            assert mixer.state_bytes(32)["total"] == held
+    (y, after), (y_t, stepped) = run(state)
+    assert y.dtype == y_t.dtype == "float64"
+    assert types(after) == types(stepped) == types(state)
+
+
+def abstract(name, dtype):
+    """A mixer without memory, the state of a row, and what makes the next of it."""
+    make = lambda: getattr(mixers, name)(
+        64, **SETTINGS.get(name, {}), dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    mixer = nnx.eval_shape(make)
+    graphdef, variables = nnx.split(mixer)
+    new = lambda v: nnx.merge(graphdef, v).init_state(1, max_length=32)
+
+    def run(state):
+        x = jax.ShapeDtypeStruct((1, 24, 64), dtype)
+        ids = jax.ShapeDtypeStruct((1, 24), jnp.int32)
+        read = lambda v, x, ids, state: (
+            nnx.merge(graphdef, v)(x, segment_ids=ids, state=state),
+            nnx.merge(graphdef, v).step(x[:, 0], state),
+        )
+        with jax.enable_x64(True):
+            return jax.eval_shape(read, variables, x, ids, state)
+
+    return mixer, jax.eval_shape(new, variables), run
