@@ -13,18 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
-from pallas_kernels.gated_delta_rule import gpu_parts as parts
-from pallas_kernels.gated_delta_rule.gpu_parts import (
-    BETA,
-    BLOCK,
-    CHUNK,
-    END,
-    START,
-    How,
-    Turned,
-    bfloat16,
-    down,
-)
+from pallas_kernels.core import gpu_chunks as parts
+from pallas_kernels.core.gpu_chunks import BLOCK, CHUNK, END, START, How, Turned, bfloat16, down
+from pallas_kernels.gated_delta_rule.gpu_parts import BETA, GATES
 
 # Rows of sums: over columns of q o dq, k o dk / beta by what is written, k o dk by what is seen of
 # k, k o dk by the state after; and over values of S o dS, for each key.
@@ -74,7 +65,7 @@ def gradients(q, k, dy, written, dmissing, starts, dends, gates, how: How) -> Gr
             states=parts.tile(2, 2, 2, BLOCK, BLOCK),
             keys=parts.tile(2, 2, CHUNK, BLOCK),
             factors=parts.tile(3, CHUNK, CHUNK),
-            numbers=parts.gates(),
+            numbers=parts.numbers(rows=GATES),
             rows=plgpu.SMEM((2, SUMS, BLOCK), jnp.float32),
             loaded=plgpu.Barrier(num_arrivals=7, num_barriers=2),
             first=plgpu.Barrier(num_arrivals=5),

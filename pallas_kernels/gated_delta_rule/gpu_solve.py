@@ -8,8 +8,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
-from pallas_kernels.gated_delta_rule import gpu_parts as parts
-from pallas_kernels.gated_delta_rule.gpu_parts import BETA, CHUNK, How, Turned, down
+from pallas_kernels.core import gpu_chunks as parts
+from pallas_kernels.core.gpu_chunks import CHUNK, How, Turned, down
+from pallas_kernels.gated_delta_rule.gpu_parts import BETA, GATES
 
 
 def solve(k: jax.Array, gates: jax.Array, how: How) -> jax.Array:
@@ -44,7 +45,7 @@ def solve(k: jax.Array, gates: jax.Array, how: How) -> jax.Array:
         grid_names=("rows", "heads", "chunks"),
         scratch_types=[
             parts.tile(CHUNK, k.shape[-1]),
-            parts.gates(),
+            parts.numbers(rows=GATES),
             parts.tile(2, CHUNK, CHUNK),
             parts.tile(2, CHUNK, CHUNK),
             plgpu.Barrier(num_arrivals=2),

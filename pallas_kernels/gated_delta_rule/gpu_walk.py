@@ -13,10 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
-from pallas_kernels.core.tpu_parts import Refs
-from pallas_kernels.gated_delta_rule import gpu_parts as parts
-from pallas_kernels.gated_delta_rule.gpu_parts import (
-    BETA,
+from pallas_kernels.core import gpu_chunks as parts
+from pallas_kernels.core.gpu_chunks import (
     BLOCK,
     CHUNK,
     END,
@@ -27,6 +25,8 @@ from pallas_kernels.gated_delta_rule.gpu_parts import (
     bfloat16,
     down,
 )
+from pallas_kernels.core.tpu_parts import Refs
+from pallas_kernels.gated_delta_rule.gpu_parts import BETA, GATES
 
 
 class Walked(NamedTuple):
@@ -77,7 +77,7 @@ def walk(q, k, v, solved, gates, s, bounds, how: How, *, keep: bool) -> Walked:
             k=parts.tile(2, CHUNK, width),
             v=parts.tile(2, CHUNK, BLOCK),
             solved=parts.tile(2, CHUNK, CHUNK),
-            numbers=parts.gates(2),
+            numbers=parts.numbers(2, rows=GATES),
             state=parts.tile(width, BLOCK),
             factors=parts.tile(2 if keep else 3, CHUNK, BLOCK),
             loaded=plgpu.Barrier(num_arrivals=4 if keep else 5, num_barriers=2),

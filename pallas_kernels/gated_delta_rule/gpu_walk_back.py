@@ -13,10 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
-from pallas_kernels.core.tpu_parts import Refs
-from pallas_kernels.gated_delta_rule import gpu_parts as parts
-from pallas_kernels.gated_delta_rule.gpu_parts import (
-    BETA,
+from pallas_kernels.core import gpu_chunks as parts
+from pallas_kernels.core.gpu_chunks import (
     BLOCK,
     CHUNK,
     END,
@@ -27,6 +25,8 @@ from pallas_kernels.gated_delta_rule.gpu_parts import (
     bfloat16,
     down,
 )
+from pallas_kernels.core.tpu_parts import Refs
+from pallas_kernels.gated_delta_rule.gpu_parts import BETA, GATES
 
 
 class WalkedBack(NamedTuple):
@@ -84,7 +84,7 @@ def walk_back(q, k, v, dy, solved, gates, ds, bounds, how: How) -> WalkedBack:
             v=parts.tile(CHUNK, BLOCK),
             dy=parts.tile(CHUNK, BLOCK),
             solved=parts.tile(CHUNK, CHUNK),
-            numbers=parts.gates(2),
+            numbers=parts.numbers(2, rows=GATES),
             state=parts.tile(1, width, BLOCK),
             factors=parts.tile(4, CHUNK, BLOCK),
             sums=plgpu.SMEM((CHUNK,), jnp.float32),
