@@ -104,6 +104,7 @@ def gla(
         implementation=implementation,
         config=config,
         scale=sizes["k"] ** -0.5 if scale is None else scale,
+        fresh=initial_state is None,
     )
     return y, GLAState(s, last_id)
 

@@ -25,6 +25,20 @@ SPECS = (
             ("gla_340m", 1, 2048, 4, 128, 256),
         )
     ),
+    # What TPU kernels are compiled at (core/kernel_check.py).
+    *(
+        ArgSpec(
+            name=name,
+            sizes=dict(b=1, t=t, h=h, k=k, v=v),
+            draw=draw,
+            tags=frozenset({"tpu", *more}),
+        )
+        for name, t, h, k, v, more in (
+            ("gla_340m_2k", 2048, 4, 128, 256, {"primary"}),
+            ("gla_340m_8k_f32", 8192, 4, 128, 256, ()),
+            ("gla_1b_2k", 2048, 4, 256, 512, ()),
+        )
+    ),
 )
 
 
