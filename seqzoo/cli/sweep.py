@@ -86,8 +86,8 @@ def _create(args: argparse.Namespace) -> int:
 def _show(settings, args: argparse.Namespace) -> int:
     """What the command would do: the script of SLURM, or the trials."""
     from seqzoo.sweep import definition, sampler, slurm
+    from seqzoo.sweep.places import FOLDER
     from seqzoo.sweep.space import Space
-    from seqzoo.sweep.study import FOLDER
 
     space = Space(settings.words, config_dir=args.config_dir)
     points = sampler.points(space, settings.sweep)
@@ -226,7 +226,8 @@ def _size(path: pathlib.Path) -> dict[str, float] | None:
 
 
 def _open(args: argparse.Namespace, name: str):
-    from seqzoo.sweep.study import Study, absolute, find
+    from seqzoo.sweep.places import absolute, find
+    from seqzoo.sweep.study import Study
 
     if args.storage:
         return Study.join(name, absolute(args.storage), root=args.runs)

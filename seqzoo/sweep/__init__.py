@@ -6,7 +6,11 @@ settings.py    the sections `sweep` and `launcher`
 sampler.py     where points come from, what ends trials early
 definition.py  what a study is, as it is written down and compared
 storage.py     where a study lies: a journal file or a database, with patience
-study.py       its trials, who holds which, when it is done
+places.py      its folder, the address of its storage
+locks.py       which trials are held
+claim.py       a trial in the hands of a worker
+study.py       its trials, who takes which, when it is done
+rows.py        its trials as they are shown
 trial.py       one trial: its run folders, its value
 groups.py      which points are trained together
 vectorize.py   their trials: claimed, trained and told together

@@ -16,8 +16,9 @@ from typing import Any
 
 from seqzoo.errors import LockedError
 from seqzoo.sweep import devices, worker
+from seqzoo.sweep.locks import held
 from seqzoo.sweep.settings import LauncherSettings
-from seqzoo.sweep.study import Study, held
+from seqzoo.sweep.study import Study
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _LOOK_SECONDS = 0.5

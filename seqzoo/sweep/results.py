@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqzoo.eval.compare import LEARNED, SEEDS, interval
-from seqzoo.sweep.study import Row, Study
+from seqzoo.sweep.rows import Row
+from seqzoo.sweep.study import Study
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

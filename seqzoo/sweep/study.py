@@ -22,106 +22,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from seqzoo.errors import ConfigError, LockedError, SeqzooError
 from seqzoo.sweep import definition as definitions
-from seqzoo.sweep import sampler, storage
+from seqzoo.sweep import locks, places, sampler, storage
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.definition import Definition
+from seqzoo.sweep.rows import Row, row_of
 from seqzoo.sweep.settings import Settings
 from seqzoo.sweep.space import Space
-from seqzoo.train.folder import read_json, read_status
+from seqzoo.train.folder import read_status
 from seqzoo.train.lock import RunLock
 
-FOLDER = "sweeps"  # below the folder of runs
 _DEFINITION, _STOP = "definition", "stop"
-_FRESH_SECONDS = 60.0  # a lock that moved so lately has a living holder
 # A trial whose worker died so often at the same step would kill workers for ever.
 _MOST_DEATHS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A trial as it is shown.
-
-    Attributes:
-        number: of the trial.
-        state: waiting, running, interrupted, finished, diverged, pruned or failed.
-        point: what was chosen; empty where that is still to come.
-        value: its metric: the median over its seeds, of each the best on the valid split.
-        last: the newest (step, value) of its first seed.
-        attrs: what its worker wrote: runs, values, tests, architecture, size, seconds, failure.
-    """
-
-    number: int
-    state: str
-    point: Mapping[str, Any]
-    value: float | None
-    last: tuple[int, float] | None
-    attrs: Mapping[str, Any]
-
-    @property
-    def done(self) -> bool:
-        return self.state in ("finished", "diverged", "pruned")
-
-
-class Claimed:
-    """A trial that this process holds; leave it with `with`.
-
-    Attributes:
-        number: of the trial.
-        trial: Optuna's.
-        point: what was chosen.
-        words: its command line.
-        attrs: what earlier workers wrote.
-        reported: steps that were reported already.
-    """
-
-    def __init__(self, study: "Study", trial: Trial, frozen: FrozenTrial, lock: RunLock):
-        self.study, self.trial, self.number = study, trial, frozen.number
-        self.attrs = dict(frozen.user_attrs)
-        self.reported = set(frozen.intermediate_values)
-        self._lock = lock
-        choose = lambda: study.space.choose(lambda one: sampler.suggest(trial, one))
-        self.point = study.patience(choose)
-        self.words = study.space.words(self.point)
-
-    def __enter__(self) -> "Claimed":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._lock.release()
-
-    def note(self, **attrs: Any) -> None:
-        """Writes attributes of the trial where they changed."""
-        for name, value in attrs.items():
-            if name not in self.attrs or self.attrs[name] != value:
-                self.study.patience(self.trial.set_user_attr, name, value)
-                self.attrs[name] = value
-
-    def report(self, step: int, value: float) -> None:
-        """Tells the storage an evaluation; one that was told before is left as it is."""
-        if step not in self.reported:
-            self.study.patience(self.trial.report, value, step)
-            self.reported.add(step)
-
-    def lags(self) -> bool:
-        """Whether the pruner would end it here."""
-        return self.study.patience(self.trial.should_prune)
-
-    def leave(self) -> None:
-        """Goes, having saved: no sign that the trial is at fault."""
-        self.note(deaths=[])
-
-    def fail(self, why: str) -> None:
-        """Puts the trial aside until `resume`; ends the study where too many are."""
-        self.note(failure=why[:2000], deaths=[])
-        most = self.study.definition.sweep.max_failures
-        if self.study.too_many_failures():
-            self.study.stop(f"more than {most} trials failed (sweep.max_failures)")
-
-    def tell(self, value: float | None) -> None:
-        """Ends the trial: with its value, or None = pruned."""
-        state = TrialState.PRUNED if value is None else TrialState.COMPLETE
-        self.study.patience(
-            self.study.optuna.tell, self.number, value, state=state, skip_if_finished=True
-        )
 
 
 class Study:
@@ -146,7 +58,7 @@ class Study:
     ):
         self.path, self.definition = path, definition
         self.space = Space(definition.words, config_dir=definition.config_dir)
-        url = _url(definition, url)
+        url = places.with_password(definition, url)
         place = storage.shown(url) if url else str(path / "journal.log")
         self.patience = storage.Patience(place, 60 * definition.sweep.patience_minutes, say)
         self._busy: dict[int, float] = {}  # trials that somebody else holds, and until when
@@ -188,16 +100,16 @@ class Study:
         """
         space = Space(settings.words, config_dir=config_dir)
         points = sampler.points(space, settings.sweep)
-        url = absolute(settings.sweep.storage or os.environ.get(storage.VARIABLE))
+        url = places.absolute(settings.sweep.storage or os.environ.get(storage.VARIABLE))
         new = definitions.define(settings, space, config_dir=config_dir, url=url, threads=threads)
-        path = pathlib.Path(root).resolve() / FOLDER / new.name
+        path = pathlib.Path(root).resolve() / places.FOLDER / new.name
         path.mkdir(parents=True, exist_ok=True)
-        with held(path / "claims" / "study", patience=60):
+        with locks.held(path / "claims" / "study", patience=60):
             if (path / definitions.FILE).exists():
                 old = definitions.read(path)
                 definitions.check_same(old, new)
                 if url is None and old.storage is not None:
-                    url = _url(old, None)
+                    url = places.with_password(old, None)
                 if old.storage != (None if url is None else storage.shown(url)):
                     raise ConfigError(
                         f"sweep.storage={storage.shown(url)}, but the study '{old.name}' lies in "
@@ -235,7 +147,7 @@ class Study:
         Raises:
             ConfigError: there is no such study.
         """
-        path = pathlib.Path(root).resolve() / FOLDER / name
+        path = pathlib.Path(root).resolve() / places.FOLDER / name
         if (path / definitions.FILE).exists():
             return cls.open(path)
         try:
@@ -310,7 +222,7 @@ class Study:
 
     def rows(self) -> list[Row]:
         """The trials as they are shown."""
-        return [self._row(frozen) for frozen in self.trials()]
+        return [row_of(self, frozen) for frozen in self.trials()]
 
     def finished(self) -> bool:
         """Whether every trial has ended, or failed."""
@@ -401,33 +313,21 @@ class Study:
         if frozen.state != TrialState.RUNNING or frozen.user_attrs.get("failure"):
             return False
         place = frozen.user_attrs.get("place")
+        if place not in (None, self.definition.place):
+            return False
         if place is None and len(self._places()) > 1:  # its worker died, or is about to say where
             began = frozen.datetime_start
-            old = began is None or time.time() - began.timestamp() > _FRESH_SECONDS
-            return old and not self._held(frozen.number)
-        return place in (None, self.definition.place) and not self._held(frozen.number)
-
-    def _held(self, number: int) -> bool:
-        """Whether a process on another host moved the lock lately, by the look of its file.
-
-        On this host the lock itself is asked: the kernel drops it when its holder dies.
-        """
-        file = self._claim_folder(number) / ".lock"
-        holder = read_json(file) if file.exists() else {}
-        if not holder or holder.get("host") == socket.gethostname():
-            return False
-        return time.time() - file.stat().st_mtime < _FRESH_SECONDS
+            if began is not None and locks.fresh(began.timestamp()):
+                return False
+        return not locks.held_elsewhere(self.path, frozen.number)
 
     def _lock(self, number: int) -> RunLock | None:
-        folder = self._claim_folder(number)
+        folder = locks.folder(self.path, number)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             return self.patience(RunLock, folder)
         except LockedError:
             return None
-
-    def _claim_folder(self, number: int) -> pathlib.Path:
-        return self.path / "claims" / f"{number:05d}"
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.patience(self.optuna.get_trials, deepcopy=False)[number]
@@ -458,105 +358,6 @@ class Study:
                     self.optuna.enqueue_trial(dict(point), user_attrs={"point": number})
 
         self.patience(add)
-
-    def _row(self, frozen: FrozenTrial) -> Row:
-        attrs, value = frozen.user_attrs, frozen.value
-        state = {
-            TrialState.WAITING: "waiting",
-            TrialState.COMPLETE: "finished",
-            TrialState.PRUNED: "pruned",
-            TrialState.FAIL: "failed",
-        }.get(frozen.state)
-        if state == "finished" and value == self.definition.worst:
-            state = "diverged"
-        if state is None:
-            state = "running" if self._alive(frozen) else "interrupted"
-            state = "failed" if attrs.get("failure") else state
-        point = frozen.params or frozen.system_attrs.get("fixed_params", {})
-        told = frozen.intermediate_values
-        last = None if not told else (max(told), told[max(told)])
-        return Row(frozen.number, state, point, value, last, attrs)
-
-    def _alive(self, frozen: FrozenTrial) -> bool:
-        """Whether somebody works on it, as far as can be seen without taking its lock."""
-        if frozen.user_attrs.get("place") not in (None, self.definition.place):
-            return True  # in a folder that we do not see
-        file = self._claim_folder(frozen.number) / ".lock"
-        holder = read_json(file) if file.exists() else {}
-        if not holder or time.time() - file.stat().st_mtime > _FRESH_SECONDS:
-            return False
-        if holder.get("host") != socket.gethostname():
-            return True
-        try:
-            os.kill(int(holder["pid"]), 0)
-        except (OSError, KeyError, ValueError):
-            return False
-        return True
-
-
-@contextlib.contextmanager
-def held(folder: pathlib.Path, patience: float = 0.0):
-    """Holds a folder for this process; waits for another one so many seconds.
-
-    Raises:
-        LockedError: it is still held.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + patience
-    while True:
-        try:
-            lock = RunLock(folder)
-            break
-        except LockedError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def find(name: str, root: str | os.PathLike = "runs") -> pathlib.Path:
-    """The folder of a study: a path, or its name below `root`.
-
-    Raises:
-        ConfigError: there is none; names those that there are.
-    """
-    below = pathlib.Path(root) / FOLDER
-    for path in (pathlib.Path(name), below / name):
-        if (path / definitions.FILE).is_file():
-            return path.resolve()
-    there = sorted(file.parent.name for file in below.glob(f"*/{definitions.FILE}"))
-    raise ConfigError(
-        f"there is no study {name}; below {below} there are {', '.join(there) or 'none'}"
-    )
-
-
-def absolute(url: str | None) -> str | None:
-    """A file of SQLite is the same one for every worker, wherever it was started."""
-    if url is None:
-        return None
-    storage.check_url(url)
-    head, slashes, name = url.partition(":///")
-    if head.startswith("sqlite") and slashes and name and not name.startswith(("/", ":")):
-        return f"{head}:///{pathlib.Path(name).resolve()}"
-    return url
-
-
-def better(mode: str, one: float, other: float) -> bool:
-    """Whether a value is better than another; what is no number never is."""
-    if math.isnan(one) or math.isnan(other):
-        return not math.isnan(one)
-    return one > other if mode == "max" else one < other
-
-
-def _url(definition: Definition, url: str | None) -> str | None:
-    """With its password, where the environment has it."""
-    if url is not None or definition.storage is None:
-        return url
-    told = absolute(os.environ.get(storage.VARIABLE))
-    return told if told and storage.shown(told) == definition.storage else definition.storage
 
 
 class Stopped(SeqzooError):

@@ -11,8 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from seqzoo.sweep.rows import Row
 from seqzoo.sweep.storage import AWAY, StorageError
-from seqzoo.sweep.study import Row, Study, better
+from seqzoo.sweep.study import Study
 from seqzoo.train.folder import read_status
 
 _STATES = ("running", "interrupted", "waiting", "finished", "pruned", "diverged", "failed")
@@ -173,3 +174,10 @@ def _short(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def better(mode: str, one: float, other: float) -> bool:
+    """Whether a value is better than another; what is no number never is."""
+    if math.isnan(one) or math.isnan(other):
+        return not math.isnan(one)
+    return one > other if mode == "max" else one < other

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from seqzoo.config.compose import compose
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted, Pruned
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.storage import StorageError
-from seqzoo.sweep.study import Claimed, Study
+from seqzoo.sweep.study import Study
 from seqzoo.train import loop
 from seqzoo.train.folder import RunFolder, read_metrics, read_status
 from seqzoo.train.hooks import Hook

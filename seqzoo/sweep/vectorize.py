@@ -16,9 +16,10 @@ from optuna.trial import FrozenTrial
 
 from seqzoo.errors import LockedError, NotFiniteError, Preempted
 from seqzoo.sweep import trial
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.groups import parts
 from seqzoo.sweep.storage import StorageError
-from seqzoo.sweep.study import Claimed, Study
+from seqzoo.sweep.study import Study
 from seqzoo.train.group import Job, Outcome, train_group
 from seqzoo.train.result import Result
 

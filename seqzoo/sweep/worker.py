@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 from seqzoo.errors import LockedError, Preempted, SeqzooError
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.storage import AWAY, StorageError
-from seqzoo.sweep.study import Claimed, Stopped, Study
+from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import environment
 
 # The process that started a worker; without it the worker leaves.

@@ -149,7 +149,7 @@ def test_without_sbatch_the_way_is_told(create, monkeypatch):
 
 
 def test_one_pool_per_machine_works_on_a_study(create):
-    from seqzoo.sweep.study import held
+    from seqzoo.sweep.locks import held
 
     study = create(*GRID)
     pool = Pool(study, LauncherSettings(workers=1))

@@ -11,8 +11,9 @@ import pytest
 from optuna.trial import TrialState
 
 from seqzoo.errors import ConfigError
+from seqzoo.sweep.places import find
 from seqzoo.sweep.settings import split
-from seqzoo.sweep.study import Study, find
+from seqzoo.sweep.study import Study
 
 GRID = ("optimizer.lr=1e-3,3e-3,1e-2", "sweep=grid", "sweep.name=rates")
 TPE = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep.n_trials=4", "sweep.name=tpe")

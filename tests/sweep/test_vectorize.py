@@ -9,9 +9,10 @@ from seqzoo.cli.main import main
 from seqzoo.errors import ConfigError
 from seqzoo.eval.bench.compile import compilations
 from seqzoo.sweep import vectorize, worker
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.settings import split
 from seqzoo.sweep.storage import StorageError
-from seqzoo.sweep.study import Claimed, Study
+from seqzoo.sweep.study import Study
 from seqzoo.train import group as train_groups
 from seqzoo.train.folder import read_status
 

@@ -13,9 +13,10 @@ from seqzoo.errors import NotFiniteError, SeqzooError
 from seqzoo.eval.bench.compile import compilations
 from seqzoo.sweep import trial as trials
 from seqzoo.sweep import worker
+from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.results import results
 from seqzoo.sweep.storage import StorageError
-from seqzoo.sweep.study import Claimed, Stopped, Study
+from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import loop
 from seqzoo.train.folder import read_json, read_metrics, read_status
 from seqzoo.train.session import Session
