@@ -33,14 +33,15 @@ DEPTH = 1
 class Haystack:
     """Train and valid hide at a place drawn anew for each row; test on a grid of length and depth.
 
-    A data set adds fields (seq_len, test_lengths, depths, the numbers of samples, seed among them)
-    and `rows(key, length=..., depth=...)`.
+    A data set adds fields (seq_len, test_lengths, depths, the numbers of samples, seed among them;
+    train_on, where rows are text) and `rows(key, length=..., depth=...)`.
     """
 
     seq_len: int
     test_lengths: tuple[int, ...] | None
     depths: tuple[int, ...]
     seed: int
+    train_on: str = "answers"  # or "text": every next token of train rows is a target
 
     name: str
     version: int
@@ -52,6 +53,10 @@ class Haystack:
 
     def least_length(self) -> int:
         """Of a row that holds what is hidden and what is asked."""
+        raise NotImplementedError
+
+    def answer_length(self) -> int:
+        """Tokens that are asked."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -69,9 +74,16 @@ class Haystack:
                     f"data.depths={list(self.depths)}; a depth is a percentage, 0 = the filler's "
                     "beginning, 100 = its end"
                 )
+        if self.train_on not in ("answers", "text"):
+            raise ConfigError(f"data.train_on={self.train_on}; it must be one of answers, text")
         at_least("seq_len", self.seq_len, self.least_length())
         for length in self.test_lengths:
             at_least("test_lengths", length, self.least_length())
+
+    @property
+    def most_asked(self) -> int | None:
+        """Targets per row, at most; None = all."""
+        return None if self.train_on == "text" else self.answer_length()
 
     @property
     def cells(self) -> tuple[tuple[int, int], ...]:
@@ -85,7 +97,8 @@ class Haystack:
     def source(self, split: Split) -> Source:
         samples = samples_of(self, split)
         if split != "test":
-            make = _Rows(self, self.seq_len, None, None)
+            reads = split == "train" and self.train_on == "text"
+            make = _Rows(self, self.seq_len, reads=reads)
             return Generated(make, self.seed, split, samples, self.group_names)
         parts = tuple(
             Generated(
@@ -107,11 +120,23 @@ class Haystack:
 class _Rows:
     """What makes the rows of one cell of the grid."""
 
-    def __init__(self, data: Haystack, length: int, depth: int | None, group: int | None):
+    def __init__(
+        self,
+        data: Haystack,
+        length: int,
+        depth: int | None = None,
+        group: int | None = None,
+        *,
+        reads: bool = False,
+    ):
         self._data, self._length, self._depth, self._group = data, length, depth, group
+        self._reads = reads
 
     def __call__(self, key: counter.Keys) -> Batch:
         batch = self._data.rows(key, length=self._length, depth=self._depth)
+        if self._reads:
+            tokens, targets = batch["tokens"], batch["targets"]
+            batch["targets"] = np.where(targets == IGNORE, np.roll(tokens, -1, axis=1), targets)
         if self._group is not None:
             batch["group"] = np.full(len(key), self._group, np.int32)
         return batch

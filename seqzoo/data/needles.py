@@ -43,6 +43,8 @@ class Needles(Haystack):
       keys: "words" or "uuids".
       values: "numbers" or "uuids".
       n_digits: of numbers.
+      train_on: "answers", the value that is asked, or "text", every byte of a row of train, as a
+        language model is trained; valid and test ask the answers alone.
       train_samples: rows of an epoch; null = endless, every row is new.
       valid_samples: rows of the valid split.
       test_samples: rows of the test split, per length and depth.
@@ -58,6 +60,7 @@ class Needles(Haystack):
     keys: str = "words"
     values: str = "numbers"
     n_digits: int = 7
+    train_on: str = "answers"
     train_samples: int | None = None
     valid_samples: int = 500
     test_samples: int = 100
@@ -95,9 +98,7 @@ class Needles(Haystack):
         """Accuracy of a guess."""
         return 1 / (10 if self.values == "numbers" else 16)
 
-    @property
-    def most_asked(self) -> int:
-        """Targets per row, at most."""
+    def answer_length(self) -> int:
         return self.n_digits if self.values == "numbers" else _UUID
 
     def least_length(self) -> int:

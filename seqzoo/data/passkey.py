@@ -34,6 +34,8 @@ class Passkey(Haystack):
       depths: where the key of test rows stands, in percent of the filler; in train and valid it may
         stand between any two sentences, all alike.
       n_digits: of the key.
+      train_on: "answers", the digits that are asked, or "text", every byte of a row of train, as a
+        language model is trained; valid and test ask the answers alone.
       train_samples: rows of an epoch; null = endless, every row is new.
       valid_samples: rows of the valid split.
       test_samples: rows of the test split, per length and depth.
@@ -45,6 +47,7 @@ class Passkey(Haystack):
     test_lengths: tuple[int, ...] | None = None
     depths: tuple[int, ...] = (0, 25, 50, 75, 100)
     n_digits: int = 5
+    train_on: str = "answers"
     train_samples: int | None = None
     valid_samples: int = 500
     test_samples: int = 100
@@ -63,9 +66,7 @@ class Passkey(Haystack):
         """Accuracy of a guess."""
         return 1 / 10
 
-    @property
-    def most_asked(self) -> int:
-        """Targets per row, at most."""
+    def answer_length(self) -> int:
         return self.n_digits
 
     def least_length(self) -> int:
@@ -140,9 +141,7 @@ class PasskeyTokens(Haystack):
         """Accuracy of a guess."""
         return 1 / self.n_values
 
-    @property
-    def most_asked(self) -> int:
-        """Targets per row, at most."""
+    def answer_length(self) -> int:
         return self.n_digits
 
     def least_length(self) -> int:

@@ -122,6 +122,21 @@ def test_needles_have_one_answer(form):
     assert len(asked) > 1 or data.n_keys == 1
 
 
+@pytest.mark.parametrize("make", [Passkey, Needles])
+def test_training_on_text_asks_every_next_byte_of_train_rows_alone(make):
+    rows, answers = make(seq_len=500, train_on="text"), make(seq_len=500)
+    assert rows.most_asked is None and answers.most_asked == answers.n_digits
+    for split in ("train", "valid", "test"):
+        read, asked = (data.source(split).batch(np.arange(4)) for data in (rows, answers))
+        np.testing.assert_array_equal(read["tokens"], asked["tokens"])
+        if split != "train":
+            np.testing.assert_array_equal(read["targets"], asked["targets"])
+            continue
+        assert read["targets"].dtype == np.int32
+        np.testing.assert_array_equal(read["targets"][:, :-1], read["tokens"][:, 1:])
+        np.testing.assert_array_equal(read["targets"][:, -1], asked["targets"][:, -1])
+
+
 def test_rows_are_a_function_of_seed_split_and_number():
     for data in (Passkey(), PasskeyTokens(), Needles(n_keys=4)):
         whole = data.source("train").batch(np.arange(20))["tokens"]
@@ -147,6 +162,7 @@ def test_the_shortest_rows_hold_no_filler():
     [
         (lambda: Passkey(vocab_size=128), "data.vocab_size=128.*at least 256"),
         (lambda: Passkey(n_digits=0), "data.n_digits=0"),
+        (lambda: Passkey(train_on="rows"), "data.train_on=rows; .* answers, text"),
         (lambda: Passkey(depths=[]), r"data.depths=\[\]; give at least one"),
         (lambda: Passkey(depths=[10, 10]), "none twice"),
         (lambda: Passkey(depths=[101]), r"data.depths=\[101\]; a depth is a percentage"),
