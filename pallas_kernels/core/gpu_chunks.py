@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.chunks import Plan
-from pallas_kernels.core.gpu import GpuConfig
+from pallas_kernels.core.gpu import GpuConfig, refuses_device, refuses_dtypes
 from pallas_kernels.core.numerics import einsum
 
 CHUNK = 64  # tokens: the rows of a product of one warpgroup
@@ -42,6 +42,29 @@ class How(NamedTuple):
 
     config: GpuConfig
     scale: float
+
+
+def refuses(shapes: Any, device_kind: str, most_keys: int) -> str | None:
+    """What stands against a call: devices, dtypes, short blocks of memories, wide keys.
+
+    Args:
+        shapes: of q, k, v first, of block_memory (or None) last.
+        device_kind: jax's.
+        most_keys: columns of keys that are served.
+    """
+    q, k, v, *_, block_memory = shapes
+    if reason := refuses_device(device_kind) or refuses_dtypes(shapes):
+        return reason
+    if not all(x.dtype == jnp.bfloat16 for x in (q, k, v)):
+        return (
+            "q, k or v is float32; the factors of its products are bfloat16 (tf32, the unit's "
+            "kind for float32, keeps three digits)"
+        )
+    if k.shape[-1] > most_keys:
+        return f"keys have {k.shape[-1]} columns; states of up to {most_keys} fit"
+    if block_memory is not None and q.shape[1] // block_memory.shape[1] < CHUNK:
+        return f"blocks of memories have fewer than {CHUNK} tokens"
+    return None
 
 
 class Turned(NamedTuple):
@@ -122,6 +145,12 @@ def down(row: jax.Array, columns: int = BLOCK) -> jax.Array:
 def across(row: jax.Array, rows: int = CHUNK) -> jax.Array:
     """`[64]` as `[rows 64]`: number j stands all down column j."""
     return lax.broadcast_in_dim(row, (rows, row.shape[0]), (1,))
+
+
+def nothing(how: How) -> jax.Array:
+    """Zeros `[64 64]`, as a product's result lies."""
+    zeros = jnp.zeros((CHUNK, BLOCK), jnp.float32)
+    return zeros if how.config.interpret else plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
 
 
 def iota(axis: int) -> jax.Array:

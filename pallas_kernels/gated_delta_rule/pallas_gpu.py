@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core import chunks, dispatch, gpu, gpu_chunks
+from pallas_kernels.core import chunks, dispatch, gpu_chunks
 from pallas_kernels.core.chunks import Plan
 from pallas_kernels.core.gpu import GpuConfig
 from pallas_kernels.core.gpu_chunks import CHUNK, THROUGH, How
@@ -43,19 +43,7 @@ class PallasGpuConfig(GpuConfig):
 
 def refuses(shapes, device_kind) -> str | None:
     """Refuses devices, dtypes, short blocks of memories and wide keys."""
-    q, k, v, _, _, _, _, _, block_memory = shapes
-    if reason := gpu.refuses_device(device_kind) or gpu.refuses_dtypes(shapes):
-        return reason
-    if not all(x.dtype == jnp.bfloat16 for x in (q, k, v)):
-        return (
-            "q, k or v is float32; the factors of its products are bfloat16 (tf32, the unit's "
-            "kind for float32, keeps three digits)"
-        )
-    if k.shape[-1] > _MOST_KEYS:
-        return f"keys have {k.shape[-1]} columns; states of up to {_MOST_KEYS} fit"
-    if block_memory is not None and q.shape[1] // block_memory.shape[1] < CHUNK:
-        return f"blocks of memories have fewer than {CHUNK} tokens"
-    return None
+    return gpu_chunks.refuses(shapes, device_kind, _MOST_KEYS)
 
 
 def run(q, k, v, g, beta, s, last_id, segment_ids, block_memory, *, scale, config, fresh):
