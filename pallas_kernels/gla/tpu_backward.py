@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.core.tpu_places import seen
 from pallas_kernels.core.tpu_tokens import named_call, product_dtype
 from pallas_kernels.gla.tpu_forward import How, chunk_scratch
-from pallas_kernels.gla.tpu_levels import differing
+from pallas_kernels.gla.tpu_levels import number
 from pallas_kernels.gla.tpu_walks import down, up
 
 
@@ -79,7 +79,9 @@ def backward(arrays, saved, places, dy, dlast, how: How, *, fresh: bool) -> dict
             dstate=pltpu.VMEM((width, v_width), jnp.float32),
             **small,
             decays=by_key(small["z"].shape[0]),
-            **{name: by_key() for name in ("start", "end", "dz", "dq_sum", "dk_sum")},
+            dz=by_key(small["z"].shape[0] + 2),
+            start=by_key(),
+            end=by_key(),
             own=pltpu.VMEM((1, chunk), jnp.float32),
             dthrough=pltpu.VMEM((width, 1), jnp.float32),
         ),
@@ -89,7 +91,7 @@ def backward(arrays, saved, places, dy, dlast, how: How, *, fresh: bool) -> dict
 def _body(at, *, how: How, steps: int, dtype):
     step, chunk = pl.program_id(2), how.config.chunk
     n_chunks = how.config.block // chunk
-    at["differing"][...] = differing(chunk)
+    number(at)
 
     @pl.when(step == 0)
     def _():
@@ -103,8 +105,8 @@ def _body(at, *, how: How, steps: int, dtype):
         def one_chunk(i, carry):
             i = number(i)
             here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-            masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
-            one(at, i, here, masks, how.scale, dtype)
+            look = lambda: seen(at["places"][0, :, here] if "places" in at else None, chunk)
+            one(at, i, here, look, how.scale, dtype)
             return carry
 
         jax.lax.fori_loop(0, count, one_chunk, 0)

@@ -18,7 +18,7 @@ from pallas_kernels.core.tpu import LANES
 from pallas_kernels.core.tpu_parts import dot, each, part_of
 from pallas_kernels.core.tpu_places import only, seen
 from pallas_kernels.core.tpu_tokens import NN, NT, TN, named_call, product_dtype
-from pallas_kernels.gla.tpu_levels import differing, factors, scores, sizes
+from pallas_kernels.gla.tpu_levels import factors, number, scores, sizes
 
 
 class How(NamedTuple):
@@ -31,7 +31,8 @@ class How(NamedTuple):
 def chunk_scratch(k: int, chunk: int, dtype) -> dict[str, Any]:
     """What both kernels hold of a chunk."""
     return dict(
-        differing=pltpu.VMEM((chunk, chunk), jnp.int32),
+        order=pltpu.VMEM((chunk, chunk), jnp.int32),
+        token=pltpu.VMEM((1, chunk), jnp.int32),
         z=pltpu.VMEM((max(1, len(sizes(chunk))), k, chunk), dtype),
         to_end=pltpu.VMEM((k, chunk), dtype),
         from_start=pltpu.VMEM((k, chunk), dtype),
@@ -95,7 +96,7 @@ def forward(arrays, s, places, how: How, *, save: bool) -> dict[str, jax.Array]:
 def _body(at, *, how: How, steps: int, dtype):
     step, chunk = pl.program_id(2), how.config.chunk
     state, v_width = at["state"], at["v"].shape[2]
-    at["differing"][...] = differing(chunk)
+    number(at)
 
     @pl.when(step == 0)
     def _():
@@ -106,13 +107,13 @@ def _body(at, *, how: How, steps: int, dtype):
 
     def one_chunk(i, carry):
         here = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
-        masks = seen(at["places"][0, :, here] if "places" in at else None, chunk)
-        factors(at, here, masks, dtype)
-        scores(at, here, masks, dtype)
+        look = lambda: seen(at["places"][0, :, here] if "places" in at else None, chunk)
+        factors(at, here, look, dtype)
+        scores(at, here, look, dtype)
         part = part_of(v_width, LANES)
 
         def values(first):
-            rows = pl.ds(first, part)
+            rows, masks = pl.ds(first, part), look()
             v = only(masks.valid, at["v"][0, 0, rows, here].astype(dtype))
             read = dot(state[:, rows].astype(dtype), at["from_start"][...], TN)
             y = how.scale * (dot(v, at["pairs"][...], NN) + read)

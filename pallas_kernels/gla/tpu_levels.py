@@ -30,21 +30,26 @@ def sizes(c: int) -> list[int]:
     return [1 << level for level in range(c.bit_length() - 1)]
 
 
-def differing(c: int) -> jax.Array:
-    """int32 `[j i]`, j xor i."""
+def number(at) -> None:
+    """Writes what masks are made of: the tokens' numbers, and j xor i, below 0 where j > i.
+
+    In scratch they are read where they are used: masks of a whole kernel would fill the registers.
+    """
+    c = at["order"].shape[0]
     first, second = (jax.lax.broadcasted_iota(jnp.int32, (c, c), axis) for axis in (0, 1))
-    return first ^ second
+    at["order"][...] = jnp.where(first <= second, first ^ second, -(first ^ second))
+    at["token"][...] = second[:1]
 
 
-def strip_of(k: int) -> int:
-    """How many of k channels, a multiple of 16, are in registers at a time."""
-    return _STRIP if k % _STRIP == 0 else ROWS
+def in_order(at, masks: Seen) -> jax.Array:
+    """`[j i]`, whether token i sees token j."""
+    return at["order"][...] >= 0 if masks.valid is None else masks.pairs
 
 
 def each_strip(at, body: Callable) -> None:
     """Runs body(rows) for some channels after the others."""
     k = at["q"].shape[2]
-    strip = strip_of(k)
+    strip = _STRIP if k % _STRIP == 0 else ROWS
     each(k, strip, lambda first: body(pl.ds(first, strip)))
 
 
@@ -54,75 +59,61 @@ def taken(at, name: str, rows, here, masks: Seen) -> jax.Array:
     return only(masks.valid, jnp.maximum(x, LOWEST) if name == "g" else x)
 
 
-def is_second(n: int, shape: tuple[int, ...]) -> jax.Array:
-    """Whether a token is in the second half of its block of 2 n."""
-    return (jax.lax.broadcasted_iota(jnp.int32, shape, 1) & n) != 0
+def is_second(at, n: int, like: jax.Array) -> jax.Array:
+    """Whether a token is in the second half of its block of 2 n, `[k c]`."""
+    return (jnp.broadcast_to(at["token"][...], like.shape) & n) != 0
 
 
-def other(x: jax.Array, n: int) -> jax.Array:
+def other(x: jax.Array, n: int, second: jax.Array) -> jax.Array:
     """At each token, x `[k c]` of the token whose number differs in bit n alone."""
     c = x.shape[1]
     back = pltpu.roll(x, n, 1)
-    return back if 2 * n == c else jnp.where(is_second(n, x.shape), back, pltpu.roll(x, c - n, 1))
+    return back if 2 * n == c else jnp.where(second, back, pltpu.roll(x, c - n, 1))
 
 
-def sums(g: jax.Array, visit: Callable | None = None) -> tuple[jax.Array, jax.Array]:
+def sums(at, g: jax.Array, visit: Callable | None = None) -> tuple[jax.Array, jax.Array]:
     """Sums of log decays `[k c]`, each made of its own terms alone.
 
     Args:
+        at: references.
         g: `[k c]`.
-        visit: called with a level's number, its n and w_n, the lowest level first.
+        visit: called with a level's number, its second halves and w_n, the lowest level first.
 
     Returns:
         From the start of the chunk up to each token, and after it up to the end.
     """
     start, end = g, jnp.zeros_like(g)
     for level, n in enumerate(sizes(g.shape[1])):
-        second = is_second(n, g.shape)
+        second = is_second(at, n, g)
         if visit is not None:
-            visit(level, n, jnp.where(second, start, end))
-        across = other(start + end, n)  # all of the other half
+            visit(level, second, jnp.where(second, start, end))
+        across = other(start + end, n, second)  # all of the other half
         start = start + jnp.where(second, across, 0)
         end = end + jnp.where(second, 0, across)
     return start, end
 
 
-def sums_gradient(dstart: jax.Array, dend: jax.Array, of_level: Callable) -> jax.Array:
-    """The gradient of g from those of its sums, the highest level first.
-
-    Args:
-        dstart: `[k c]`, by the sums from the start of the chunk.
-        dend: `[k c]`, by those to its end.
-        of_level: of a level's number: the gradient by w_n.
-    """
-    for level, n in reversed(list(enumerate(sizes(dstart.shape[1])))):
-        second = is_second(n, dstart.shape)
-        across = other(jnp.where(second, dstart, dend), n)
-        dw = of_level(level)
-        dstart = dstart + across + jnp.where(second, dw, 0)
-        dend = dend + across + jnp.where(second, 0, dw)
-    return dstart
-
-
-def factors(at, here, masks: Seen, dtype, *, pairs: bool = True) -> None:
+def factors(at, here, look: Callable[[], Seen], dtype, *, pairs: bool = True) -> None:
     """What a chunk's keys and queries are multiplied with.
 
     Written: `z` `[levels k c]` (and exp(w) in `decays`, where the kernel has it); `to_end` and
     `from_start` `[k c]`, keys times their decay to the end of the chunk and queries times that from
-    its start; `through` `[k 1]`. Without pairs only `to_end` and `through`.
+    its start (and the decays in `end` and `start`); `through` `[k 1]`. Without pairs only `to_end`
+    and `through`.
     """
 
     def strip(rows):
-        q, k, g = (taken(at, name, rows, here, masks) for name in "qkg")
+        masks = look()
+        k, g = (taken(at, name, rows, here, masks) for name in "kg")
+        q = taken(at, "q", rows, here, masks) if pairs else None
 
-        def visit(level, n, w):
+        def visit(level, second, w):
             decay = jnp.exp(w)
-            at["z"][level, rows] = (jnp.where(is_second(n, q.shape), q, k) * decay).astype(dtype)
+            at["z"][level, rows] = (jnp.where(second, q, k) * decay).astype(dtype)
             if "decays" in at:
                 at["decays"][level, rows] = decay
 
-        start, end = sums(g, visit if pairs else None)
-        start, end = jnp.exp(start), jnp.exp(end)
+        start, end = (jnp.exp(x) for x in sums(at, g, visit if pairs else None))
         at["through"][rows] = only(masks.kept, start[:, start.shape[1] - 1 :])
         end = only(masks.tail, end)
         at["to_end"][rows] = (k * end).astype(dtype)
@@ -136,32 +127,52 @@ def factors(at, here, masks: Seen, dtype, *, pairs: bool = True) -> None:
     each_strip(at, strip)
 
 
-def scores(at, here, masks: Seen, dtype) -> None:
+def scores(at, here, look: Callable[[], Seen], dtype) -> None:
     """Writes `pairs` `[j i]`: products of keys and queries with the decay between them."""
+    masks = look()
     q, k = (taken(at, name, slice(None), here, masks) for name in "qk")
     at["sum"][...] = jnp.broadcast_to(jnp.sum(q * k, axis=0, keepdims=True), at["sum"].shape)
     for level, n in enumerate(sizes(q.shape[1])):
         z = at["z"][level]
-        at["sum"][...] = jnp.where(at["differing"][...] >= n, dot(z, z, TN), at["sum"][...])
-    at["pairs"][...] = only(masks.pairs, at["sum"][...]).astype(dtype)
+        at["sum"][...] = jnp.where(at["order"][...] >= n, dot(z, z, TN), at["sum"][...])
+    at["pairs"][...] = only(in_order(at, look()), at["sum"][...]).astype(dtype)
 
 
-def scores_gradient(at, here, masks: Seen, dtype) -> None:
-    """From `sum` `[j i]`, the gradient of `pairs` beside its own transpose, 0 at j = i.
+def scores_gradient(at, dtype) -> None:
+    """Writes the gradients of `z` `[levels k c]` into `dz`.
 
-    Adds to `dq` and `dk` `[k c]`, and puts the gradient of w_n in the place of `decays`.
+    From `sum` `[j i]`, the gradient of `pairs` and beside it its own transpose.
     """
     for level, n in enumerate(sizes(at["sum"].shape[0])):
-        at_level = (at["differing"][...] >= n) & (at["differing"][...] < 2 * n)
-        ds = jnp.where(at_level, at["sum"][...], 0).astype(dtype)
-        at["dz"][...] = dot(at["z"][level], ds, NN)
+        bit = jnp.abs(at["order"][...])
+        ds = jnp.where((bit >= n) & (bit < 2 * n), at["sum"][...], 0).astype(dtype)
+        at["dz"][level] = dot(at["z"][level], ds, NN)
 
-        def strip(rows, level=level, n=n):
-            dx = at["decays"][level, rows] * at["dz"][rows]
-            second = is_second(n, dx.shape)
-            q, k = (taken(at, name, rows, here, masks) for name in "qk")
-            at["decays"][level, rows] = jnp.where(second, q, k) * dx
-            at["dq_sum"][rows] += jnp.where(second, dx, 0)
-            at["dk_sum"][rows] += jnp.where(second, 0, dx)
 
-        each_strip(at, strip)
+def keys_gradient(at, here, look: Callable[[], Seen]) -> None:
+    """Gradients of a chunk's queries, keys and decays, from those of what they were made into.
+
+    `dz` holds those of all z, and of `from_start` and `to_end`; `own` `[1 c]` those of a query's
+    product with its own key; `dthrough` `[k 1]` that by the chunk's whole sum of log decays.
+    """
+
+    def strip(rows):
+        masks, levels = look(), sizes(at["order"].shape[0])
+        q, k = (taken(at, name, rows, here, masks) for name in "qk")
+        dq = at["start"][rows] * at["dz"][len(levels), rows]
+        dk = at["end"][rows] * at["dz"][len(levels) + 1, rows]
+        dstart, dend = q * dq, k * dk  # by the sums from the chunk's start and to its end
+        dq, dk = dq + at["own"][...] * k, dk + at["own"][...] * q
+        for level, n in reversed(list(enumerate(levels))):
+            second = is_second(at, n, q)
+            dx = at["decays"][level, rows] * at["dz"][level, rows]
+            dw = jnp.where(second, q, k) * dx
+            across = other(jnp.where(second, dstart, dend), n, second)
+            dstart = dstart + across + jnp.where(second, dw, 0)
+            dend = dend + across + jnp.where(second, 0, dw)
+            dq = dq + jnp.where(second, dx, 0)
+            dk = dk + jnp.where(second, 0, dx)
+        for name, found in (("dq", dq), ("dk", dk), ("dg", dstart + at["dthrough"][rows])):
+            at[name][0, 0, rows, here] = only(masks.valid, found).astype(at[name].dtype)
+
+    each_strip(at, strip)
