@@ -19,6 +19,7 @@ TOLERANCES = {"outputs": 3e-5, "gradients": 2e-4, "fft": 1e-5}
 # with the chunks inside an operator.
 CHUNK = 28
 N_CHUNKS = 4
+LENGTH = CHUNK * N_CHUNKS
 
 
 class Broken(AssertionError):
@@ -104,11 +105,11 @@ def build(subject: Subject, dtype: str = "float32", seed: int = 0) -> nnx.Module
     return subject.build(subject.d_model, dtype=dtype, rngs=nnx.Rngs(seed))
 
 
-def new_state(mixer: nnx.Module, batch: int, max_length: int = CHUNK * N_CHUNKS):
+def new_state(mixer: nnx.Module, batch: int, max_length: int = LENGTH):
     return mixer.init_state(batch, max_length=max_length)
 
 
-def inputs(subject: Subject, length: int = CHUNK * N_CHUNKS, *, dtype="float32", seed=0):
+def inputs(subject: Subject, length: int = LENGTH, *, dtype="float32", seed=0):
     """Standard normal `[b t d]`, as after a norm."""
     shape = (subject.batch, length, subject.d_model)
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
