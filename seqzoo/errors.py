@@ -19,6 +19,10 @@ class ConfigError(SeqzooError):
     exit_code = 2
 
 
+class MeshError(ConfigError, ValueError):
+    """The mesh does not fit the model; what an operator finds while a step is traced."""
+
+
 class DataError(ConfigError):
     """A data file is missing, damaged or not what the run began with."""
 

@@ -7,6 +7,7 @@ from flax import nnx
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
 from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.core.segments import boundaries
+from seqzoo.errors import MeshError
 from seqzoo.nn import inits
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import rotate
@@ -40,8 +41,8 @@ class SlidingWindowAttention(nnx.Module):
         rngs: source of the initial values.
 
     Raises:
-        ValueError: a setting is out of range, or (when called) the mesh cuts query heads otherwise
-            than key-value heads.
+        ValueError: a setting is out of range.
+        MeshError: when called: the mesh cuts query heads otherwise than key-value heads.
 
     Source: Arora et al., "Simple linear attention language models balance the recall-throughput
     tradeoff" (arXiv 2402.18668), section 5; `SlidingAttention` of HazyResearch/based.
@@ -179,7 +180,7 @@ class SlidingWindowAttention(nnx.Module):
         queries = spec_of(("heads",), (self.n_heads,), mesh, what="queries")
         keys = spec_of(("kv_heads",), (self.n_kv_heads,), mesh, what="keys")
         if queries != keys:
-            raise ValueError(
+            raise MeshError(
                 f"mesh.rules spread heads over {queries[0]} and kv_heads over {keys[0]}: grouped "
                 "queries would meet other keys; give both the same rule"
             )

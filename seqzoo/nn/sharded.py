@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.core.axes import SEGMENT_IDS, Letters
+from seqzoo.errors import MeshError
 from seqzoo.nn.sequence_parallel import Call, Rule, rule_of
 from seqzoo.nn.sharding import axes_over, mesh_in_force, spec_of
 from seqzoo.nn.shards import Documents, Shard, last_shard
@@ -130,7 +131,7 @@ def _split(op, sizes: Mapping[str, int], options, has_ids: bool, mesh) -> _Split
     if n == 1 or sizes.get("t", 0) < n:  # a step, or a few tokens, is everybody's
         return None
     if len(over) > 1:
-        raise ValueError(f"mesh.rules.length names {list(over)}; tokens are cut over one mesh axis")
+        raise MeshError(f"mesh.rules.length names {list(over)}; tokens are cut over one mesh axis")
     rule = rule_of(op)
     reason = "it has no rule" if rule is None else rule.refuses(sizes, options, has_ids, n)
     if rule is not None and rule.trades is not None:

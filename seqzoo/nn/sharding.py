@@ -13,6 +13,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqzoo.errors import MeshError
 from seqzoo.nn.param import axes_of
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
@@ -115,7 +116,7 @@ def spec_of(
         what: a name for the error.
 
     Raises:
-        ValueError: a dimension is no multiple of the mesh axes that it is spread over.
+        MeshError: a dimension is no multiple of the mesh axes that it is spread over.
     """
     table = dict(rules_in_force() if rules is None else rules)
     sizes = dict(mesh.shape)
@@ -126,7 +127,7 @@ def spec_of(
         over = tuple(a for a in wanted if sizes.get(a, 1) > 1 and a not in taken)
         ways = math.prod(sizes[a] for a in over)
         if size % ways:
-            raise ValueError(
+            raise MeshError(
                 f"{what}: its dimension '{name}' of {size} is no multiple of {ways}, the "
                 f"product of mesh axes {list(over)}; change mesh.{over[0]} or the dimension, or "
                 f"take '{name}' out of mesh.rules"

@@ -200,10 +200,7 @@ def _abstract_state(
     rules: Rules,
 ) -> TrainState:
     whole = NamedSharding(mesh, PartitionSpec())
-    try:
-        shardings = nnx.to_pure_dict(param_shardings(structure.params, mesh, rules))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    shardings = nnx.to_pure_dict(param_shardings(structure.params, mesh, rules))
     params = jax.tree.map(_struct, nnx.to_pure_dict(structure.params), shardings)
     rest = jax.tree.map(lambda a: _struct(a, whole), nnx.to_pure_dict(structure.rest))
     mask = decay_mask(params, decayed)

@@ -80,6 +80,13 @@ def test_what_does_not_fit_together(tiny, words, said):
         setup(tiny(*words))
 
 
+def test_a_mesh_that_an_operator_cannot_use(fit):
+    """Widths divide and heads do not: found while the step is traced."""
+    words = ("model=based_small", "model.pattern=[based]", "model.d_model=16")
+    with pytest.raises(ConfigError, match="an argument of .*'heads' of 2 is no multiple of 4"):
+        fit(*words, "mesh.data=1", "mesh.tensor=4")
+
+
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
