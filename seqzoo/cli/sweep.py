@@ -97,20 +97,29 @@ def _show(settings, args: argparse.Namespace) -> int:
         print(slurm.script(told.name, path, settings.launcher), end="")
         return 0
     print(f"study {path}")
-    print(f"{len(points)} trials, {settings.sweep.seeds} seeds each, {settings.sweep.sampler}")
-    for name, values in space.shown.items():
-        print(f"  {name}={values}")
+    seeds = _number(settings.sweep.seeds, "seed")
+    print(f"{_number(len(points), 'trial')}, {seeds} each, {settings.sweep.sampler}")
+    words = [one.word for one in space.parameters] + [word for word in space.fixed if word.when]
+    for word in words:
+        print(f"  {word.text}")
     if settings.sweep.vectorize:
         from seqzoo.sweep.groups import parts
 
         counts = [len(one) * settings.sweep.seeds for one in parts(space, settings.sweep, points)]
-        print(f"trained in {len(counts)} groups of {', '.join(map(str, counts[:20]))} runs")
+        runs = ", ".join(map(str, counts[:20]))
+        print(f"trained in {_number(len(counts), 'group')} of {runs} runs")
+    if not any(points):
+        print("   each by TPE, when it is its turn")
+        return 0
     for number, point in enumerate(points[:20]):
-        told = " ".join(space.own_words(point)) or "by TPE, when it is its turn"
-        print(f"{number:>4}  {told}")
+        print(f"{number:>4}  {' '.join(space.own_words(point))}")
     if len(points) > 20:
         print("  ...")
     return 0
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _work(study, launcher) -> int:
