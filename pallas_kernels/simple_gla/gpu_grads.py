@@ -15,7 +15,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import gpu
 from pallas_kernels.core import gpu_chunks as parts
-from pallas_kernels.core.gpu_chunks import BLOCK, CHUNK, END, START, How, Turned, bfloat16, down
+from pallas_kernels.core.gpu_chunks import (
+    BLOCK,
+    CHUNK,
+    END,
+    START,
+    THROUGH,
+    How,
+    Turned,
+    bfloat16,
+    down,
+)
 from pallas_kernels.simple_gla import gpu_values
 from pallas_kernels.simple_gla.gpu_values import Values
 
@@ -112,20 +122,22 @@ def _body(q, k, v, dy, starts, dends, gates, dq, dk, sums, *, how: How, halves: 
         by_pairs, of_query, of_end, by_state = values.sums(turn, meanwhile)
         plgpu.barrier_wait(scratch["told"].at[turn % 2])
         of = numbers.at[turn % 2]
+        # Read anew: a place that does not hang on the head is found before the loop, and spilled.
+        zero = lambda: of[THROUGH, 1].astype(jnp.int32)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # sums of the head before are out
         rows[BY_STATE] = by_state
         of_query = how.scale * down(of[START]) * of_query
-        rows[BY_START] = total(of_query * tokens(0))
+        rows[BY_START] = total(of_query * tokens(zero()))
         of_end = down(of[END]) * of_end
-        rows[BY_END] = total(of_end * tokens(1))
-        factor[...] = bfloat16(how.scale * by_pairs * parts.faded(of))
+        rows[BY_END] = total(of_end * tokens(zero() + 1))
+        factor[...] = bfloat16(how.scale * by_pairs * parts.faded(of, zero()))
         plgpu.commit_smem()
         # The same rounded factor in both, so that pairs on one side of a token cancel in its sum.
-        dq_pairs = parts.product(how, factor, keys.at[1])
-        seen = total(dq_pairs * tokens(0))
+        dq_pairs = parts.product(how, factor, keys.at[zero() + 1])
+        seen = total(dq_pairs * tokens(zero()))
         dq_sum = dq_sum + of_query + dq_pairs
-        dk_pairs = parts.product(how, Turned(factor), keys.at[0])
-        rows[BY_PAIRS] = seen - total(dk_pairs * tokens(1))
+        dk_pairs = parts.product(how, Turned(factor), keys.at[zero()])
+        rows[BY_PAIRS] = seen - total(dk_pairs * tokens(zero() + 1))
         plgpu.commit_smem()
         head = group * shared + turn
         plgpu.copy_smem_to_gmem(rows, sums.at[row, head, chunk, halves * place + half])
