@@ -13,16 +13,20 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.core import dispatch, tpu
-from pallas_kernels.core.segments import boundaries
-from pallas_kernels.core.tpu_places import pack
+from pallas_kernels.core.tpu_tokens import (
+    LOWEST,
+    ROWS,
+    places,
+    product_dtype,
+    tokens_first,
+    tokens_last,
+)
 from pallas_kernels.simple_gla.tpu_backward import backward
-from pallas_kernels.simple_gla.tpu_chunk import LOWEST, product_dtype
 from pallas_kernels.simple_gla.tpu_forward import How, forward
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.7
 _MOST = 0.8  # of the whole vector memory: what the limit is raised to
-_ROWS = 16  # of a bfloat16 register
 _SHORT = 1024  # tokens
 
 
@@ -71,7 +75,7 @@ class PallasTpuConfig(tpu.TpuConfig):
 
 def _bytes(sizes: Mapping[str, int], block: int) -> int:
     """Of the vector memory that the backward kernel takes: arrays twice, scratch once, states."""
-    k, v = (tpu.round_up(sizes[x], _ROWS) for x in "kv")
+    k, v = (tpu.round_up(sizes[x], ROWS) for x in "kv")
     arrays = 2 * ((4 * k + 3 * v) * sizes["itemsize"] + 4 * 2 * tpu.SUBLANES)
     state = 4 * v * tpu.round_up(k, tpu.LANES)
     states = sizes["shared"] + block // PallasTpuConfig.chunk + 1 + 2 * 3 + 2
@@ -100,19 +104,11 @@ def refuses(shapes, device_kind) -> str | None:
 def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, fresh, config):
     """See `simple_gla`; s `[b h k v]` float32. Returns y, s, last_id."""
     del block_memory
-    b, t = q.shape[:2]
     config = PallasTpuConfig.of(config, _sizes(q, k, v), dispatch.device_kind(config))
-    padded = tpu.round_up(t, config.block)
-    places = valid = None
-    if segment_ids is not None or padded > t:
-        reset, valid = jnp.zeros((b, t), bool), jnp.ones((b, t), bool)
-        if segment_ids is not None:
-            reset, valid, last_id = boundaries(segment_ids, last_id)
-        document = jnp.cumsum(reset, axis=1, dtype=jnp.int32)  # 0 = the one of the state
-        places = pack(document, valid, config.chunk, padded)
+    at, valid, last_id = places(q.shape[1], segment_ids, last_id, config)
     if valid is not None:
         g = jnp.where(valid[..., None], g, 0)
-    y, s = _simple_gla(q, k, v, g, None if fresh else s, places, How(float(scale), config))
+    y, s = _simple_gla(q, k, v, g, None if fresh else s, at, How(float(scale), config))
     return y, s, last_id
 
 
@@ -123,14 +119,14 @@ def _simple_gla(q, k, v, g, s, places, how: How):
 
 
 def _run(q, k, v, g, s, places, how: How, *, save: bool):
-    arrays = [_tokens_last(x, how) for x in (q, k, v)]
+    arrays = [tokens_last(x, how.config.block) for x in (q, k, v)]
     state = None if s is None else _padded(s)
     several = how.config.block < arrays[0].shape[3]
     y, last, saved = forward(arrays, _by_head(g, how), state, places, how, save=save and several)
     if saved is None and state is not None:
         saved = state[:, :, None]
     s = jnp.swapaxes(last, 2, 3)[:, :, : q.shape[3], : v.shape[3]]
-    return (_tokens_first(y, v), s), saved
+    return (tokens_first(y, v), s), saved
 
 
 def _forward(q, k, v, g, s, places, how: How):
@@ -145,10 +141,10 @@ def _backward(how: How, residuals, cotangents):
     # Where nobody asked for the state, there is no gradient to make and read.
     dlast = None if isinstance(dlast, SymbolicZero) else _padded(dlast)
     dy = jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
-    arrays = [_tokens_last(x, how) for x in (q, k, v)]
-    gates, dy = _by_head(g, how), _tokens_last(dy, how)
+    arrays = [tokens_last(x, how.config.block) for x in (q, k, v)]
+    gates, dy = _by_head(g, how), tokens_last(dy, how.config.block)
     dq, dk, dv, dg, ds = backward(arrays, gates, saved, places, dy, dlast, how, fresh=given is None)
-    gradients = (_tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
+    gradients = (tokens_first(*pair) for pair in ((dq, q), (dk, k), (dv, v)))
     dg = jnp.swapaxes(dg[:, :, 0, : g.shape[1]], 1, 2).astype(g.dtype)
     if ds is not None:
         ds = jnp.swapaxes(ds, 2, 3)[:, :, : q.shape[3], : v.shape[3]]
@@ -164,20 +160,8 @@ def _by_head(g, how: How):
     return tpu.pad_to(g, 2, tpu.round_up(g.shape[2], how.config.block))[:, :, None]
 
 
-def _tokens_last(x, how: How):
-    """`[b h k t]` from `[b t h k]`: k up to a multiple of 16, t to one of the block."""
-    x = jnp.moveaxis(x, 1, -1)
-    x = tpu.pad_to(x, 3, tpu.round_up(x.shape[3], how.config.block))
-    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], _ROWS))
-
-
-def _tokens_first(x, like):
-    """`[b t h k]` in the shape of another one, from `[b h k t]`."""
-    return jnp.moveaxis(x[:, :, : like.shape[3], : like.shape[1]], -1, 1)
-
-
 def _padded(s):
     """`[b h v k]` from `[b h k v]`, both up to multiples of 16."""
     s = jnp.swapaxes(s, 2, 3)
-    s = tpu.pad_to(s, 2, tpu.round_up(s.shape[2], _ROWS))
-    return tpu.pad_to(s, 3, tpu.round_up(s.shape[3], _ROWS))
+    s = tpu.pad_to(s, 2, tpu.round_up(s.shape[2], ROWS))
+    return tpu.pad_to(s, 3, tpu.round_up(s.shape[3], ROWS))

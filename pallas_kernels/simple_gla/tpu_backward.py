@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
-from pallas_kernels.simple_gla.tpu_chunk import Order, before, ends_gradient, product_dtype
+from pallas_kernels.core.tpu_tokens import named_call, product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import Order, before, ends_gradient
 from pallas_kernels.simple_gla.tpu_forward import How
 from pallas_kernels.simple_gla.tpu_walks import (
     ROWS,
@@ -57,7 +57,7 @@ def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
         (1, 1, v_width, width),
         lambda i, j, s, n: (i, j * shared + jnp.where(s == when, n, other), 0, 0),
     )
-    inputs: dict[str, tuple] = dict(
+    inputs = dict(
         q=(q, by_group),
         k=(k, by_group),
         v=(v, along(v_width)),
@@ -73,7 +73,6 @@ def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
         ),
         dlast=(dlast, at(0, shared - 1)),
     )
-    inputs = {name: pair for name, pair in inputs.items() if pair[0] is not None}
     outputs = dict(
         dq=(jax.ShapeDtypeStruct(q.shape, q.dtype), by_group),
         dk=(jax.ShapeDtypeStruct(k.shape, k.dtype), by_group),
@@ -94,23 +93,20 @@ def backward(arrays, g, saved, places, dy, dlast, how: How, *, fresh: bool):
         dv_pairs=pltpu.VMEM((v_width, block), jnp.float32),
         **{name: pltpu.VMEM((block // chunk, chunk), jnp.float32) for name in ROWS},
     )
-    names = (*inputs, *outputs, *scratch)
-    results = kernel_call(
-        functools.partial(_body, names=names, how=how, grid=(steps, shared), dtype=dtype),
+    found = named_call(
+        functools.partial(_body, how=how, grid=(steps, shared), dtype=dtype),
         name="simple_gla_backward",
         config=how.config,
         grid=(b, groups, steps, shared),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        scratch_shapes=list(scratch.values()),
-    )(*(x for x, _ in inputs.values()))
-    return (*results, None) if fresh else tuple(results)
+        inputs=inputs,
+        outputs=outputs,
+        scratch=scratch,
+    )
+    return *(found[name] for name in ("dq", "dk", "dv", "dg")), found.get("dinitial")
 
 
-def _body(*refs, names, how: How, grid: tuple[int, int], dtype):
-    at = dict(zip(names, refs, strict=True))
+def _body(at, *, how: How, grid: tuple[int, int], dtype):
     step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
     n_chunks, (steps, shared) = how.config.block // chunk, grid
     at["dstate"] = at["dstate"].at[head]

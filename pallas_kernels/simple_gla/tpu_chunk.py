@@ -10,14 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.core.tpu import SUBLANES
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import Seen, only
-
-NN, NT, TN = (1, 0), (1, 1), (0, 0)
-LOWEST = -1e30  # exp of it is 0 in any precision, and sums of it are finite
-
-
-def product_dtype(*arrays: jax.Array):
-    """What the matrix units are given: bfloat16 where all arrays are."""
-    return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
+from pallas_kernels.core.tpu_tokens import NN, NT
 
 
 def parts(x: jax.Array) -> list[jax.Array]:

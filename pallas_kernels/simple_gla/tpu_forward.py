@@ -14,19 +14,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import only, seen
-from pallas_kernels.simple_gla.tpu_chunk import (
-    NN,
-    NT,
-    TN,
-    Order,
-    before,
-    decays,
-    ends,
-    product_dtype,
-)
+from pallas_kernels.core.tpu_tokens import NN, NT, TN, named_call, product_dtype
+from pallas_kernels.simple_gla.tpu_chunk import Order, before, decays, ends
 
 
 class How(NamedTuple):
@@ -67,7 +58,7 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
         (1, 1, v_width, width),
         lambda i, j, s, n: (i, j * shared + jnp.where(s == when, n, other), 0, 0),
     )
-    inputs: dict[str, tuple] = dict(
+    inputs = dict(
         q=(q, by_group),
         k=(k, by_group),
         v=(v, along(v_width)),
@@ -75,7 +66,6 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
         places=(places, pl.BlockSpec((1, 1, block), lambda i, j, s, n: (i, 0, s))),
         initial=(s, at(0, shared - 1)),
     )
-    inputs = {name: pair for name, pair in inputs.items() if pair[0] is not None}
     outputs = dict(
         y=(jax.ShapeDtypeStruct(v.shape, v.dtype), along(v_width)),
         last=(jax.ShapeDtypeStruct((b, h, v_width, width), jnp.float32), at(last, 0)),
@@ -87,27 +77,24 @@ def forward(arrays, g, s, places, how: How, *, save: bool):
                 (1, 1, 1, v_width, width), lambda i, j, s, n: (i, j * shared + n, s, 0, 0)
             ),
         )
-    names = (*inputs, *outputs, "state", "upto", "strict")
-    results = kernel_call(
-        functools.partial(_body, names=names, how=how, steps=steps, dtype=product_dtype(q, k, v)),
+    found = named_call(
+        functools.partial(_body, how=how, steps=steps, dtype=product_dtype(q, k, v)),
         name="simple_gla_forward",
         config=config,
         grid=(b, groups, steps, shared),
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
         semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        scratch_shapes=[
-            pltpu.VMEM((shared, v_width, width), jnp.float32),
-            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
-            pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
-        ],
-    )(*(x for x, _ in inputs.values()))
-    return results if save else (*results, None)
+        inputs=inputs,
+        outputs=outputs,
+        scratch=dict(
+            state=pltpu.VMEM((shared, v_width, width), jnp.float32),
+            upto=pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+            strict=pltpu.VMEM((config.chunk, config.chunk), jnp.bfloat16),
+        ),
+    )
+    return found["y"], found["last"], found.get("saved")
 
 
-def _body(*refs, names, how: How, steps: int, dtype):
-    at = dict(zip(names, refs, strict=True))
+def _body(at, *, how: How, steps: int, dtype):
     step, head, chunk = pl.program_id(2), pl.program_id(3), how.config.chunk
     state = at["state"].at[head]
     order = Order(at["upto"], at["strict"])

@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core.tpu_parts import dot
 from pallas_kernels.core.tpu_places import Seen, only
-from pallas_kernels.simple_gla.tpu_chunk import NN, NT, TN, decays, ends, pairs_gradient
+from pallas_kernels.core.tpu_tokens import NN, NT, TN
+from pallas_kernels.simple_gla.tpu_chunk import decays, ends, pairs_gradient
 
 # A chunk's numbers per token, one chunk a row.
 ROWS = ("start", "end", "dstart", "dend", "dg_rows")

@@ -15,17 +15,12 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.core.tpu_places import pack
+from pallas_kernels.core.tpu_tokens import ROWS, product_dtype, tokens_first, tokens_last
 from pallas_kernels.taylor_attention import xla
 from pallas_kernels.taylor_attention.tpu_backward import backward
 from pallas_kernels.taylor_attention.tpu_features import rows_of
-from pallas_kernels.taylor_attention.tpu_forward import How, forward, product_dtype
-from pallas_kernels.taylor_attention.tpu_layout import (
-    ROWS,
-    Widths,
-    state_rows,
-    tokens_first,
-    tokens_last,
-)
+from pallas_kernels.taylor_attention.tpu_forward import How, forward
+from pallas_kernels.taylor_attention.tpu_layout import Widths, state_rows
 
 # Of the scoped limit: what blocks and scratch may take; the rest is the compiler's.
 _SHARE = 0.6

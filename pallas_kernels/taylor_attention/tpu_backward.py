@@ -14,9 +14,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import seen
+from pallas_kernels.core.tpu_tokens import product_dtype
 from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.tpu_features import rows_of
-from pallas_kernels.taylor_attention.tpu_forward import How, product_dtype
+from pallas_kernels.taylor_attention.tpu_forward import How
 from pallas_kernels.taylor_attention.tpu_layout import state_rows
 from pallas_kernels.taylor_attention.tpu_walks import down, pairs, up
 

@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.tpu import kernel_call
 from pallas_kernels.core.tpu_places import Seen, only, seen
+from pallas_kernels.core.tpu_tokens import product_dtype
 from pallas_kernels.taylor_attention.cost import cost
 from pallas_kernels.taylor_attention.tpu_features import phi, rows_of
 from pallas_kernels.taylor_attention.tpu_layout import state_rows
@@ -37,11 +38,6 @@ def dot(a: jax.Array, b: jax.Array, dims: tuple) -> jax.Array:
     return jax.lax.dot_general(
         a, b, (dims, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def product_dtype(*arrays: jax.Array) -> Any:
-    """What the matrix units are given: bfloat16 where all arrays are."""
-    return jnp.bfloat16 if all(a.dtype == jnp.bfloat16 for a in arrays) else jnp.float32
 
 
 def with_ones(v: jax.Array, there: jax.Array | None, rows: int) -> jax.Array:

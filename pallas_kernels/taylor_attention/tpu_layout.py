@@ -2,30 +2,16 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import tpu
+from pallas_kernels.core.tpu_tokens import ROWS
 from pallas_kernels.taylor_attention.tpu_features import orders
-
-ROWS = 16  # of a bfloat16 register
 
 
 def state_rows(v: int) -> int:
     """Rows of a state: v (padded already), the sum of weights twice, zeros up to a register."""
     return v + ROWS
-
-
-def tokens_last(x: jax.Array, block: int) -> jax.Array:
-    """`[b h k t]` from `[b t h k]`: k up to a multiple of 16, t to one of the block."""
-    x = jnp.moveaxis(x, 1, -1)
-    x = tpu.pad_to(x, 3, tpu.round_up(x.shape[3], block))
-    return tpu.pad_to(x, 2, tpu.round_up(x.shape[2], ROWS))
-
-
-def tokens_first(x: jax.Array, like: jax.Array) -> jax.Array:
-    """`[b t h k]` in the shape of another one, from `[b h k t]`."""
-    return jnp.moveaxis(x[:, :, : like.shape[3], : like.shape[1]], -1, 1)
 
 
 class Widths(NamedTuple):
