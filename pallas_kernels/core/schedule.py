@@ -38,7 +38,7 @@ def read(dumps: pathlib.Path | None, instruction: str, vmem: int, limit: int | N
         vmem: its vector memory.
         limit: what it may take, where it asks for more.
     """
-    name = re.sub(r"(\.\d+)+$", "", instruction)
+    name = instruction.partition(".")[0]  # behind it XLA puts numbers, and words of its own
     if dumps is None:
         return Code(name, vmem, limit)
     table = _file(dumps, instruction, "final_hlo-static-per-bundle-utilization")
