@@ -25,7 +25,7 @@ SPECS = (
             ("gla_340m", 1, 2048, 4, 128, 256),
         )
     ),
-    # What TPU kernels are compiled at (core/kernel_check.py).
+    # What TPU and GPU kernels are compiled at (core/kernel_check.py).
     *(
         ArgSpec(
             name=name,

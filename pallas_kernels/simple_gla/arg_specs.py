@@ -48,7 +48,7 @@ SPECS = (
             ("retention_340m", 1, 2048, 4, 4, 256, 512),
         )
     ),
-    # What TPU kernels are compiled at (core/kernel_check.py).
+    # What TPU and GPU kernels are compiled at (core/kernel_check.py).
     *(
         ArgSpec(
             name=name,
