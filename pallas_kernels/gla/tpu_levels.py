@@ -105,7 +105,7 @@ def factors(at, here, look: Callable[[], Seen], dtype, *, pairs: bool = True) ->
     def strip(rows):
         masks = look()
         k, g = (taken(at, name, rows, here, masks) for name in "kg")
-        q = taken(at, "q", rows, here, masks) if pairs else None
+        q = taken(at, "q", rows, here, masks) if pairs else k  # without pairs nobody reads it
 
         def visit(level, second, w):
             decay = jnp.exp(w)

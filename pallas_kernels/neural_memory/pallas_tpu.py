@@ -184,7 +184,7 @@ def _given_back(weights: Weights, h: int) -> Weights:
 
 def _operands(form: Layout, tokens) -> tuple[jax.Array, ...]:
     """q, k, v `[b t h*x]` and alpha, eta, theta as `[b h n 3 c]`."""
-    gates = jnp.stack([x.astype(jnp.float32) for x in tokens[3:]], axis=1)
+    gates = jnp.stack(tokens[3:], axis=1)  # as they are: XLA turns them, the kernel widens them
     gates = tpu.pad_to(tpu.pad_to(gates, 3, form.h), 2, form.blocks * form.block)
     gates = gates.reshape(form.b, 3, form.blocks, form.block, form.h)
     return *(_merged(form, x) for x in tokens[:3]), jnp.transpose(gates, (0, 4, 2, 1, 3))

@@ -72,7 +72,8 @@ def backward(form: Layout, opening, carry, kept, q, k, v, gates, cuts: Cuts | No
         state_specs(form, dlast),
     )
     dcarry = state_structs(carry)
-    results = (None if opening is None else dcarry[1:], dcarry, structs((q, k, v)), structs(gates))
+    shares = jax.ShapeDtypeStruct(gates.shape, jnp.float32)
+    results = (None if opening is None else dcarry[1:], dcarry, structs((q, k, v)), shares)
     result_specs = (
         state_specs(form, results[0], once=False),
         state_specs(form, dcarry, once=False),

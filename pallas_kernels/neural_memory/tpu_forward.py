@@ -42,7 +42,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
         carry: (now, momentum) `[b h x y]` if form.aligned, the momentum None if it is 0; else
             (start, now, momentum).
         q, k, v: `[b t h*x]`.
-        gates: alpha, eta, theta in float32, `[b h n 3 c]`.
+        gates: alpha, eta, theta, `[b h n 3 c]`.
         cuts: None if form.aligned.
         keep: whether what the backward pass needs is wanted.
 
@@ -78,7 +78,7 @@ def forward(form: Layout, opening, carry, q, k, v, gates, cuts: Cuts | None, *, 
     matrix = lambda x: pltpu.VMEM(x.shape, x.dtype)
     row = (1, form.block) if form.aligned else (1, 1)
     scratch = (
-        jax.tree.map(matrix, (*tokens[:3], tokens.v)),
+        jax.tree.map(matrix, (tokens, tokens.v)),
         pltpu.VMEM(row, jnp.float32),
         tpu_stages.scratch(plan),
     )
@@ -106,7 +106,7 @@ def _body(form: Layout, plan, trees, *refs):
         split.append(jax.tree.unflatten(tree, refs[: tree.num_leaves]))
         refs = refs[tree.num_leaves :]
     (q, k, v, gates, cuts, opening, carry), (y, last, kept), scratch = split
-    (*work, found), row, places = scratch
+    (work, found), row, places = scratch
     i = pl.program_id(2)
     held = last[1:] if form.aligned else last
 

@@ -65,12 +65,15 @@ def views(refs: Any, *at: Any) -> Any:
 
 
 def taken(form: Layout, work: Tokens, blocks: tuple, gates: Any, head: Any, block: Any) -> Tokens:
-    """The tokens of a head, those of q, k, v being written to `work`; None among them = not."""
+    """The tokens of a head, written to `work` in float32; None among q, k, v = not."""
     for ref, x in zip(work[:3], blocks, strict=True):
         if x is not None:
             ref[...] = head_of(x, head, form.heads)
+    rows = gates[0, head, block].astype(jnp.float32)
+    for i, ref in enumerate(work[3:]):
+        ref[...] = rows[i : i + 1]
     q, k, v = (None if x is None else View(ref) for ref, x in zip(work[:3], blocks, strict=True))
-    return Tokens(q, k, v, *gate_rows(gates, head, block))
+    return Tokens(q, k, v, *map(View, work[3:]))
 
 
 def gate_rows(gates: Any, head: Any, block: Any) -> tuple[View, ...]:
