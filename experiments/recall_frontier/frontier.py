@@ -1,6 +1,6 @@
 """The recall frontier: accuracy against decoding state, tuned alike, five fresh seeds (contract 6).
 
-    make frontier                                    everything: some eleven hours on two cores
+    make frontier                                    everything: some five hours on two cores
     make frontier ARGS="--rows based,mom --sizes small"
     python experiments/recall_frontier/frontier.py --draw        tables and plot from results.csv
 
@@ -128,7 +128,9 @@ def draw(found: dict[tuple[str, str], dict[str, object]]) -> None:
             [float(line["high"]) - m for m, line in zip(y, lines, strict=True)],
         ]
         axes.errorbar(x, y, yerr=off, marker="o", capsize=3, label=row)
-    axes.set(xscale="log", xlabel="decoding state, KiB", ylabel="accuracy (test)", ylim=(0, 1.03))
+    axes.set(xlabel="decoding state, KiB", ylabel="accuracy (test)", ylim=(0, 1.03))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=8)
     figure.savefig(HERE / "frontier.png", dpi=130)
 
