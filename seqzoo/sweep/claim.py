@@ -1,14 +1,28 @@
 """A trial in the hands of a worker: what it is, what is told of it, how it ends."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from seqzoo.sweep import sampler
+from seqzoo.sweep.definition import Definition
+from seqzoo.sweep.space import Space
+from seqzoo.sweep.storage import Patience
 from seqzoo.train.lock import RunLock
 
-if TYPE_CHECKING:
-    from seqzoo.sweep.study import Study
+
+class Owner(Protocol):
+    """What a claimed trial needs of its study (study.py)."""
+
+    definition: Definition
+    space: Space
+    optuna: optuna.Study
+    patience: Patience
+
+    def too_many_failures(self) -> bool: ...
+
+    def stop(self, why: str) -> None: ...
 
 
 class Claimed:
@@ -23,7 +37,7 @@ class Claimed:
         reported: steps that were reported already.
     """
 
-    def __init__(self, study: "Study", trial: Trial, frozen: FrozenTrial, lock: RunLock):
+    def __init__(self, study: Owner, trial: Trial, frozen: FrozenTrial, lock: RunLock):
         self.study, self.trial, self.number = study, trial, frozen.number
         self.attrs = dict(frozen.user_attrs)
         self.reported = set(frozen.intermediate_values)

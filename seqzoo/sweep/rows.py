@@ -1,15 +1,14 @@
 """The trials of a study as they are shown."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from seqzoo.sweep import locks
-
-if TYPE_CHECKING:
-    from seqzoo.sweep.study import Study
+from seqzoo.sweep.definition import Definition
 
 _STATES = {
     TrialState.WAITING: "waiting",
@@ -44,15 +43,15 @@ class Row:
         return self.state in ("finished", "diverged", "pruned")
 
 
-def row_of(study: "Study", frozen: FrozenTrial) -> Row:
-    """One of Optuna's trials as it is shown."""
+def row_of(path: pathlib.Path, definition: Definition, frozen: FrozenTrial) -> Row:
+    """One of Optuna's trials as it is shown; path and definition of its study."""
     attrs, value = frozen.user_attrs, frozen.value
     state = _STATES.get(frozen.state)
-    if state == "finished" and value == study.definition.worst:
+    if state == "finished" and value == definition.worst:
         state = "diverged"
     if state is None:
-        elsewhere = attrs.get("place") not in (None, study.definition.place)  # we do not see it
-        alive = elsewhere or locks.alive(study.path, frozen.number)
+        elsewhere = attrs.get("place") not in (None, definition.place)  # we do not see it
+        alive = elsewhere or locks.alive(path, frozen.number)
         state = "failed" if attrs.get("failure") else "running" if alive else "interrupted"
     point = frozen.params or frozen.system_attrs.get("fixed_params", {})
     told = frozen.intermediate_values

@@ -222,7 +222,7 @@ class Study:
 
     def rows(self) -> list[Row]:
         """The trials as they are shown."""
-        return [row_of(self, frozen) for frozen in self.trials()]
+        return [row_of(self.path, self.definition, frozen) for frozen in self.trials()]
 
     def finished(self) -> bool:
         """Whether every trial has ended, or failed."""
