@@ -7,6 +7,7 @@ left over. The answer is read token by token: row and targets end in
     targets  ...       a1  a2 a3 ...  a(n)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,16 @@ from seqzoo.data.source import (
 )
 from seqzoo.errors import ConfigError
 
-# Drawn by every data set here: where the thing lies that is asked for.
-DEPTH = 1
+# Drawn by every data set here: where the thing lies that is asked for, and among how many documents
+# a row of train is shared out.
+DEPTH, DOCUMENTS = 1, 100
 
 
 class Haystack:
     """Train and valid hide at a place drawn anew for each row; test on a grid of length and depth.
 
     A data set adds fields (seq_len, test_lengths, depths, the numbers of samples, seed among them;
-    train_on, where rows are text) and `rows(key, length=..., depth=...)`.
+    train_on and documents, where rows are text) and `rows(key, length=..., depth=...)`.
     """
 
     seq_len: int
@@ -42,6 +44,7 @@ class Haystack:
     depths: tuple[int, ...]
     seed: int
     train_on: str = "answers"  # or "text": every next token of train rows is a target
+    documents: int = 1  # that share a row of train, at most
 
     name: str
     version: int
@@ -76,14 +79,21 @@ class Haystack:
                 )
         if self.train_on not in ("answers", "text"):
             raise ConfigError(f"data.train_on={self.train_on}; it must be one of answers, text")
+        at_least("documents", self.documents, 1)
         at_least("seq_len", self.seq_len, self.least_length())
+        if self.documents * self.least_length() > self.seq_len:
+            raise ConfigError(
+                f"data.documents={self.documents}; a row of data.seq_len={self.seq_len} holds at "
+                f"most {self.seq_len // self.least_length()} of {self.least_length()} tokens, "
+                "the shortest there are"
+            )
         for length in self.test_lengths:
             at_least("test_lengths", length, self.least_length())
 
     @property
     def most_asked(self) -> int | None:
         """Targets per row, at most; None = all."""
-        return None if self.train_on == "text" else self.answer_length()
+        return None if self.train_on == "text" else self.documents * self.answer_length()
 
     @property
     def cells(self) -> tuple[tuple[int, int], ...]:
@@ -97,8 +107,10 @@ class Haystack:
     def source(self, split: Split) -> Source:
         samples = samples_of(self, split)
         if split != "test":
-            reads = split == "train" and self.train_on == "text"
-            make = _Rows(self, self.seq_len, reads=reads)
+            make: Callable[[counter.Keys], Batch] = _Rows(self, self.seq_len)
+            if split == "train":
+                make = _Shared(self) if self.documents > 1 else make
+                make = _Read(make) if self.train_on == "text" else make
             return Generated(make, self.seed, split, samples, self.group_names)
         parts = tuple(
             Generated(
@@ -121,24 +133,55 @@ class _Rows:
     """What makes the rows of one cell of the grid."""
 
     def __init__(
-        self,
-        data: Haystack,
-        length: int,
-        depth: int | None = None,
-        group: int | None = None,
-        *,
-        reads: bool = False,
+        self, data: Haystack, length: int, depth: int | None = None, group: int | None = None
     ):
         self._data, self._length, self._depth, self._group = data, length, depth, group
-        self._reads = reads
 
     def __call__(self, key: counter.Keys) -> Batch:
         batch = self._data.rows(key, length=self._length, depth=self._depth)
-        if self._reads:
-            tokens, targets = batch["tokens"], batch["targets"]
-            batch["targets"] = np.where(targets == IGNORE, np.roll(tokens, -1, axis=1), targets)
         if self._group is not None:
             batch["group"] = np.full(len(key), self._group, np.int32)
+        return batch
+
+
+class _Shared:
+    """Makes rows that 1 .. n documents share, as many as are drawn, all of a row of one length.
+
+    Short documents ask more often, and what they ask for is nearer: a task of long ones is learned
+    from them. Where the length does not divide, the last document is longer.
+    """
+
+    def __init__(self, data: Haystack):
+        self._data = data
+
+    def __call__(self, key: counter.Keys) -> Batch:
+        data = self._data
+        counts = counter.integers(key, DOCUMENTS, 1, data.documents)[:, 0] + 1
+        shape = (len(key), data.seq_len)
+        batch = {name: np.empty(shape, np.int32) for name in ("tokens", "targets", "segment_ids")}
+        for count in np.unique(counts):
+            of_count, size = counts == count, data.seq_len // count
+            for number in range(count):
+                start = number * size
+                stop = data.seq_len if number == count - 1 else start + size
+                part = counter.children(key[of_count], np.full(of_count.sum(), number))
+                document = data.rows(part, length=stop - start, depth=None)
+                document["segment_ids"] = np.full(document["tokens"].shape, number + 1)
+                for name, values in document.items():
+                    batch[name][of_count, start:stop] = values
+        return batch
+
+
+class _Read:
+    """Asks every next token of what `make` makes: rows end in a token that is asked anyway."""
+
+    def __init__(self, make: Callable[[counter.Keys], Batch]):
+        self._make = make
+
+    def __call__(self, key: counter.Keys) -> Batch:
+        batch = self._make(key)
+        tokens, targets = batch["tokens"], batch["targets"]
+        batch["targets"] = np.where(targets == IGNORE, np.roll(tokens, -1, axis=1), targets)
         return batch
 
 

@@ -45,6 +45,8 @@ class Needles(Haystack):
       n_digits: of numbers.
       train_on: "answers", the value that is asked, or "text", every byte of a row of train, as a
         language model is trained; valid and test ask the answers alone.
+      documents: that share a row of train, at most: each row has 1 .. documents of one length,
+        drawn anew, kept apart by segment_ids. Short ones ask more often and from nearer.
       train_samples: rows of an epoch; null = endless, every row is new.
       valid_samples: rows of the valid split.
       test_samples: rows of the test split, per length and depth.
@@ -61,6 +63,7 @@ class Needles(Haystack):
     values: str = "numbers"
     n_digits: int = 7
     train_on: str = "answers"
+    documents: int = 1
     train_samples: int | None = None
     valid_samples: int = 500
     test_samples: int = 100

@@ -36,6 +36,8 @@ class Passkey(Haystack):
       n_digits: of the key.
       train_on: "answers", the digits that are asked, or "text", every byte of a row of train, as a
         language model is trained; valid and test ask the answers alone.
+      documents: that share a row of train, at most: each row has 1 .. documents of one length,
+        drawn anew, kept apart by segment_ids. Short ones ask more often and from nearer.
       train_samples: rows of an epoch; null = endless, every row is new.
       valid_samples: rows of the valid split.
       test_samples: rows of the test split, per length and depth.
@@ -48,6 +50,7 @@ class Passkey(Haystack):
     depths: tuple[int, ...] = (0, 25, 50, 75, 100)
     n_digits: int = 5
     train_on: str = "answers"
+    documents: int = 1
     train_samples: int | None = None
     valid_samples: int = 500
     test_samples: int = 100

@@ -23,8 +23,12 @@ def texts(batch):
     n = asked.sum(1)[0]
     assert asked[:, -n:].all() and not asked[:, :-n].any()
     np.testing.assert_array_equal(batch["tokens"][:, 1 - n :], batch["targets"][:, -n:-1])
-    rows = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1).astype(np.uint8)
-    return [bytes(row).decode() for row in rows], n
+    rows = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
+    return [written(row) for row in rows], n
+
+
+def written(tokens):
+    return bytes(tokens.astype(np.uint8)).decode()
 
 
 def test_the_passkey_stands_between_two_sentences_and_is_asked(chi_square):
@@ -137,6 +141,39 @@ def test_training_on_text_asks_every_next_byte_of_train_rows_alone(make):
         np.testing.assert_array_equal(read["targets"][:, -1], asked["targets"][:, -1])
 
 
+@pytest.mark.parametrize("make", [Passkey, Needles])
+@pytest.mark.parametrize("train_on", ["answers", "text"])
+def test_documents_share_rows_of_train_each_with_a_question_of_its_own(make, train_on):
+    data = make(seq_len=1301, documents=3, train_on=train_on)
+    assert data.most_asked == (None if train_on == "text" else 3 * data.n_digits)
+    batch = data.source("train").batch(np.arange(40))
+    counts = batch["segment_ids"].max(1)
+    assert set(counts) == {1, 2, 3}
+    seen = set()
+    for tokens, targets, ids, count in zip(
+        batch["tokens"], batch["targets"], batch["segment_ids"], counts, strict=True
+    ):
+        sizes = [int((ids == number).sum()) for number in range(1, count + 1)]
+        assert sizes == [1301 // count] * (count - 1) + [1301 - 1301 // count * (count - 1)]
+        assert (np.diff(ids) >= 0).all()
+        for number in range(1, count + 1):
+            document, asked = tokens[ids == number], targets[ids == number]
+            key = written(asked[-data.n_digits :])
+            assert key.isdigit() and written(document).endswith(key[:-1])
+            assert f" is {key}. " in written(document) or f" is: {key}. " in written(document)
+            seen.add(key)
+            if train_on == "text":
+                np.testing.assert_array_equal(asked[:-1], document[1:])
+            else:
+                assert (asked[: -data.n_digits] == IGNORE).all()
+    assert len(seen) == counts.sum()  # no document is another's
+    for split in ("valid", "test"):
+        assert "segment_ids" not in data.source(split).batch(np.arange(2))
+    part = data.source("train").batch(np.array([7, 31]))
+    for name, rows in part.items():
+        np.testing.assert_array_equal(rows, batch[name][[7, 31]])
+
+
 def test_rows_are_a_function_of_seed_split_and_number():
     for data in (Passkey(), PasskeyTokens(), Needles(n_keys=4)):
         whole = data.source("train").batch(np.arange(20))["tokens"]
@@ -163,6 +200,11 @@ def test_the_shortest_rows_hold_no_filler():
         (lambda: Passkey(vocab_size=128), "data.vocab_size=128.*at least 256"),
         (lambda: Passkey(n_digits=0), "data.n_digits=0"),
         (lambda: Passkey(train_on="rows"), "data.train_on=rows; .* answers, text"),
+        (lambda: Passkey(documents=0), "data.documents=0"),
+        (
+            lambda: Passkey(documents=6),
+            "data.documents=6; .*seq_len=512 holds at most 5 of 101 tokens",
+        ),
         (lambda: Passkey(depths=[]), r"data.depths=\[\]; give at least one"),
         (lambda: Passkey(depths=[10, 10]), "none twice"),
         (lambda: Passkey(depths=[101]), r"data.depths=\[101\]; a depth is a percentage"),
