@@ -220,12 +220,13 @@ def main() -> None:
         if name not in MODELS:
             parser.error(f"there is no row '{name}'; there are {', '.join(MODELS)}")
     file = HERE / "results.csv"
-    lines = protocol.read(file)
     for row in () if args.draw else rows:
-        lines = [line for line in lines if line["mixer"] != row] + measure(row)
+        new = measure(row)  # before the file is read: another process may add rows meanwhile
+        lines = [line for line in protocol.read(file) if line["mixer"] != row] + new
         lines.sort(key=lambda line: list(MODELS).index(line["mixer"]))
         protocol.write(lines, file)
         draw(lines)
+    lines = protocol.read(file)
     if not lines:
         parser.error("there is no results.csv yet: run it without --draw first")
     draw(lines)

@@ -156,16 +156,17 @@ def main() -> None:
         if name not in MODELS:
             parser.error(f"there is no row '{name}'; there are {', '.join(MODELS)}")
     file = HERE / "results.csv"
-    lines = protocol.read(file)
     if not args.draw:
         rung, full = difficulty(), None
         for row in rows:
             new = measure(row, rung, full)
             full = [float(value) for value in new["values"].split()] if row == FULL else full
-            lines = [line for line in lines if line["row"] != row] + [new]
+            # Read now: another process may have added rows meanwhile.
+            lines = [line for line in protocol.read(file) if line["row"] != row] + [new]
             lines.sort(key=lambda line: list(MODELS).index(line["row"]))
             protocol.write(lines, file)
             draw(lines)
+    lines = protocol.read(file)
     if not lines:
         parser.error("there is no results.csv yet: run it without --draw first")
     draw(lines)
