@@ -6,6 +6,7 @@ from pallas_kernels.core import aot_gpu, cubin
 from pallas_kernels.core.blocks import Kernel
 from pallas_kernels.core.gpu_table import GpuRow
 from pallas_kernels.core.kernel_check import Target
+from pallas_kernels.core.kernel_table import COMPILED
 
 KERNEL = "pallas_gpu"
 _NAMES = {str(one["name"]): name for name, one in aot_gpu.DEVICES.items()}
@@ -22,7 +23,7 @@ def _filled(
     del kind
     names = {k.name for k in counted}
     kernels = tuple(k for k in kernels if not names or k.name in names)
-    bare = GpuRow(*row[:6], status="compiled")
+    bare = GpuRow(*row[:6], status=COMPILED)
     rows = []
     for name in dict.fromkeys(k.name for k in kernels):
         mine = [k for k in kernels if k.name == name]

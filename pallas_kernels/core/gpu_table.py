@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pallas_kernels.core import kernel_report
-from pallas_kernels.core.kernel_report import MOST_BYTES, mib, number, ratio, times
+from pallas_kernels.core.kernel_report import MOST_BYTES, mib, number, part_of, ratio, times
+from pallas_kernels.core.kernel_table import FORWARD_ONLY, compiles
 
 PATH = "docs/kernels_gpu.csv"  # in a checkout
 BEGIN, END = "<!-- begin: written by check_gpu -->", "<!-- end of check_gpu -->"
@@ -29,7 +30,8 @@ class GpuRow(NamedTuple):
         part: "forward", "backward", "documents, state" or "documents".
         kernel: its name; "" = the pass: the most registers and shared memory of its kernels, and
             the sums.
-        status: "compiled", "refused: ..." (dispatch takes xla), or what stood against it.
+        status: COMPILED, FORWARD_ONLY, "refused: ..." (dispatch takes xla), or what stood against
+            it (core/kernel_table.py).
         calls: how often the program calls the kernel.
         registers: per thread.
         spilled: bytes stored and loaded for want of registers, loops counted once.
@@ -84,12 +86,14 @@ class GpuRow(NamedTuple):
 
 
 def wrong(rows: Iterable[GpuRow]) -> list[str]:
-    """What may not be, whatever the table says: spills, and too much shared memory.
+    """What may not be, whatever the table says: spills, too much shared memory, and not knowing.
 
     With documents and a state a spill is beside the goal, as long as the table knows it.
     """
     told = []
     for row in rows:
+        if row.kernel and compiles(row) and row.registers is None:
+            told.append(f"{row.name}: ptxas told nothing of registers, spills and shared memory")
         if row.kernel and row.spilled and not row.part.startswith("documents"):
             told.append(f"{row.name}: {row.spilled:,} bytes of registers are spilled")
         if row.kernel and (row.shared or 0) > SHARED_MEMORY:
@@ -104,6 +108,8 @@ def beside_the_goals(rows: Iterable[GpuRow]) -> list[str]:
         moved = ratio(row) if not row.kernel else None
         if row.status.startswith("refused") and not row.part.startswith("documents"):
             told.append(f"{row.name}: {row.status}")
+        if row.status == FORWARD_ONLY:
+            told.append(f"{row.name}: {row.status}")
         if moved is not None and moved > MOST_BYTES:
             told.append(f"{row.name}: {moved:.2f}x the least bytes (at most {MOST_BYTES})")
         if row.kernel and row.spilled and row.part.startswith("documents"):
@@ -115,7 +121,7 @@ def beside_the_goals(rows: Iterable[GpuRow]) -> list[str]:
 
 def line(row: GpuRow) -> str:
     """One row for a terminal."""
-    if row.status != "compiled":
+    if not compiles(row):
         return f"{row.name:<72}{row.status}"
     if row.kernel:
         text = f"    {row.kernel:<44} {number(row.registers):>4} registers"
@@ -128,6 +134,7 @@ def line(row: GpuRow) -> str:
     parts.append(f"temp {mib(row.temp)}")
     if row.xla_peak and row.peak:
         parts.append(f"peak {mib(row.peak)}, xla {mib(row.xla_peak)}")
+    parts += [row.status] if row.status == FORWARD_ONLY else []
     return "  ".join([*parts, f"{row.seconds} s"])
 
 
@@ -158,8 +165,8 @@ def markdown(rows: Iterable[GpuRow]) -> str:
 
 
 def _cells(row: GpuRow, call: str) -> str:
-    head = f"| {call} | {'' if row.kernel else row.part} | {row.kernel} |"
-    if row.status != "compiled":
+    head = f"| {call} | {'' if row.kernel else part_of(row)} | {row.kernel} |"
+    if not compiles(row):
         return f"{head} {row.status.replace('|', '/')} |" + " |" * 9
     whole = not row.kernel
     cells = (

@@ -3,7 +3,8 @@
 For each tagged call of an operator (arg_specs.py) and device, two rows as a model trains with
 it, without documents or a state before or after: "forward", which saves what the backward pass
 needs, and "backward". And a row "documents, state" with packed documents, a state before and after,
-and their gradients, or "documents" where the kernel takes no state: that it compiles.
+and their gradients, or "documents" where the kernel takes no state: that it compiles, and whether
+a kernel is in its backward pass.
 
 Programs take and give heads side by side (`[b t h*k]`), as projections make and take them: what an
 operator's form turns or regroups beyond that is its own cost.
@@ -29,15 +30,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import aot, bench, dispatch, unwritten
 from pallas_kernels.core.blocks import Kernel
-from pallas_kernels.core.kernel_table import Row
+from pallas_kernels.core.kernel_table import COMPILED, FORWARD_ONLY, Row
 from pallas_kernels.core.testing import ArgSpec, letters_of, required
 from pallas_kernels.core.tpu import generation
 from pallas_kernels.core.traffic import made_by_kernels, of_jaxpr
 
 KERNEL = "pallas_tpu"
 TAG, PRIMARY = "tpu", "primary"
-# Names of kernels of a backward pass: ours, and those of jax's own attention.
-_BACKWARD = re.compile("backward|_bwd|_dkv|_dq")
+# Names of kernels of a backward pass: ours on either platform, and those of jax's own attention.
+_BACKWARD = re.compile("backward|_gradients?$|_states_back$|_lags$|_bwd|_dkv|_dq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def check(
     one = passes["backward"]
     row = _counts(blank._replace(part="backward"), one)
     _, rows = compiled(row, both(program), (_flat(y), *flat), one.kernels, without=ahead)
-    if xla and rows[0].status == "compiled":
+    if xla and rows[0].status == COMPILED:
         other = both(functools.partial(_flat_y, op, spec, "xla"))
         found = target.compile(device, other, _flat(y), *flat)
         rows[0] = rows[0]._replace(xla_temp=found.temp, xla_peak=found.peak)
@@ -279,8 +280,9 @@ def _compiled(
     if not kernels:
         return None, [row._replace(status="no Pallas call in the program")]
     around = max(0, int(found.around - (without.around if without else 0)))
+    both = not row.part.startswith("documents") or any(_BACKWARD.search(k.name) for k in kernels)
     row = row._replace(
-        status="compiled",
+        status=COMPILED if both else FORWARD_ONLY,
         bytes=None if row.bytes is None else row.bytes + around,
         around=around,
         temp=found.temp,

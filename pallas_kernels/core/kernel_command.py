@@ -103,6 +103,9 @@ def run(command: Command, args: argparse.Namespace) -> int:
     table = kernel_table.read(args.table, command.row)
     wrong = kernel_table.regressions(table, found) if args.check else failures(found)
     wrong = [*wrong, *command.wrong(found)]
+    if args.check and (text := kernel_table.unknown_stack(table, found)):
+        target = command.module.rpartition(".")[2].replace("_", "-")
+        wrong.append(f"{text} (run make {target}-table)")
     if args.write:
         well = [row for row in found if not kernel_table.failed(row)]
         kept = kernel_table.merged(table, well, whole=args.full and not args.devices)
@@ -114,9 +117,12 @@ def run(command: Command, args: argparse.Namespace) -> int:
         print(f"beside the goal: {text}")
     for text in wrong:
         print(f"WRONG: {text}")
-    compiled = sum(row.status == "compiled" for row in found)
+    compiled = sum(map(kernel_table.compiles, found))
     seconds = time.perf_counter() - began
-    print(f"{compiled} of {len(found)} programs compiled, {len(wrong)} wrong, {seconds:.0f} s")
+    told = f"{compiled} of {len(found)} programs compiled"
+    if args.check:
+        told += f", {kernel_table.compared(table, found)} rows compared with {args.table}"
+    print(f"{told}, {len(wrong)} wrong, {seconds:.0f} s")
     return 1 if wrong else 0
 
 

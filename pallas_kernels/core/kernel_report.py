@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-from pallas_kernels.core.kernel_table import Row
+from pallas_kernels.core.kernel_table import COMPILED, FORWARD_ONLY, Row, compiles
 
 BEGIN, END = "<!-- begin: written by check_tpu -->", "<!-- end -->"
 MOST_BYTES, MOST_VMEM = 1.3, 0.75
@@ -22,12 +22,19 @@ def share(row: Row) -> float | None:
     return row.vmem / row.limit if row.vmem is not None and row.limit else None
 
 
+def part_of(row: Any) -> str:
+    """The pass, and what of it is no kernel's."""
+    return row.part + (row.status.removeprefix(COMPILED) if row.status == FORWARD_ONLY else "")
+
+
 def beside_the_goals(rows: Iterable[Row]) -> list[str]:
     """What compiles and yet misses a figure of the issue; it breaks nothing."""
     told = []
     for row in rows:
         moved, vmem = ratio(row), share(row)
         if row.status.startswith("refused") and not row.part.startswith("documents"):
+            told.append(f"{row.name}: {row.status}")
+        if row.status == FORWARD_ONLY:
             told.append(f"{row.name}: {row.status}")
         if moved is not None and moved > MOST_BYTES:
             told.append(f"{row.name}: {moved:.2f}x the least bytes (at most {MOST_BYTES})")
@@ -40,7 +47,7 @@ def beside_the_goals(rows: Iterable[Row]) -> list[str]:
 
 def line(row: Row) -> str:
     """One row for a terminal."""
-    if row.status != "compiled":
+    if not compiles(row):
         return f"{row.name:<58}{row.status}"
     parts = [f"{row.name:<58}", f"VMEM {mib(row.vmem)} ({percent(share(row))})"]
     if row.minimum:
@@ -48,6 +55,7 @@ def line(row: Row) -> str:
     parts += [f"spills {number(row.spills)}+{number(row.fills)}", f"temp {mib(row.temp)}"]
     if row.xla_peak and row.peak:
         parts.append(f"peak {mib(row.peak)}, xla {mib(row.xla_peak)}")
+    parts += [row.status] if row.status == FORWARD_ONLY else []
     return "  ".join([*parts, f"{row.seconds} s"])
 
 
@@ -92,8 +100,8 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def _cells(row: Row, call: str) -> str:
-    head = f"| {call} | {row.part} | {row.device} |"
-    if row.status != "compiled":
+    head = f"| {call} | {part_of(row)} | {row.device} |"
+    if not compiles(row):
         return f"{head} {row.status.replace('|', '/')} |" + " |" * 10
     cells = (
         mib(row.vmem) + (" (raised)" if row.raised else ""),

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 PATH = "docs/kernels.csv"  # in a checkout
+COMPILED = "compiled"
+FORWARD_ONLY = "compiled; backward is xla's"  # of a program with both passes
 
 
 class Row(NamedTuple):
@@ -18,7 +20,8 @@ class Row(NamedTuple):
         dtype: of the arguments along time.
         device: generation.
         part: "forward", "backward" (memory of both together), "documents, state" or "documents".
-        status: "compiled", "refused: ..." (dispatch takes xla), or what stood against it.
+        status: COMPILED, FORWARD_ONLY, "refused: ..." (dispatch takes xla), or what stood against
+            it.
         kernels: names of the Pallas calls.
         vmem: vector memory of the largest kernel.
         limit: what it may take.
@@ -135,16 +138,22 @@ def merged(old: Iterable, new: Iterable, whole: bool) -> list:
     return [*kept, *new]
 
 
+def compiles(row: Any) -> bool:
+    """Whether there is a compiled kernel, and so figures of it."""
+    return row.status in (COMPILED, FORWARD_ONLY)
+
+
 def failed(row: Any) -> bool:
     """Whether a call neither compiles nor is refused."""
-    return row.status != "compiled" and not row.status.startswith("refused")
+    return not compiles(row) and not row.status.startswith("refused")
 
 
 def regressions(table: Iterable, found: Iterable) -> list[str]:
     """What got worse than the table says, one line each; a call without a row is one too.
 
-    Rows are compared within a stack. One that the table knows nothing of is compared with none:
-    then only what does not compile is told.
+    A figure that the table has and nobody tells now got worse: or a compiler that falls silent
+    would pass. Rows are compared within a stack. One that the table knows nothing of is compared
+    with none (`unknown_stack`): then only what does not compile is told.
     """
     known = {row.key: row for row in table}
     stacks = {row.stack for row in known.values()}
@@ -157,12 +166,35 @@ def regressions(table: Iterable, found: Iterable) -> list[str]:
             elif row.stack in stacks:
                 wrong.append(f"{row.name}: the table has no row of it")
             continue
-        if row.status != "compiled":
-            if before.status == "compiled" or failed(row):
-                wrong.append(f"{row.name}: {before.status} before, now {row.status}")
+        if failed(row) or _passes(row) < _passes(before):
+            wrong.append(f"{row.name}: {before.status} before, now {row.status}")
+        if row.status != before.status or not compiles(row):  # figures of other kernels, or none
             continue
         for field, (factor, more) in _ALLOWED.items():
             now, was = getattr(row, field, None), getattr(before, field, None)
-            if now is not None and was is not None and now > factor * was + more:
-                wrong.append(f"{row.name}: {field} {was:,} -> {now:,}")
+            if was is not None and (now is None or now > factor * was + more):
+                told = "not told" if now is None else f"{now:,}"
+                wrong.append(f"{row.name}: {field} {was:,} -> {told}")
     return wrong
+
+
+def _passes(row: Any) -> int:
+    """How many of both passes kernels serve."""
+    return {COMPILED: 2, FORWARD_ONLY: 1}.get(row.status, 0)
+
+
+def compared(table: Iterable, found: Iterable) -> int:
+    """How many rows the table has something to say of."""
+    known = {row.key for row in table}
+    return sum(row.key in known for row in found)
+
+
+def unknown_stack(table: Iterable, found: Iterable) -> str | None:
+    """What is wrong where nothing can be compared: the stack that the table has no row of.
+
+    A stack counts as a whole: of one that is known, a call without a row is told by `regressions`.
+    """
+    here = {row.stack for row in found if row.stack}  # none, where a process broke
+    if not here or here & {row.stack for row in table}:
+        return None
+    return f"the table has no rows of stack {' or '.join(sorted(here))}; nothing was compared"

@@ -167,6 +167,15 @@ def test_what_may_not_be_and_what_got_worse():
         "72 bytes of registers are spilled",
         "232,449 bytes of shared memory",
     ]
+    silent = CODE._replace(registers=None, spilled=None, shared=None)
+    (text,) = gpu_table.wrong([silent])
+    assert text.endswith("ptxas told nothing of registers, spills and shared memory")
+    assert "registers 90 -> not told" in kernel_table.regressions([CODE], [silent])[0]
+    assert gpu_table.wrong([silent._replace(status="refused: no")]) == []
+    ahead = ROW._replace(part="documents, state", status=kernel_table.FORWARD_ONLY)
+    assert gpu_table.beside_the_goals([ahead])[0].endswith("compiled; backward is xla's")
+    assert "| documents, state; backward is xla's |  | 90 |" in gpu_table.markdown([ahead])
+    assert gpu_table.line(ahead).endswith("compiled; backward is xla's  1.5 s")
     documents = CODE._replace(part="documents, state", spilled=16)
     assert gpu_table.wrong([documents]) == []
     assert "16 bytes of registers" in gpu_table.beside_the_goals([documents])[0]

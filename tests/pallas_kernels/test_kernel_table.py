@@ -1,10 +1,20 @@
 """The committed table: what breaks it, what is written, and the command's own errors."""
 
+import dataclasses
+import types
+
 import pytest
 
 from pallas_kernels import OPERATORS, check_tpu
-from pallas_kernels.core import kernel_report, kernel_table
-from pallas_kernels.core.kernel_table import Row, merged, regressions
+from pallas_kernels.core import (
+    aot,
+    kernel_check,
+    kernel_command,
+    kernel_report,
+    kernel_table,
+    schedule,
+)
+from pallas_kernels.core.kernel_table import FORWARD_ONLY, Row, merged, regressions
 
 ROW = Row(
     stack="jax 1, libtpu 2",
@@ -51,6 +61,56 @@ def test_what_got_worse_is_told(field, better, worse):
     assert "toy real backward on v5e" in text
 
 
+@pytest.mark.parametrize("field", ["vmem", "bytes", "temp", "spills", "fills", "inner", "bundles"])
+def test_a_figure_that_is_no_longer_told_got_worse(field):
+    (text,) = regressions([ROW], [ROW._replace(**{field: None})])
+    assert text.endswith(f"{field} {getattr(ROW, field):,} -> not told")
+    assert regressions([ROW._replace(**{field: None})], [ROW]) == []
+    # The portable form is no part of the quick check.
+    assert regressions([ROW._replace(xla_temp=1, xla_peak=1)], [ROW]) == []
+
+
+def test_a_backward_pass_that_is_xlas():
+    ahead = ROW._replace(part="documents, state", status=FORWARD_ONLY)
+    whole = ahead._replace(status="compiled", vmem=8 * 2**20, bundles=2000)
+    assert not kernel_table.failed(ahead) and regressions([ahead], [ahead]) == []
+    assert regressions([ahead], [whole]) == []  # another kernel more: figures of other programs
+    (text,) = regressions([whole], [ahead])
+    assert "compiled before, now compiled; backward is xla's" in text
+    (text,) = regressions([ahead], [ahead._replace(status="refused: no room")])
+    assert "compiled; backward is xla's before, now refused: no room" in text
+    (text,) = regressions([ahead], [ahead._replace(bundles=2000)])
+    assert "bundles 1,000 -> 2,000" in text
+    (text,) = kernel_report.beside_the_goals([ahead])
+    assert text.endswith("documents, state on v5e: compiled; backward is xla's")
+    assert "VMEM 4.00 MiB" in kernel_report.line(ahead)
+    assert kernel_report.line(ahead).endswith("compiled; backward is xla's  1.5 s")
+    cells = "| toy real | documents, state; backward is xla's | v5e | 4.00 MiB | 25% |"
+    assert cells in kernel_report.markdown([ahead])
+
+
+@pytest.mark.parametrize(
+    "part, names, status",
+    [
+        ("documents, state", "toy_forward toy_backward", "compiled"),
+        ("documents, state", "toy_forward toy_gradients", "compiled"),
+        ("documents", "toy_states toy_states_back", "compiled"),
+        ("documents", "splash_mha_fwd splash_mha_dkv_no_residuals", "compiled"),
+        ("documents, state", "toy_forward", FORWARD_ONLY),
+        ("documents", "toy_states toy_lagsome", FORWARD_ONLY),
+        ("forward", "toy_forward", "compiled"),
+    ],
+)
+def test_a_program_without_a_kernel_backward_says_so(part, names, status):
+    codes = tuple(schedule.Code(name, 2**20, None, 1, 2, 3, 4) for name in names.split())
+    found = aot.Compiled(codes, vmem=0, temp=0, peak=0, around=0.0, seconds=0.1, text="")
+    target = dataclasses.replace(kernel_check.TPU, compile=lambda *a, **more: found)
+    device = types.SimpleNamespace(device_kind="TPU v5 lite")
+    bare = Row(*ROW[:5], part)
+    _, (row,) = kernel_check._compiled(target, device, bare, None, (), dumps=None)
+    assert (row.status, row.kernels, row.vmem) == (status, names, 2**20)
+
+
 def test_one_that_no_longer_compiles_and_one_without_a_row():
     broken = ROW._replace(status="XlaRuntimeError: vmem")
     (text,) = regressions([ROW], [broken])
@@ -70,6 +130,36 @@ def test_another_stack_is_not_compared():
     assert regressions([ROW], [other._replace(status="refused: no")]) == []
     (text,) = regressions([ROW], [other._replace(status="ValueError: no")])
     assert "ValueError: no" in text
+    text = kernel_table.unknown_stack([ROW], [other])
+    assert text == "the table has no rows of stack jax 9, libtpu 9; nothing was compared"
+    # A stack counts as a whole, and a process that broke has none.
+    assert kernel_table.unknown_stack([ROW], [ROW._replace(operator="new")]) is None
+    assert kernel_table.unknown_stack([ROW], [ROW._replace(stack="")]) is None
+    assert kernel_table.compared([ROW], [ROW, other]) == 1
+
+
+def test_a_check_of_an_unknown_stack_fails(tmp_path, monkeypatch, capsys):
+    table = tmp_path / "kernels.csv"
+    monkeypatch.setattr(kernel_command, "_check", lambda command, name, args: [ROW])
+    check = lambda: kernel_command.run(
+        check_tpu.COMMAND,
+        kernel_command.parser(check_tpu.COMMAND).parse_args(
+            ["gla", "--check", "--table", str(table)]
+        ),
+    )
+    kernel_table.write(table, [ROW])
+    assert check() == 0
+    assert f"1 of 1 programs compiled, 1 rows compared with {table}, 0 wrong" in (
+        capsys.readouterr().out
+    )
+    kernel_table.write(table, [ROW._replace(stack="jax 9, libtpu 9")])
+    assert check() == 1
+    said = capsys.readouterr().out
+    assert (
+        "WRONG: the table has no rows of stack jax 1, libtpu 2; nothing was compared (run make "
+        in (said)
+    )
+    assert "check-tpu-table)" in said and "0 rows compared" in said
 
 
 def test_the_file_gives_back_what_was_written(tmp_path):
