@@ -98,7 +98,7 @@ def evaluated(path: pathlib.Path) -> dict[str, float]:
 def measure(row: str) -> list[dict[str, object]]:
     """The lines of one row: one per length and depth, or one at 512 where it was not learned."""
     inner, count = matched(row)
-    rate, tried = protocol.tuned(lambda rate: train(row, inner, rate, 0)["valid"])
+    rate, tried = protocol.tuned(lambda rate: protocol.rank(train(row, inner, rate, 0)))
     runs = [train(row, inner, rate, seed) for seed in protocol.SEEDS]
     tests = [run["test"] for run in runs]
     shared = dict(

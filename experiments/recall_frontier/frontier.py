@@ -69,7 +69,7 @@ def train(row: str, size: str, rate: float, seed: int) -> dict[str, object]:
 
 def measure(row: str, size: str) -> dict[str, object]:
     """One line of the table."""
-    rate, tried = protocol.tuned(lambda rate: train(row, size, rate, 0)["valid"])
+    rate, tried = protocol.tuned(lambda rate: protocol.rank(train(row, size, rate, 0)))
     runs = [train(row, size, rate, seed) for seed in protocol.SEEDS]
     values = [run["test"] for run in runs]
     return {

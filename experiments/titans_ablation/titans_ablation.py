@@ -60,7 +60,7 @@ def train(row: str, rung: tuple[int, int], rate: float, seed: int) -> dict[str, 
 
 
 def tuned(row: str, rung: tuple[int, int]) -> tuple[float, int]:
-    return protocol.tuned(lambda rate: train(row, rung, rate, 0)["valid"])
+    return protocol.tuned(lambda rate: protocol.rank(train(row, rung, rate, 0)))
 
 
 def difficulty() -> tuple[int, int]:

@@ -5,6 +5,7 @@ configuration, the one in hand goes on.
 """
 
 import csv
+import math
 import pathlib
 import statistics
 import sys
@@ -13,39 +14,46 @@ from typing import Any
 
 from seqzoo.config.compose import compose
 from seqzoo.errors import NotFiniteError, SeqzooError
-from seqzoo.eval.compare import LEARNED, interval
+from seqzoo.eval.compare import LEARNED, interval, mode_of
 from seqzoo.train import loop
+from seqzoo.train.folder import read_metrics
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEP = 3.0  # of the grid, beyond its edges
 SEEDS = (1, 2, 3, 4, 5)
 
 
-def train(words: Sequence[str], *, metric: str = "accuracy") -> dict[str, Any]:
+def train(words: Sequence[str]) -> dict[str, Any]:
     """Trains, or finds what is there.
 
     Args:
-        words: the run's command line.
-        metric: which metric of the test split is the run's.
+        words: the run's command line; its task's metric is one of which more is better.
 
     Returns:
-        valid (its best), test, diverged (0 or 1), seconds, and path, None where it diverged: such
-        a run counts as worst.
+        valid (its best), first (the step that reached it), test, diverged (0 or 1), seconds, and
+        path, None where it diverged: such a run counts as worst.
 
     Raises:
+        ValueError: less of the metric is better.
         SystemExit: it was stopped or cannot run; with the exit code of `seqzoo train`.
     """
     print("-- " + " ".join(words), flush=True)
     words = list(words)
+    config = compose(words)
+    metric = config["task"]["metric"]
+    if mode_of(metric) == "min":
+        raise ValueError(f"task.metric={metric}: rows are chosen by a metric that is to be large")
     try:
-        result = loop.train(compose(words), overrides=words)
+        result = loop.train(config, overrides=words)
     except NotFiniteError:
-        return dict(valid=0.0, test=0.0, diverged=1, seconds=None, path=None)
+        return dict(valid=0.0, first=math.inf, test=0.0, diverged=1, seconds=None, path=None)
     except SeqzooError as error:  # the driver ends as the command would: 75 when it was stopped
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+    found = ((line["step"], line.get(f"valid/{metric}")) for line in read_metrics(result.path))
     return dict(
         valid=result.value,
+        first=next(step for step, value in found if value == result.value),
         test=result.test[metric],
         diverged=0,
         seconds=round(result.seconds, 1) or None,
@@ -53,10 +61,15 @@ def train(words: Sequence[str], *, metric: str = "accuracy") -> dict[str, Any]:
     )
 
 
+def rank(run: Mapping[str, Any]) -> tuple[float, float]:
+    """Orders runs by the valid split; of equals, as where all learn all, by who was sooner."""
+    return run["valid"], -run["first"]
+
+
 def tuned(
-    valid: Callable[[float], float], rates: Sequence[float] = RATES, step: float = STEP
+    valid: Callable[[float], Any], rates: Sequence[float] = RATES, step: float = STEP
 ) -> tuple[float, int]:
-    """Finds the learning rate that is best on the valid split; more is better.
+    """Finds the learning rate that is best on the valid split: the largest `rank`, or the like.
 
     A best value at an edge of the grid widens it, up to three times as many rates.
 

@@ -49,4 +49,28 @@ def test_a_run_that_diverged_counts_as_worst(monkeypatch):
         raise NotFiniteError("nan at step 3")
 
     monkeypatch.setattr(protocol.loop, "train", diverged)
-    assert protocol.train(["trainer.steps=3"])["valid"] == 0.0
+    run = protocol.train(["trainer.steps=3"])
+    assert run["valid"] == run["test"] == 0.0 and run["path"] is None
+    assert protocol.rank(run) < protocol.rank({"valid": 0.0, "first": 3})
+
+
+def test_of_rates_that_learn_all_the_soonest_is_taken():
+    found = {1e-3: (1.0, -1500), 3e-3: (1.0, -500), 1e-2: (0.5, -100), 3e-2: (0.1, -100)}
+    assert protocol.tuned(found.__getitem__) == (3e-3, 4)
+
+
+def test_a_run_tells_the_step_that_was_its_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["experiment=mqar", "model=gla_small", "model.d_model=16", "model.n_layers=1"]
+    steps = ["trainer.steps=4", "trainer.eval_every=2", "trainer.eval_samples=8"]
+    run = protocol.train([*small, *steps, "trainer.global_batch_size=8", "trainer.test_samples=8"])
+    assert run["first"] in (2, 4) and 0 <= run["valid"] <= 1 and run["path"].exists()
+    again = protocol.train(
+        [*small, *steps, "trainer.global_batch_size=8", "trainer.test_samples=8"]
+    )
+    assert again == {**run, "seconds": None}
+
+
+def test_a_metric_that_is_to_be_small_is_refused():
+    with pytest.raises(ValueError, match="task.metric=bits_per_byte"):
+        protocol.train(["experiment=text_mamba"])
