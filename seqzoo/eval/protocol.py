@@ -30,8 +30,8 @@ def train(words: Sequence[str]) -> dict[str, Any]:
         words: the run's command line; its task's metric is one of which more is better.
 
     Returns:
-        valid (its best), first (the step that reached it), test, diverged (0 or 1), seconds, and
-        path, None where it diverged: such a run counts as worst.
+        valid (its best), first (the step that reached it, or LEARNED), test, diverged (0 or 1),
+        seconds, and path, None where it diverged: such a run counts as worst.
 
     Raises:
         ValueError: less of the metric is better.
@@ -50,10 +50,11 @@ def train(words: Sequence[str]) -> dict[str, Any]:
     except SeqzooError as error:  # the driver ends as the command would: 75 when it was stopped
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
-    found = ((line["step"], line.get(f"valid/{metric}")) for line in read_metrics(result.path))
+    reached, name = min(result.value, LEARNED), f"valid/{metric}"
+    steps = (n["step"] for n in read_metrics(result.path) if n.get(name, -math.inf) >= reached)
     return dict(
         valid=result.value,
-        first=next(step for step, value in found if value == result.value),
+        first=next(steps),
         test=result.test[metric],
         diverged=0,
         seconds=round(result.seconds, 1) or None,
