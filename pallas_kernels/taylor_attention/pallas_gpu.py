@@ -16,7 +16,7 @@ from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.core.tpu import pad_to, round_up
 from pallas_kernels.core.tpu_places import pack
-from pallas_kernels.taylor_attention import gpu_forward, gpu_keys, gpu_queries, xla
+from pallas_kernels.taylor_attention import gpu_forward, gpu_keys, gpu_queries
 from pallas_kernels.taylor_attention.gpu_block import How, shared_bytes
 from pallas_kernels.taylor_attention.gpu_layout import KEY, Widths, tables
 from pallas_kernels.taylor_attention.gpu_streams import stream_buffers
@@ -46,10 +46,12 @@ FLOAT32 = False
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Refuses devices, dtypes, and widths whose states or operands do not fit the chip."""
+    """Refuses devices, dtypes, single tokens, and widths whose states do not fit the chip."""
     q, k, v, *_ = shapes
     if reason := gpu.refuses_device(device_kind) or gpu.refuses_dtypes(shapes):
         return reason
+    if q.shape[1] == 1:
+        return "one token is one pass over the state, which xla's step does"
     width, v_width = q.shape[3], v.shape[3]
     if width > KEY:
         return f"queries and keys are {width} wide; the kernel's features are those of 16 or less"
@@ -86,13 +88,7 @@ def _dtype(*arrays):
 
 
 def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
-    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id.
-
-    A single token goes to xla's step: it is one pass over the state, and a kernel has no other.
-    """
-    if q.shape[1] == 1:
-        step, options = xla.XlaConfig(form="step"), dict(scale=scale, normalize=normalize, eps=eps)
-        return xla.run(q, k, v, kv, z, last_id, segment_ids, config=step, **options)
+    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id."""
     (b, t, h, width), v_width = q.shape, v.shape[-1]
     sizes = dict(b=b, t=t, h=h, k=width, v=v_width, itemsize=_dtype(q, k, v).itemsize)
     config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))

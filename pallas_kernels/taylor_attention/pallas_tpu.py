@@ -16,7 +16,6 @@ from pallas_kernels.core import dispatch, tpu
 from pallas_kernels.core.segments import boundaries
 from pallas_kernels.core.tpu_places import pack
 from pallas_kernels.core.tpu_tokens import ROWS, product_dtype, tokens_first, tokens_last
-from pallas_kernels.taylor_attention import xla
 from pallas_kernels.taylor_attention.tpu_backward import backward
 from pallas_kernels.taylor_attention.tpu_features import rows_of
 from pallas_kernels.taylor_attention.tpu_forward import How, forward
@@ -89,10 +88,12 @@ def _bytes(k: int, v: int, block: int, itemsize: int) -> int:
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Refuses dtypes, and states that the vector memory does not hold."""
+    """Refuses dtypes, single tokens, and states that the vector memory does not hold."""
     q, k, v, *_ = shapes
     if reason := tpu.refuses_dtypes(shapes):
         return reason
+    if q.shape[1] == 1:
+        return "one token is one pass over the state, which xla's step does"
     itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
     need = _bytes(q.shape[3], v.shape[3], PallasTpuConfig.chunk, itemsize)
     if need > _SHARE * _MOST * tpu.generation(device_kind).vmem:
@@ -101,13 +102,7 @@ def refuses(shapes, device_kind) -> str | None:
 
 
 def run(q, k, v, kv, z, last_id, segment_ids, *, scale, normalize, eps, config):
-    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id.
-
-    A single token goes to xla's step: it is one pass over the state, and a kernel has no other.
-    """
-    if q.shape[1] == 1:
-        step, options = xla.XlaConfig(form="step"), dict(scale=scale, normalize=normalize, eps=eps)
-        return xla.run(q, k, v, kv, z, last_id, segment_ids, config=step, **options)
+    """See `taylor_attention`; kv `[b h f v]` and z `[b h f]` or None. Returns y, kv, z, last_id."""
     (b, t, h, width), v_width = q.shape, v.shape[-1]
     itemsize = jnp.dtype(product_dtype(q, k, v)).itemsize
     sizes = dict(b=b, t=t, h=h, k=width, v=v_width, itemsize=itemsize)

@@ -30,10 +30,6 @@ def test_agrees(documents):
     testing.check_agrees(taylor_attention, WHOLE, 130, documents=documents, **HOW)
 
 
-def test_agrees_on_one_token():
-    testing.check_agrees(taylor_attention, WHOLE, 1, documents=True, **HOW)
-
-
 @pytest.mark.parametrize(
     "spec",
     [EXTREME, *(pytest.param(spec, marks=slow) for spec in (UNDIVIDED, ONE_WIDE, WIDE))],
@@ -188,6 +184,18 @@ def test_refuses(k, v, dtype, reason):
         assert (
             dispatch.explain(taylor_attention, *[jnp.ones((1, 9, 1, 4))] * 3)["pallas_tpu"] is None
         )
+
+
+def test_a_single_token_is_xlas():
+    """A name is exactly that form or an error; without one, decoding takes xla's step quietly."""
+    x = jnp.ones((1, 1, 1, 4))
+    with pytest.raises(NotImplementedError, match="one token is one pass over the state"):
+        taylor_attention(x, x, x, **HOW)
+    with dispatch.compiling_for("TPU v5 lite"):
+        reasons = dispatch.explain(taylor_attention, x, x, x)
+        assert reasons["xla"] is None and "xla's step" in reasons["pallas_tpu"]
+        jaxpr = str(jax.make_jaxpr(lambda x: taylor_attention(x, x, x)[0])(x))
+        assert "pallas_call" not in jaxpr
 
 
 @pytest.mark.parametrize(
