@@ -203,7 +203,7 @@ def _pieces(plan: Plan, body) -> None:
 
 def _single(plan: Plan) -> Any:
     """The layout of a piece of one channel: one number per thread and step."""
-    return plgpu.Layout.WG_STRIDED((plan.piece, plan.width), vec_size=1)
+    return plgpu.Layout.WG_STRIDED((plan.piece, plan.width, 1), vec_size=1)
 
 
 def _load(x, gate, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
@@ -224,8 +224,8 @@ def _load(x, gate, tokens: _Tokens, shared: Shared, plan: Plan) -> None:
             v = (v.astype(jnp.float32) * gate[at].astype(jnp.float32)).astype(BF16)
         stage[...] = v
         for c in range(plan.channels):
-            line = layout_cast(stage[:, :, c], _single(plan), plan.config)
-            tokens.planes[c, pl.ds(row, plan.piece), :] = line
+            line = layout_cast(stage[:, :, pl.ds(c, 1)], _single(plan), plan.config)
+            tokens.planes[c, pl.ds(row, plan.piece), :] = line.reshape(plan.piece, plan.width)
 
     _pieces(plan, piece)
 
@@ -264,10 +264,10 @@ def _store(outputs, gates, bias, tokens: _Tokens, plan: Plan) -> None:
     def piece(row):
         for c in range(plan.channels):
             line = tokens.planes[c, pl.ds(row, plan.piece), :]
-            line = layout_cast(line, _single(plan), plan.config)
+            line = layout_cast(line.reshape(plan.piece, plan.width, 1), _single(plan), plan.config)
             if bias is not None:
                 line = (line.astype(jnp.float32) + bias[tokens.channels.start + c]).astype(BF16)
-            stage[:, :, c] = line
+            stage[:, :, pl.ds(c, 1)] = line
         z = stage[...].astype(jnp.float32)
         at = (tokens.row, pl.ds(row, plan.piece), slice(None), tokens.channels)
         for output, gate in zip(outputs, gates, strict=True):
