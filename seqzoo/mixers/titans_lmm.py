@@ -154,7 +154,8 @@ class TitansLMM(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
-        opening, _ = self.memory.opening(state, steps=x.shape[1] == 1)
+        steps = x.shape[1] == 1 and segment_ids is None
+        opening, _ = self.memory.opening(state, steps=steps)
         m, state = self.memory(x, segment_ids=segment_ids, state=state, opening=opening)
         if self.output_gate == "silu":
             y = self.norm(m, self.gate_proj(x))

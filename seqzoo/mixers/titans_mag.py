@@ -174,7 +174,8 @@ class TitansMAG(nnx.Module):
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
         memory, attention = (None, None) if state is None else state
-        opening, _ = self.memory.opening(memory, steps=x.shape[1] == 1)
+        steps = x.shape[1] == 1 and segment_ids is None
+        opening, _ = self.memory.opening(memory, steps=steps)
         m, memory = self.memory(x, segment_ids=segment_ids, state=memory, opening=opening)
         y, attention = self.attention(
             x, persistent=self.memory.persistent_tokens(), segment_ids=segment_ids, state=attention

@@ -229,8 +229,8 @@ class NeuralMemory(nnx.Module):
 
         Args:
             state: of the stream.
-            steps: whether what it says is not needed: then nothing is computed unless a document of
-                the stream is about to begin.
+            steps: whether what it says is not needed and each stream stays in its document (no
+                segment ids): then nothing is computed unless a stream has read nothing yet.
 
         Returns:
             (weights, momenta) or None, and `[n h*k]` or None, without persistent tokens.

@@ -50,6 +50,7 @@ class Opened(NamedTuple):
         variables: everything that it holds, as one pytree.
         call: `(variables, x, segment_ids, state) -> (y, state)`, compiled.
         steps: `(variables, x, state) -> (y, state)`, token by token through `step`, compiled.
+        tokens: as call, in chunks of one token, compiled.
         grad: `(variables, x, cotangent, n_chunks) -> gradients by (variables, x)` of
             sum(y * cotangent), the sequence cut into n_chunks handed on by their state; compiled.
     """
@@ -58,6 +59,7 @@ class Opened(NamedTuple):
     variables: Any
     call: Callable
     steps: Callable
+    tokens: Callable
     grad: Callable
 
 
@@ -80,6 +82,16 @@ def open_mixer(subject: Subject, dtype: str = "float32") -> Opened:
         state, y = jax.lax.scan(one, state, jnp.swapaxes(x, 0, 1))
         return jnp.swapaxes(y, 0, 1), state
 
+    def tokens(variables, x, segment_ids, state):
+        def one(state, token):
+            x_t, id_t = token
+            y_t, state = call(variables, x_t[:, None], id_t[:, None], state)
+            return state, y_t[:, 0]
+
+        by_time = (jnp.swapaxes(x, 0, 1), segment_ids.T)
+        state, y = jax.lax.scan(one, state, by_time)
+        return jnp.swapaxes(y, 0, 1), state
+
     def objective(floats, rest, x, cotangent, n_chunks):
         variables = jax.tree.map(lambda a, b: b if a is None else a, floats, rest, is_leaf=_is_none)
         state = None if n_chunks == 1 else new_state(mixer, x.shape[0], x.shape[1])
@@ -97,7 +109,8 @@ def open_mixer(subject: Subject, dtype: str = "float32") -> Opened:
         rest = jax.tree.map(lambda a: None if is_float(a) else a, variables)
         return jax.grad(objective, argnums=(0, 2))(floats, rest, x, cotangent, n_chunks)
 
-    return Opened(mixer, variables, jax.jit(call), jax.jit(steps), jax.jit(grad, static_argnums=3))
+    compiled = (*map(jax.jit, (call, steps, tokens)), jax.jit(grad, static_argnums=3))
+    return Opened(mixer, variables, *compiled)
 
 
 def build(subject: Subject, dtype: str = "float32", seed: int = 0) -> nnx.Module:

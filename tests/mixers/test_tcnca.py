@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 from seqzoo.mixers import TCNCA
 from seqzoo.nn.sharding import MESH_AXES, param_shardings, use_mesh
 from seqzoo.nn.tcn import TCN, receptive_field
-from seqzoo.testing import PROMISES, Subject, check_promise
+from seqzoo.testing import PROMISES, STREAMS, Subject, check_promise
 
 SMALL = dict(kernel_size=4, dilation_growth=4, n_levels=2, chunk_size=20)
 SUBJECTS = {
@@ -34,11 +34,6 @@ SUBJECTS = {
     ),
 }
 FAST = ("mega",)
-# What a mixer that looks both ways cannot do.
-STREAMS = {
-    *("state_structure", "state_bytes", "chunks_equal_whole", "steps_equal_whole", "steps_go_on"),
-    *("causal", "packed_streams", "padding_state", "documents_go_on", "gradients_through_state"),
-}
 
 
 @pytest.mark.parametrize("promise", PROMISES)

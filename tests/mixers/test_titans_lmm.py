@@ -44,6 +44,7 @@ FAST = (
     "steps_equal_whole",
     "causal",
     "packed_streams",
+    "packed_by_token",
 )
 
 

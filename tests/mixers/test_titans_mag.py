@@ -30,7 +30,7 @@ WIDE = Subject(
     ),
     d_model=16,
 )
-FAST = ("constructor", "one_graphdef", "state_bytes", "steps_equal_whole")
+FAST = ("constructor", "one_graphdef", "state_bytes", "steps_equal_whole", "packed_by_token")
 slow_but = lambda fast: [
     pytest.param(p, marks=() if p in fast else pytest.mark.slow) for p in PROMISES
 ]

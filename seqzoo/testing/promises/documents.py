@@ -109,6 +109,21 @@ def packed_streams(subject: Subject) -> str:
     return f"rows of {ids.shape[1]} in chunks of {CHUNK}: error {error:.0e}"
 
 
+def packed_by_token(subject: Subject) -> str:
+    """Packed documents read in chunks of one token give what the whole rows give."""
+    opened, ids, _, x = _packed(subject)
+    state = new_state(opened.mixer, x.shape[0], x.shape[1])
+    streamed, _ = opened.tokens(opened.variables, x, ids, state)
+    whole, _ = opened.call(opened.variables, x, ids)
+    error = compare(
+        f"rows of {ids.shape[1]} token by token against whole",
+        streamed,
+        whole,
+        TOLERANCES["outputs"],
+    )
+    return f"rows of {ids.shape[1]} token by token: error {error:.0e}"
+
+
 def padding_content(subject: Subject) -> str:
     """What stands at padding reaches nobody."""
     opened, ids, _, x = _packed(subject)
