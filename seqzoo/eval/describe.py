@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.costs import count_flops
 from seqzoo.config.build import build
+from seqzoo.errors import DataError
+from seqzoo.tasks import Task
 
 LENGTHS = (256, 1024, 4096, 16_384, 65_536)
 
@@ -132,13 +134,13 @@ def flops_per_token(config: Mapping[str, Any], length: int) -> Flops:
     """Counts what the definitions of the operators compute (their "reference" form), per token.
 
     Args:
-        config: a resolved configuration with `model` and `task`.
+        config: a resolved configuration with `model`, `task` and `data`.
         length: tokens in the sequence; attention's share grows with it.
     """
     node = plain(config["model"])
     if "remat" in node:
         node["remat"] = "none"
-    loss, params, batch = _loss(node, config["task"], 1, length)
+    loss, params, batch = _loss(node, _task(config), 1, length)
     with dispatch.counting():
         forward = count_flops(loss, params, batch)
         training = count_flops(jax.value_and_grad(loss), params, batch)
@@ -154,7 +156,7 @@ def memory(config: Mapping[str, Any], length: int) -> Memory:
     """
     trainer = config["trainer"]
     rows = math.ceil(trainer["global_batch_size"] / (trainer.get("grad_accum_steps") or 1))
-    loss, params, batch = _loss(plain(config["model"]), config["task"], rows, length)
+    loss, params, batch = _loss(plain(config["model"]), _task(config), rows, length)
     held, pure = _nbytes(params), nnx.as_pure(params)
     optimizer = build(plain(config["optimizer"]))
     mask = jax.tree.map(lambda _: True, pure)
@@ -163,10 +165,18 @@ def memory(config: Mapping[str, Any], length: int) -> Memory:
     return Memory(held, held, _nbytes(moments) + averaged, _kept(loss, params, batch))
 
 
-def _loss(node: Mapping[str, Any], task_node: Mapping[str, Any], rows: int, length: int):
+def _task(config: Mapping[str, Any]) -> Task:
+    """The task as training has it: it knows from the data at how many places logits are needed."""
+    task = build(plain(config["task"]))
+    try:
+        return task.for_data(build(plain(config["data"])))
+    except DataError:  # files that are not here: of those nothing is known
+        return task
+
+
+def _loss(node: Mapping[str, Any], task: Task, rows: int, length: int):
     """The summed loss as a function of pure parameters and a batch, with both as shapes."""
     graphdef, params, rest = nnx.split(abstract_model(node), nnx.Param, ...)
-    task = build(plain(task_node))
     batch = {"label": jax.ShapeDtypeStruct((rows,), jnp.int32)}
     shape = (rows, 2, length) if node.get("documents") == 2 else (rows, length)
     if node.get("input_dim") is not None:

@@ -77,6 +77,17 @@ def test_flops_of_matrix_products_are_counted_exactly():
     assert products < found.forward < 1.15 * products  # norms, softmax and the like on top
 
 
+def test_logits_are_counted_where_the_data_asks():
+    """At 2 of 32 places, as they are computed in training."""
+    words = ["model=transformer_small", "data=mqar", *SMALL]
+    everywhere, asked = (
+        describe.flops_per_token(compose([*words, f"task={task}"]), 32).forward
+        for task in ("next_token", "masked_answers")
+    )
+    product = 2 * 256 * 64  # of one row of the head with one token
+    assert 30 * product < 32 * (everywhere - asked) < 1.1 * 30 * product
+
+
 def test_an_encoder_has_no_decoding_state(seqzoo):
     words = ["model=m2_small", "data=masked_stdlib_text", "task=masked_tokens", "data.seq_len=32"]
     code, out, err = seqzoo("show", *words)
@@ -166,6 +177,8 @@ def test_match_to_a_run_and_by_a_setting_of_choice(seqzoo, write_run, tmp_path):
         (["--length", "0"], "--length is 0"),
         (["optimizer.learning_rate=1"], "seqzoo calls it 'optimizer.lr'"),
         (["modle=mamba_small"], "there is no key"),
+        (["trainer.precision=hihg"], "trainer.precision=hihg; allowed: default, high, highest"),
+        (["schedule.warmup_steps=1.5"], "schedule.warmup_steps=1.5; it must be a number of steps"),
     ],
 )
 def test_mistakes_are_answered(seqzoo, words, text):
