@@ -35,12 +35,14 @@ class Claimed:
         words: its command line.
         attrs: what earlier workers wrote.
         reported: steps that were reported already.
+        told: whether it ended: nothing more can be written of it.
     """
 
     def __init__(self, study: Owner, trial: Trial, frozen: FrozenTrial, lock: RunLock):
         self.study, self.trial, self.number = study, trial, frozen.number
         self.attrs = dict(frozen.user_attrs)
         self.reported = set(frozen.intermediate_values)
+        self.told = False
         self._lock = lock
         choose = lambda: study.space.choose(lambda one: sampler.suggest(trial, one))
         self.point = study.patience(choose)
@@ -71,10 +73,13 @@ class Claimed:
 
     def leave(self) -> None:
         """Goes, having saved: no sign that the trial is at fault."""
-        self.note(deaths=[])
+        if not self.told:
+            self.note(deaths=[])
 
     def fail(self, why: str) -> None:
         """Puts the trial aside until `resume`; ends the study where too many are."""
+        if self.told:
+            return
         self.note(failure=why[:2000], deaths=[])
         most = self.study.definition.sweep.max_failures
         if self.study.too_many_failures():
@@ -86,3 +91,4 @@ class Claimed:
         self.study.patience(
             self.study.optuna.tell, self.number, value, state=state, skip_if_finished=True
         )
+        self.told = True

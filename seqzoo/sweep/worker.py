@@ -120,8 +120,9 @@ def _work_on(
 
 def _failed(claims: list[Claimed], error: str, say: Callable[[str], None]) -> None:
     for claimed in claims:
-        say(f"trial {claimed.number} failed: {error}")
-        claimed.fail(error)
+        if not claimed.told:  # of a group, others may have ended before
+            say(f"trial {claimed.number} failed: {error}")
+            claimed.fail(error)
 
 
 class _Ear:

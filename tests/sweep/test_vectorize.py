@@ -2,17 +2,19 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 
 from seqzoo.cli.main import main
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, SeqzooError
 from seqzoo.eval.bench.compile import compilations
 from seqzoo.sweep import vectorize, worker
 from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.settings import split
 from seqzoo.sweep.storage import StorageError
-from seqzoo.sweep.study import Study
+from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import group as train_groups
 from seqzoo.train.folder import read_status
 
@@ -117,6 +119,42 @@ def test_a_storage_that_stays_away_saves_the_group(create, monkeypatch):
     worker.work(study.path, say=say_nothing)
     for frozen in study.trials():
         assert sorted(frozen.intermediate_values) == [4, 8, 12]
+
+
+def test_a_stop_leaves_a_trial_of_the_group_that_ended_alone(create, monkeypatch):
+    study = create(*GROUP, "sweep.vectorize=[optimizer.lr]", "optimizer.lr=1e38,1e-3",
+                   "trainer.log_every=1")  # fmt: skip
+    advance = train_groups.Group._advance
+
+    def signalled(group):
+        there = group._there()
+        if there[0].step == 9:
+            assert len(there) == 1  # the other diverged, and the study was told
+            os.kill(os.getpid(), signal.SIGUSR2)
+        advance(group)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="SIGUSR2.*saved") as caught:
+        patch.setattr(train_groups.Group, "_advance", signalled)
+        worker.work(study.path, say=say_nothing)
+    assert caught.value.exit_code == 75
+    assert [row.state for row in study.rows()] == ["diverged", "interrupted"]
+    assert study.rows()[1].attrs["deaths"] == []
+    worker.work(study.path, say=say_nothing)
+    assert [row.state for row in study.rows()] == ["diverged", "finished"]
+
+
+def test_an_error_of_the_group_spares_a_trial_that_ended(create, monkeypatch):
+    study = create(*GROUP, "optimizer.lr=1e-3,1e-2", "sweep.vectorize=[optimizer.lr]")
+    heard = []
+
+    def broken(study, claims, **options):
+        claims[0].tell(0.5)
+        raise SeqzooError("the disk is full")
+
+    monkeypatch.setattr(vectorize, "run", broken)
+    assert worker.work(study.path, say=heard.append) == 0
+    assert [row.state for row in study.rows()] == ["finished", "failed"]
+    assert [line for line in heard if "failed" in line] == ["trial 1 failed: the disk is full"]
 
 
 @pytest.mark.parametrize(
