@@ -169,12 +169,19 @@ def check_same(old: Definition, new: Definition) -> None:
         for name in before
         if name not in _FREE and before[name] != now[name]
     ]
-    if not changed:
-        gone, come = set(old.words) - set(new.words), set(new.words) - set(old.words)
+    gone, come = set(old.words) - set(new.words), set(new.words) - set(old.words)
+    if not changed and (gone or come):
         changed = [
             f"the settings of its trials: was {' '.join(sorted(gone)) or 'nothing more'}, is "
             f"{' '.join(sorted(come)) or 'nothing more'}"
         ]
+    if not changed:
+        changed = [f"config files or defaults behind the same words changed since {old.created}"]
+        if old.config_dir != new.config_dir:
+            changed += [
+                f"--config-dir was {old.config_dir or 'not given'}, is "
+                f"{new.config_dir or 'not given'}"
+            ]
     raise ConfigError(
         f"the study '{old.name}' searches something else: {'; '.join(changed)}. Take back what "
         "changed, or give the new search a name of its own: sweep.name=NAME"

@@ -1,6 +1,7 @@
 """The settings of a sweep: sections sweep and launcher."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,11 @@ class SweepSettings:
     vectorize_most: int = 16
 
     def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(
+                f"sweep.name={self.name}; it names a folder: letters, digits, '.', '_' and '-' "
+                "only, a letter or a digit first"
+            )
         _one_of("sweep.sampler", self.sampler, SAMPLERS)
         _one_of("sweep.pruner", self.pruner, PRUNERS)
         _at_least("sweep", self, 1, "n_trials", "seeds", "pruner_min_step", "pruner_startup")

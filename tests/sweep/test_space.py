@@ -146,6 +146,8 @@ def test_a_grid_refuses_what_cannot_be_counted():
         (["sweep.pruner=halfing"], "mean 'halving'"),
         (["sweep.n_trial=3"], "mean 'sweep.n_trials'"),
         (["sweep=gird"], "mean 'grid'"),
+        (["sweep.name='../../evil x'"], r"sweep.name=../../evil x; .*letters, digits, '\.', '_'"),
+        (["sweep.name=-x"], "a letter or a digit first"),
         (["sweep.seeds=0"], "sweep.seeds=0; it must be at least 1"),
         (["launcher=slrm"], "mean 'slurm'"),
         (["launcher=slurm", "launcher.workers=2"], "would stand idle"),
