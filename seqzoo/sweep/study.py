@@ -34,6 +34,7 @@ from seqzoo.train.lock import RunLock
 _DEFINITION, _STOP = "definition", "stop"
 # A trial whose worker died so often at the same step would kill workers for ever.
 _MOST_DEATHS = 10
+_BUSY_SECONDS = 5.0  # before a trial that somebody else has is looked at again
 
 
 class Study:
@@ -124,6 +125,8 @@ class Study:
                     threads=old.threads,
                 )
             study = cls(path, new, url=url, create=True)
+            study._check_shared()
+            study._check_total(len(points))
             study._share()
             new.write(path)
             study._enqueue(points)
@@ -160,6 +163,7 @@ class Study:
         new = definitions.from_plain(found, place=place, storage=storage.shown(url))
         new.write(path)
         study = cls(path, new, url=url)
+        study._check_shared()
         study._share()
         return study
 
@@ -189,13 +193,17 @@ class Study:
         """
         lock = self._lock(number)
         if lock is None:
-            self._busy[number] = time.monotonic() + 5.0
-            raise LockedError(f"another worker has trial {number}")
+            raise self._taken(number)
         frozen = self._frozen(number)
         if frozen.state == TrialState.WAITING:
             begin = self.optuna._storage.set_trial_state_values
-            self.patience(begin, frozen._trial_id, TrialState.RUNNING)
+            begun = self.patience(begin, frozen._trial_id, TrialState.RUNNING)
             frozen = self._frozen(number)
+            if not begun and frozen.user_attrs.get("place") != self.definition.place:
+                # Another machine was quicker: its locks lie in its own folder. Or a first try of
+                # ours broke behind the commit: then it has no place, and is soon an orphan.
+                lock.release()
+                raise self._taken(number)
         elif not self._orphaned(frozen):  # it ended while we looked
             lock.release()
             return None
@@ -207,9 +215,9 @@ class Study:
             return False
         return frozen.state == TrialState.WAITING or self._orphaned(frozen)
 
-    def skip(self, claimed: Claimed, seconds: float = 5.0) -> None:
+    def skip(self, claimed: Claimed) -> None:
         """Does not look at a trial again for a while: somebody works in its run folder."""
-        self._busy[claimed.number] = time.monotonic() + seconds
+        self._busy[claimed.number] = time.monotonic() + _BUSY_SECONDS
 
     def trials(self) -> list[FrozenTrial]:
         """Optuna's trials, without those that a broken connection made twice."""
@@ -321,6 +329,11 @@ class Study:
                 return False
         return not locks.held_elsewhere(self.path, frozen.number)
 
+    def _taken(self, number: int) -> LockedError:
+        """What to raise of a trial that somebody else has; it is not looked at for a while."""
+        self._busy[number] = time.monotonic() + _BUSY_SECONDS
+        return LockedError(f"another worker has trial {number}")
+
     def _lock(self, number: int) -> RunLock | None:
         folder = locks.folder(self.path, number)
         folder.mkdir(parents=True, exist_ok=True)
@@ -336,12 +349,24 @@ class Study:
         attrs = self.patience(lambda: self.optuna.user_attrs)
         return [name for name in attrs if name.startswith("place:")]
 
-    def _share(self) -> None:
-        """Writes into the storage what it is, and that this folder takes part."""
+    def _check_shared(self) -> None:
+        """Refuses what is not the study of this name in the storage."""
         attrs = self.patience(lambda: self.optuna.user_attrs)
         there = attrs.get(_DEFINITION)
         if there is not None:
             definitions.check_same(definitions.from_plain(there, place=""), self.definition)
+
+    def _check_total(self, n: int) -> None:
+        """Refuses a total that is asked for and smaller than what there is."""
+        asked, there = self.definition.sweep.n_trials, len(self.trials())
+        if asked is not None and n < there:
+            raise ConfigError(
+                f"sweep.n_trials={asked}, but the study '{self.definition.name}' has {there} "
+                "trials already, and n_trials is their number in all: leave it out or raise it"
+            )
+
+    def _share(self) -> None:
+        """Writes into the storage what it is, and that this folder takes part."""
         self.patience(self.optuna.set_user_attr, _DEFINITION, self.definition.shared())
         here = f"{socket.gethostname()}:{self.path}"
         self.patience(self.optuna.set_user_attr, f"place:{self.definition.place}", here)

@@ -10,7 +10,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, LockedError
+from seqzoo.sweep import locks, space
 from seqzoo.sweep.places import find
 from seqzoo.sweep.settings import split
 from seqzoo.sweep.study import Study
@@ -64,12 +65,21 @@ def test_a_trial_that_lost_its_worker_goes_on_under_its_number(create, place):
     assert row.value == 0.5 and row.last == (4, 0.25)
 
 
-def test_a_grown_total_adds_trials_and_a_smaller_one_takes_none_back(create):
-    words = ("optimizer.lr=tag(log,interval(1e-4,1e-2))", "sweep=random", "sweep.name=grown")
+def test_a_grown_total_adds_trials_and_a_smaller_one_is_refused(create, place):
+    words = (*TPE[:1], "sweep=random", "sweep.name=grown", *place)
     three = create(*words, "sweep.n_trials=3").rows()
     five = create(*words, "sweep.n_trials=5").rows()
     assert [row.point for row in five[:3]] == [row.point for row in three] and len(five) == 5
-    assert len(create(*words, "sweep.n_trials=2").rows()) == 5
+    with pytest.raises(ConfigError, match="sweep.n_trials=2, .* has 5 trials.* or raise it"):
+        create(*words, "sweep.n_trials=2", "sweep.max_failures=9")
+    study = Study.open(create(*words, "sweep.n_trials=5").path)
+    assert len(study.rows()) == 5 and study.definition.sweep.max_failures == 3
+
+
+def test_a_total_that_is_left_out_stays_where_it_is_larger(create):
+    words = (*TPE[:1], "sweep=random", "sweep.name=large")
+    assert len(create(*words, "sweep.n_trials=21").rows()) == 21  # 20 would be the default
+    assert len(create(*words).rows()) == 21
 
 
 def test_points_that_were_half_enqueued_are_enqueued_once(create, monkeypatch):
@@ -154,6 +164,26 @@ def test_another_search_by_the_same_name_is_refused(create, words, why):
     assert why in str(caught.value) and "sweep.name=NAME" in str(caught.value)
 
 
+def test_a_config_file_that_changed_behind_the_same_words_is_told(tiny_words, tmp_path):
+    def make(folder: str, b1: float) -> Study:
+        file = tmp_path / folder / "optimizer/mine.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"defaults: [adamw, _self_]\nb1: {b1}\n")
+        space._hash_of.cache_clear()  # as in a process of its own
+        settings = split([*tiny_words, "optimizer=mine", *GRID])
+        return Study.create(settings, root=tmp_path / "runs", config_dir=str(tmp_path / folder))
+
+    study = make("here", 0.8)
+    assert make("there", 0.8).path == study.path  # the same content
+    behind = f"behind the same words changed since {study.definition.created}"
+    with pytest.raises(ConfigError, match="config files or defaults") as caught:
+        make("there", 0.7)
+    assert behind in str(caught.value) and "nothing more" not in str(caught.value)
+    assert "--config-dir" not in str(caught.value)
+    with pytest.raises(ConfigError, match=f"--config-dir was {tmp_path}/there, is .*/here"):
+        make("here", 0.7)
+
+
 def test_what_does_not_change_the_search_may_change(create):
     study = create(*GRID)
     again = create(*GRID, "logger.tensorboard=true", "sweep.max_failures=3", "launcher.workers=7")
@@ -225,6 +255,55 @@ def test_a_worker_without_the_folder_joins_by_the_storage(create, tmp_path):
     assert study.claim().number == lost.number
     with pytest.raises(ConfigError, match="holds no study 'rats'"):
         Study.join("rats", url, root=tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def machines(create, tmp_path):
+    """Two machines that share a storage and no folder."""
+    url = f"sqlite:///{tmp_path}/study.db"
+    one = create(*GRID, f"sweep.storage={url}", "sweep.vectorize=[optimizer.lr]")
+    return one, Study.join("rates", url, root=tmp_path / "elsewhere")
+
+
+def test_of_two_machines_that_take_a_trial_at_once_one_has_it(machines, monkeypatch):
+    one, other = machines
+    begin, taken = other.optuna._storage.set_trial_state_values, []
+
+    def slower(*args):
+        if not taken:
+            taken.append(one.take(0))  # between the other's look and its write
+        return begin(*args)
+
+    monkeypatch.setattr(other.optuna._storage, "set_trial_state_values", slower)
+    with pytest.raises(LockedError, match="another worker has trial 0"):
+        other.take(0)
+    assert taken[0].attrs["place"] == one.definition.place and taken[0].attrs["starts"] == 1
+    (row,) = [row for row in one.rows() if row.number == 0]
+    assert row.attrs["place"] == one.definition.place
+    assert not other.free(other._frozen(0)) and other.take(1) is not None
+    taken[0].tell(0.5)
+    assert other.take(0) is None  # its lock was given back
+
+
+def test_a_take_that_broke_behind_the_commit_comes_back(machines, monkeypatch):
+    _, study = machines
+    begin, calls = study.optuna._storage.set_trial_state_values, []
+
+    def broken_once(*args):
+        begun = begin(*args)
+        calls.append(begun)
+        if len(calls) == 1:
+            raise OSError("the connection broke behind the commit")
+        return begun
+
+    monkeypatch.setattr(study.optuna._storage, "set_trial_state_values", broken_once)
+    with pytest.raises(LockedError):
+        study.take(0)
+    assert calls == [True, False] and not study.free(study._frozen(0))
+    study._busy.clear()  # five seconds later: whoever began might still be about to say where
+    assert not study.free(study._frozen(0))
+    monkeypatch.setattr(locks, "fresh", lambda began: False)  # a minute later
+    assert study.free(study._frozen(0)) and study.take(0).number == 0
 
 
 def test_a_study_is_found_by_name_or_folder(create, tmp_path):
