@@ -14,7 +14,7 @@ EPILOG = """examples:
   seqzoo sweep sweep=grid optimizer.lr=1e-3,3e-3,1e-2 sweep.seeds=5 \\
     'sweep.vectorize=[optimizer.lr,trainer.seed]'                 15 runs as one program
   seqzoo sweep mixer=mamba,based 'model.mixers.mamba.d_state=8,16' sweep.pruner=halving
-  seqzoo sweep 'optimizer.b1=0.8,0.95 if optimizer=adamw' optimizer=adamw,lion
+  seqzoo sweep optimizer=adamw,lion 'optimizer.b1=0.8,0.95 if optimizer=adamw'
   seqzoo sweep ... launcher=slurm launcher.nodes=2 --dry-run      the script, submitted without it
   seqzoo sweep ... sweep.storage=postgresql://me@host/studies     workers on many machines
 
