@@ -7,6 +7,7 @@ python -m seqzoo.eval.baselines data=listops
 python -m seqzoo.eval.baselines data=masked_stdlib_text
 """
 
+import argparse
 import gzip
 import lzma
 import sys
@@ -132,11 +133,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def main(overrides: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Prints the baselines of a data set that is named as on the command line of train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m seqzoo.eval.baselines",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="+", metavar="key=value", help="as of seqzoo train")
+    overrides = parser.parse_args(argv).overrides
     try:
         data = build(compose(overrides).data)
-        if hasattr(data, "documents"):
+        if callable(getattr(data, "documents", None)):
             sizes = {s: sum(map(len, data.documents(s))) for s in ("train", "valid", "test")}
             print(", ".join(f"{split} {size:,} bytes" for split, size in sizes.items()))
             rows = text_baselines(data)
