@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="as of seqzoo train")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as of seqzoo train")
     overrides = parser.parse_args(argv).overrides
     try:
         data = build(compose(overrides).data)
