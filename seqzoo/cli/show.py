@@ -60,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.length is not None and args.length < 1:
         raise ConfigError(f"--length is {args.length}; it must be at least 1")
     config = compose(args.overrides, config_dir=args.config_dir)
+    from seqzoo.train.values import check_values  # imports jax
+
+    check_values(config)
     length = args.length or config.data.get("seq_len") or 1024
     if args.match:
         return _match(args, config, length)

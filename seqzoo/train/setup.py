@@ -16,14 +16,13 @@ from omegaconf import DictConfig
 from seqzoo.config.build import build
 from seqzoo.data import pipeline
 from seqzoo.data.source import Dataset, Split
-from seqzoo.errors import ConfigError, suggest
 from seqzoo.nn.sharding import Rules, param_shardings, use_mesh
 from seqzoo.tasks.task import Task
 from seqzoo.train import manifest
 from seqzoo.train import mesh as meshes
 from seqzoo.train import optimizer as optimizers
 from seqzoo.train.identity import plain
-from seqzoo.train.settings import LoggerSettings, MeshSettings, TrainerSettings
+from seqzoo.train.settings import LoggerSettings, TrainerSettings
 from seqzoo.train.state import (
     Abstract,
     Structure,
@@ -35,6 +34,7 @@ from seqzoo.train.state import (
     structure_of,
 )
 from seqzoo.train.step import INIT, Spec, hyper_array, run_key
+from seqzoo.train.values import values_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,16 +105,7 @@ def setup(
         ConfigError: something does not fit together.
     """
     config = plain(config)
-    trainer = TrainerSettings(**config["trainer"])
-    mesh_settings = MeshSettings(**config["mesh"])
-    data = build_data(config) if data is None else data
-    task = _checked(build(config["task"]).for_data(data))
-    if trainer.eval_chunk_length is not None and not getattr(task, "in_chunks", False):
-        raise ConfigError(
-            f"trainer.eval_chunk_length={trainer.eval_chunk_length}, but this task needs whole "
-            "rows; set it to null"
-        )
-    optimizer = build(config["optimizer"])
+    trainer, mesh_settings, logger, data, task, optimizer, schedule = values_of(config, data=data)
     mesh, rules = meshes.make_mesh(mesh_settings, devices), meshes.rules_of(mesh_settings)
     rows = trainer.global_batch_size // trainer.grad_accum_steps
     meshes.check_batch(rows, mesh, rules, "trainer.global_batch_size / trainer.grad_accum_steps")
@@ -141,11 +132,11 @@ def setup(
     return Setup(
         config=config,
         trainer=trainer,
-        logger=LoggerSettings(**config["logger"]),
+        logger=logger,
         data=data,
         task=task,
         optimizer=optimizer,
-        schedule=build(config["schedule"]),
+        schedule=schedule,
         structure=structure,
         spec=spec,
     )
@@ -177,18 +168,6 @@ def check_data(run: Setup) -> None:
             pipeline.eval_batches(
                 run.data, split, batch_size=rows, max_samples=samples, **parts
             ).close()
-
-
-def _checked(task: Task) -> Task:
-    """Refuses a metric of a group of rows that the data does not have."""
-    _, slash, group = task.metric.partition("/")
-    groups = tuple(getattr(task, "groups", ()))
-    if slash and (group not in groups or len(groups) < 2):
-        raise ConfigError(
-            f"task.metric={task.metric}: the data has no such group of rows{suggest(group, groups)}"
-            f"; it has {', '.join(groups) if len(groups) > 1 else 'none'}"
-        )
-    return task
 
 
 def _abstract_state(

@@ -133,6 +133,21 @@ def test_many_runs_one_after_the_other(command):
     assert code == 3 and "not finite" in err
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("optimizer.lr=1e-3,-1", "optimizer.lr=-1.0; it must be above 0"),
+        ("trainer.precision=high,hihg", "trainer.precision=hihg; allowed: default, high, highest"),
+        ("task.metric=accuracy,accuracy/7", "task.metric=accuracy/7"),
+        ("data.num_kv_pairs=2,100", "num_kv_pairs"),
+    ],
+)
+def test_a_value_of_the_last_run_ends_all_before_any_work(command, tmp_path, word, said):
+    code, _, err = command("-m", word)
+    assert code == 2 and said in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_options(command):
     assert command("trainer.steps=3")[0] == 0
     assert command("trainer.steps=3", "--force")[0] == 0
