@@ -76,6 +76,11 @@ class AssociativeRecall:
         """Targets per row, at most; None = everywhere."""
         return None if self.train_targets == "all" else 1
 
+    @property
+    def answers_in_input(self) -> bool:
+        """Whether a target stands in the row as well: every next token does."""
+        return self.train_targets == "all"
+
     def source(self, split: Split) -> Source:
         everything = split == "train" and self.train_targets == "all"
         make = functools.partial(self._rows, everything=everything)

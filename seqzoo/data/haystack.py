@@ -49,6 +49,7 @@ class Haystack:
     name: str
     version: int
     bytes_per_token = None
+    answers_in_input = True  # an answer of several tokens is read while it is asked for
 
     def rows(self, key: counter.Keys, *, length: int, depth: int | None) -> Batch:
         """Makes rows of one length; depth in percent of the filler, None = drawn."""

@@ -65,7 +65,8 @@ class Dataset(Protocol):
       bytes_per_token: 1.0 where a token is a byte, so that bits per byte make sense; else None.
 
     One whose rows have few targets may say how many at most, `most_asked: int | None`: logits are
-    then computed at those places alone.
+    then computed at those places alone. One whose rows hold answers behind the places that ask for
+    them says so, `answers_in_input = True`: a model that looks both ways is then refused.
     """
 
     vocab_size: int

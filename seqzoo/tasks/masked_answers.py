@@ -28,12 +28,15 @@ class MaskedAnswers:
       groups: names of the groups of rows; filled in from the data.
       most_asked: targets per row, at most: logits are computed there alone; filled in from the
         data, null = everywhere.
+      answers_in_input: whether later tokens of a row hold answers, so that no mixer may look both
+        ways; filled in from the data.
     """
 
     metric: str = "accuracy"
     target: float | None = None
     groups: tuple[str, ...] = ()
     most_asked: int | None = None
+    answers_in_input: bool = False
 
     in_chunks = True  # rows may be read in chunks: trainer.eval_chunk_length
 
@@ -46,8 +49,12 @@ class MaskedAnswers:
         return "min" if self.metric == "loss" else "max"
 
     def for_data(self, dataset: Dataset) -> Self:
-        most = getattr(dataset, "most_asked", None)
-        return dataclasses.replace(self, groups=tuple(dataset.group_names), most_asked=most)
+        return dataclasses.replace(
+            self,
+            groups=tuple(dataset.group_names),
+            most_asked=getattr(dataset, "most_asked", None),
+            answers_in_input=getattr(dataset, "answers_in_input", False),
+        )
 
     def sums(
         self,
@@ -57,7 +64,18 @@ class MaskedAnswers:
         key: jax.Array | None = None,
         chunk_length: int | None = None,
     ) -> Sums:
-        """Runs the model on a batch, whole or in chunks, and adds up what it got right."""
+        """Runs the model on a batch, whole or in chunks, and adds up what it got right.
+
+        Raises:
+          ConfigError: a mixer of the model sees answers that it is asked for.
+        """
+        if self.answers_in_input:
+            task.check_causal(
+                model,
+                "task=masked_answers on rows that hold answers",
+                "them",
+                "take data whose rows hold none, as data=mqar",
+            )
         rows, reports = score_rows(
             model, batch, key=key, chunk_length=chunk_length, most_asked=self.most_asked
         )

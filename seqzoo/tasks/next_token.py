@@ -61,7 +61,12 @@ class NextToken:
         Raises:
           ConfigError: a mixer of the model sees the token that it is asked for.
         """
-        _check_causal(model)
+        task.check_causal(
+            model,
+            "task=next_token",
+            "the next token",
+            "take task=masked_tokens with data=masked_stdlib_text",
+        )
         rows, reports = score_rows(model, batch, key=key, chunk_length=chunk_length)
         weight = rows.asked.sum()
         return Sums(
@@ -79,16 +84,3 @@ class NextToken:
         if self.bytes_per_token:
             found["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         return found
-
-
-def _check_causal(model: Any) -> None:
-    """Refuses a model that could copy the next token."""
-    stack = getattr(model, "stack", None)
-    for run, blocks in zip(stack.plan, stack.runs, strict=True) if stack is not None else ():
-        for name, block in zip(run.period, blocks, strict=True):
-            if getattr(block.mixer, "causality", "exact") == "none":
-                raise ConfigError(
-                    f"task=next_token, but the mixer {name} looks both ways and sees the next "
-                    f"token; set model.mixers.{name}.causal=true, or take task=masked_tokens with "
-                    "data=masked_stdlib_text"
-                )

@@ -129,6 +129,28 @@ def averages(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return found
 
 
+def check_causal(model: Any, asked: str, seen: str, instead: str) -> None:
+    """Refuses a model that could copy what it is asked for.
+
+    Args:
+      model: any; one without a stack of mixers is not looked at.
+      asked: the setting that asks.
+      seen: what a mixer that looks both ways sees.
+      instead: what else could be done.
+
+    Raises:
+      ConfigError: a mixer looks both ways.
+    """
+    stack = getattr(model, "stack", None)
+    for run, blocks in zip(stack.plan, stack.runs, strict=True) if stack is not None else ():
+        for name, block in zip(run.period, blocks, strict=True):
+            if getattr(block.mixer, "causality", "exact") == "none":
+                raise ConfigError(
+                    f"{asked}, but the mixer {name} looks both ways and sees {seen}; "
+                    f"set model.mixers.{name}.causal=true, or {instead}"
+                )
+
+
 def check_metric(metric: str, known: tuple[str, ...]) -> None:
     """Refuses a metric that the task will not report."""
     if metric.partition("/")[0] not in known:

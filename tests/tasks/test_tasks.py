@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqzoo.data import IGNORE, MQAR
+from seqzoo.data import IGNORE, MQAR, AssociativeRecall, InductionHeads, Needles, Passkey
 from seqzoo.errors import ConfigError
+from seqzoo.nn.stack import Run
 from seqzoo.tasks import Classification, MaskedAnswers, NextToken
 
 
@@ -157,6 +159,21 @@ def test_for_data_fills_in_what_the_data_knows_and_tasks_stay_hashable():
     task = MaskedAnswers().for_data(MQAR())
     filled = MaskedAnswers(groups=["pairs_4"], most_asked=4)
     assert task.groups == ("pairs_4",) and hash(task) == hash(filled)
+
+
+@pytest.mark.parametrize("dataset", [Passkey(), Needles(), AssociativeRecall()])
+def test_rows_that_hold_answers_are_not_read_both_ways(dataset):
+    block = types.SimpleNamespace(mixer=types.SimpleNamespace(causality="none"))
+    stack = types.SimpleNamespace(plan=[Run(0, ("attention",), 1)], runs=[[block]])
+    task = MaskedAnswers().for_data(dataset)
+    text = "rows that hold answers, but the mixer attention looks both ways and sees them"
+    with pytest.raises(ConfigError, match=text):
+        task.sums(types.SimpleNamespace(stack=stack), {})
+
+
+def test_rows_without_answers_are_read_by_any_model():
+    for dataset in (MQAR(), InductionHeads(), AssociativeRecall(train_targets="last")):
+        assert not MaskedAnswers().for_data(dataset).answers_in_input
 
 
 def test_a_group_or_total_without_weight_is_no_division_by_zero():
