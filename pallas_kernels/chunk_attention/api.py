@@ -149,6 +149,6 @@ def chunk_attention(
 
 chunk_attention.axes = AXES  # type: ignore[attr-defined]
 chunk_attention.forms = FORMS  # type: ignore[attr-defined]
-chunk_attention.options = dict(chunk=128)  # type: ignore[attr-defined]  # of a typical call
-chunk_attention.sizes = dict(p=255)  # type: ignore[attr-defined]
+chunk_attention.options = dict(window=128)  # type: ignore[attr-defined]  # of a typical call
+chunk_attention.left_out = ("bias",)  # type: ignore[attr-defined]
 chunk_attention.cost = cost  # type: ignore[attr-defined]

@@ -97,5 +97,6 @@ def cost(
 
 monarch_matmul.axes = AXES  # type: ignore[attr-defined]
 monarch_matmul.forms = FORMS  # type: ignore[attr-defined]
-monarch_matmul.sizes = dict(n=1024, k=32, q=32, p=32, l=32, s=32, r=32)  # type: ignore[attr-defined]
+# Of a typical call: M2-BERT's.
+monarch_matmul.sizes = dict(n=768, k=4, q=192, p=192, l=4, s=1536, r=192)  # type: ignore[attr-defined]
 monarch_matmul.cost = cost  # type: ignore[attr-defined]

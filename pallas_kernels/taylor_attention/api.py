@@ -123,4 +123,5 @@ def taylor_attention(
 
 taylor_attention.axes = AXES  # type: ignore[attr-defined]
 taylor_attention.forms = FORMS  # type: ignore[attr-defined]
+taylor_attention.sizes = dict(k=16)  # type: ignore[attr-defined]  # of a typical call
 taylor_attention.cost = cost  # type: ignore[attr-defined]

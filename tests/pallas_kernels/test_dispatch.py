@@ -120,8 +120,12 @@ def test_device_kind():
 def test_explain(op):
     sizes = dict(b=2, t=8, e=4, n=3, w=4, h=2, g=2, k=4, v=4)
     sizes |= getattr(op, "sizes", {})
-    shapes = [tuple(sizes[x] for x in one) for one in letters_of(op).values()]
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    arrays = [
+        None
+        if name in getattr(op, "left_out", ())
+        else jax.ShapeDtypeStruct(tuple(sizes[x] for x in letters), jnp.float32)
+        for name, letters in letters_of(op).items()
+    ]
     given = dict(getattr(op, "options", {}))
     if "segment_ids" in inspect.signature(op).parameters:
         given["segment_ids"] = jax.ShapeDtypeStruct((2, 8), jnp.int32)
