@@ -131,7 +131,9 @@ def run(u, delta, A, B, C, D, z, delta_bias, h, last_id, segment_ids, *, delta_s
     """See `selective_scan`; h `[b e n]` float32. Returns y, h, last_id."""
     b, t, e = u.shape
     n = A.shape[1]
-    sizes = dict(b=b, t=t, e=e, n=n, itemsize=u.dtype.itemsize)
+    # Buffers are as wide as what they hold.
+    widest = max(x.dtype.itemsize for x in (u, delta, z) if x is not None)
+    sizes = dict(b=b, t=t, e=e, n=n, itemsize=widest)
     config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))
     reset = valid = None
     tokens = _round_up(t, config.chunk * math.lcm(config.splits, config.splits_backward))

@@ -1,6 +1,7 @@
 """selective_scan's GPU kernels, interpreted: the operators' suite, and what they refuse."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 
 from pallas_kernels import selective_scan
-from pallas_kernels.core import dispatch, testing
+from pallas_kernels.core import dispatch, gpu, testing
 from pallas_kernels.core.testing import ArgSpec
+from pallas_kernels.selective_scan import gpu_backward, gpu_forward, gpu_summary
 from pallas_kernels.selective_scan.arg_specs import ALL, draw, draw_extreme, draw_sizes
 from pallas_kernels.selective_scan.pallas_gpu import PallasGpuConfig
 
@@ -153,6 +155,41 @@ def test_tiles_follow_from_sizes():
     assert of_splits(1, 2000, 1536) == (8, 8)
     assert of_splits(1, 300, 1536) == of_splits(1, 128, 1536) == (1, 1)
     assert of_splits(8, 2048, 2048) == (1, 1)
+
+
+@pytest.mark.parametrize("n", [16, 48])
+@pytest.mark.parametrize("wide", [(), ("delta",), ("z",), ("u",), ("u", "delta", "z")], ids=str)
+def test_shared_memory_suffices(wide, n, monkeypatch):
+    """Whichever argument is float32: what the kernels ask for, where nobody chose tiles."""
+    asked = {}
+
+    def kernel_call(body, *, name, out_type, scratch_types, **_):
+        buffers = [x for x in scratch_types if hasattr(x, "dtype")]  # the others are barriers
+        asked[name] = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in buffers)
+        return lambda *_: [jnp.zeros(one.shape, one.dtype) for one in out_type]
+
+    for module in (gpu_forward, gpu_backward, gpu_summary):
+        monkeypatch.setattr(module, "kernel_call", kernel_call)
+
+    def call(u, delta, A, B, C, z):
+        run = lambda *x: selective_scan(*x[:5], z=x[5], implementation="pallas_gpu")[0]
+        y, pull = jax.vjp(run, u, delta, A, B, C, z)
+        return pull(y)
+
+    shape = lambda name, *s: jax.ShapeDtypeStruct(s, "float32" if name in wide else "bfloat16")
+    along = lambda name: shape(name, 1, 512, 128)
+    with dispatch.compiling_for("NVIDIA H200"):
+        jax.eval_shape(
+            call,
+            along("u"),
+            along("delta"),
+            shape("u", 128, n),
+            shape("B", 1, 512, n),
+            shape("C", 1, 512, n),
+            along("z"),
+        )
+    assert set(asked) >= {"selective_scan_forward", "selective_scan_backward"}
+    assert max(asked.values()) <= gpu.SHARED_MEMORY - 1024, asked
 
 
 def test_refuses():
