@@ -164,7 +164,8 @@ def explain(op: Callable, *arguments: Any, **keywords: Any) -> Reasons:
 
     Returns:
         Name of the form to None (it would serve) or the reason against it, the slowest form first.
-        `implementation=None` takes the last one without a reason.
+        `implementation=None` takes the last one without a reason. A kernel that serves a call may
+        leave its backward pass to xla: docs/kernels.csv and the operator's README.md say where.
     """
     record = _Record()
     traced = {k: keywords.pop(k) for k in ("initial_state", "segment_ids") if k in keywords}

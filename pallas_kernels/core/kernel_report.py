@@ -13,7 +13,7 @@ LONG_CALLS = ("selective_scan", "neural_memory", "taylor_attention")
 
 
 def ratio(row: Any) -> float | None:
-    """Bytes moved by the least that the pass moves."""
+    """Bytes moved by the least that the pass moves; backward that counts what the form saved."""
     return row.bytes / row.minimum if row.bytes and row.minimum else None
 
 
