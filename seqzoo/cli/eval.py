@@ -74,11 +74,11 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 
 def not_learned(loaded, metric: str | None) -> str | None:
     """What must be said of a figure on other data when the run's own was not learned."""
-    from seqzoo.eval.compare import LEARNED
+    from seqzoo.eval.compare import LEARNED, learned
     from seqzoo.train.folder import read_status
 
     value = (read_status(loaded.path).get("metric") or {}).get("value")
-    if metric != "accuracy" or value is None or value >= LEARNED:
+    if value is None or learned(metric or "", value):
         return None
     return (
         f"not learned: on its own data the run reached {value:.4g} < {LEARNED}, so this measures "

@@ -13,6 +13,7 @@ import numpy as np
 
 from seqzoo.errors import ConfigError
 from seqzoo.eval.records import Record
+from seqzoo.train.identity import identity
 
 # Contract 6: how far two rows may be apart and still count as matched.
 TOLERANCES = {
@@ -130,6 +131,11 @@ def mode_of(metric: str) -> str:
     return "max" if metric.partition("/")[0] in ("accuracy", "exact") else "min"
 
 
+def learned(metric: str, value: float | None) -> bool:
+    """Whether a run learned the easy form: only then do its slices say anything (contract 6)."""
+    return mode_of(metric) != "max" or (value is not None and value >= LEARNED)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of the median (percentiles, the same draws every time)."""
     if len(values) == 1:
@@ -160,10 +166,9 @@ def _value(record: Record, metric: str, split: str) -> float:
 
 def _without_seeds(record: Record) -> str:
     """What of a run's configuration decides its result, seeds left out."""
-    kept = {key: record.config.get(key) for key in ("task", "data", "model", "optimizer")}
-    kept["schedule"] = record.config.get("schedule")
-    trainer = record.config.get("trainer") or {}
-    kept["trainer"] = {k: trainer.get(k) for k in ("steps", "global_batch_size", "ema_decay")}
+    kept = identity(record.config, record.fingerprint)
+    kept.pop("seed", None)
+    kept["trainer"].pop("seed", None)
     return json.dumps(kept, sort_keys=True, default=str)
 
 

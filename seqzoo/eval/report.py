@@ -9,7 +9,7 @@ from typing import Any
 
 from seqzoo.config.trust import load_untrusted
 from seqzoo.eval import describe, page, plots
-from seqzoo.eval.compare import LEARNED, Comparison, Row, Size, check_same_data, compare
+from seqzoo.eval.compare import Comparison, Row, Size, check_same_data, compare, learned
 from seqzoo.eval.records import Record, read, read_all, series
 
 
@@ -165,6 +165,8 @@ def _shown(found: Comparison, place: int, row: Row) -> dict[str, Any]:
         better = (lambda v: v >= target) if found.mode == "max" else (lambda v: v <= target)
         solved = f"{sum(map(better, row.values))}/{n}"
     shared = facts(row.records[0], row.size)
+    taken = {implementation(record.config) for record in row.records}
+    shared["implementation"] = "; ".join(sorted(taken))
     config = row.records[0].config
     own = (f"best {found.metric} (valid)", f"{found.metric} (test)")
     for one in ("state", "step", "target", "seed", "starts", *own):
@@ -189,11 +191,9 @@ def _evaluations(records: Sequence[Record]) -> list[str]:
     for record in records:
         for name, one in record.evaluations.items():
             metrics = one.get("metrics") or {}
-            learned = record.metric.get("name") != "accuracy" or (
-                (record.metric.get("value") or 0) >= LEARNED
-            )
+            easy = learned(record.metric.get("name") or "", record.metric.get("value"))
             rows = [
-                {"metric": key, "value": value if learned or "/" not in key else "not learned"}
+                {"metric": key, "value": value if easy or "/" not in key else "not learned"}
                 for key, value in metrics.items()
             ]
             title = f"{record.label}: {name} ({one.get('split', '')}, step {one.get('step')})"

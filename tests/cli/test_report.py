@@ -8,7 +8,7 @@ import re
 import pytest
 
 from seqzoo.eval import plots
-from seqzoo.eval.compare import compare, interval, spread
+from seqzoo.eval.compare import compare, interval, learned, spread
 from seqzoo.eval.records import read, read_all, series
 from seqzoo.eval.report import size_of, write_comparison, write_report
 
@@ -126,6 +126,21 @@ def test_runs_that_differ_in_seeds_are_one_row(write_run, tmp_path):
     assert {"commit", "hash", "device", "versions", "implementation", "precision"} <= set(rows[0])
 
 
+def test_what_decides_a_result_parts_rows_and_how_it_is_computed_does_not(write_run, tmp_path):
+    changes: list[dict] = [
+        dict(),
+        dict(trainer__seed=1),
+        dict(trainer__seed=2, model__remat="full"),
+        dict(trainer__precision="high"),
+        dict(trainer__seed=1, trainer__precision="high"),
+        dict(trainer__seed=2, trainer__deterministic=True),
+        dict(trainer__seed=3, init_from="runs/mqar/trunk-0123456789"),
+        dict(trainer__seed=4, trainer__stop_at_target=True),
+    ]
+    found = compare(read_all([write_run(tmp_path, **one) for one in changes]), {})
+    assert sorted(len(row.records) for row in found.rows) == [1, 1, 1, 2, 3]
+
+
 def test_what_is_not_matched_is_marked(write_run, tmp_path):
     one = write_run(tmp_path, accuracy=0.9)
     other = write_run(tmp_path, accuracy=0.91, model__d_model=32, trainer__global_batch_size=4)
@@ -206,12 +221,16 @@ def test_slices_of_a_run_that_learned_nothing_read_so(write_run, tmp_path):
     evaluation = {
         "split": "test", "step": 100, "metrics": {"accuracy": 0.4, "accuracy/long": 0.3},
     }  # fmt: skip
-    for accuracy, shown in ((0.5, "not learned"), (0.97, "0.3")):
-        run = write_run(tmp_path, accuracy=accuracy, optimizer__lr=accuracy)
+    for metric, accuracy, shown in (("exact", 0.5, "not learned"), ("accuracy", 0.97, "0.3")):
+        changes = dict(optimizer__lr=accuracy, task__metric=metric)
+        run = write_run(tmp_path, accuracy=accuracy, metric=metric, **changes)
         (run / "report").mkdir()
         (run / "report/eval-test.json").write_text(json.dumps(evaluation))
         text = write_report(run).read_text()
         assert re.search(rf"accuracy/long</td><td[^>]*>{shown}", text)
+    assert (
+        learned("loss", 0.5) and not learned("accuracy/short", 0.5) and not learned("exact", None)
+    )
 
 
 def test_a_class_that_is_not_trusted_costs_only_its_size(write_run, tmp_path):
