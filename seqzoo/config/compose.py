@@ -49,6 +49,8 @@ def compose(
     """
     where = paths.folders(config_dir)
     typed = parse(overrides)
+    for override in typed:
+        _refuse_elsewhere(override)
     words = _with_default_experiment([_checked(override, where) for override in typed])
     config = _compose(config_name, words, where)
     missing = _mixers_to_add(config, where)
@@ -104,6 +106,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"'{word}' is no key=value; as in optimizer.lr=1e-3")
         key, equals, value = word.partition("=")
+        if equals and not key.strip("+~ "):
+            raise ConfigError(f"'{word}' has no key before its =; as in optimizer.lr=1e-3")
         word = f"{ALIASES.get(key, key)}{equals}{value}"
         try:
             parsed += parser.parse_overrides([word])
@@ -113,6 +117,22 @@ def parse(overrides: Sequence[str]) -> list[Override]:
                 "commas or brackets, as in \"model.pattern='[mamba,attention]'\""
             ) from error
     return parsed
+
+
+def _refuse_elsewhere(override: Override) -> None:
+    """Answers words that mean something, but not as a section of a run."""
+    if override.package is not None or override.is_delete() or override.is_sweep_override():
+        return
+    word, value = override.input_line, override.get_value_element_as_str()
+    group = override.key_or_group.partition(".")[0]
+    if override.key_or_group == "mixer":
+        raise ConfigError(f"{word}: a model has a pattern of mixers; write model.pattern=[{value}]")
+    if override.key_or_group == "channel_mixer":
+        raise ConfigError(f"{word}: it is part of the model; write model.channel_mixer={value}")
+    if group == "launcher":
+        raise ConfigError(f"{word}: one run has no launcher; it needs -m, or 'seqzoo sweep'")
+    if group == "sweep":
+        raise ConfigError(f"{word}: it belongs to 'seqzoo sweep'")
 
 
 def _checked(override: Override, where: list[pathlib.Path]) -> str:
@@ -135,9 +155,16 @@ def _checked(override: Override, where: list[pathlib.Path]) -> str:
                 f"there are {', '.join(allowed)}"
             )
         return word
-    group = key.rpartition(".")[2]
-    if paths.is_group(group, where) and override.value() in paths.options(group, where):
-        return f"{group}@{word}"  # model.channel_mixer=swiglu chooses configs/channel_mixer/swiglu
+    section, _, group = key.rpartition(".")
+    if paths.is_group(group, where):
+        value, allowed = override.value(), paths.options(group, where)
+        if value in allowed:
+            return f"{group}@{word}"  # model.channel_mixer=swiglu: configs/channel_mixer/swiglu
+        if isinstance(value, str) and (section, group) == ("model", "channel_mixer"):
+            raise ConfigError(
+                f"{key}={value}: configs/{group}/ has no such file{suggest(value, allowed)}; "
+                f"there are {', '.join(allowed)}, or null"
+            )
     plain = not (override.is_add() or override.is_force_add() or override.is_delete())
     return f"++{word}" if plain else word
 
@@ -171,6 +198,13 @@ def _mixers_to_add(config: DictConfig, where: list[pathlib.Path]) -> list[str]:
     nodes = OmegaConf.to_container(model).get("mixers") or {}
     if not isinstance(pattern, list) or not isinstance(nodes, Mapping):
         return []
+    for name in pattern:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"model.pattern={_list(pattern)}: {_list(name) if isinstance(name, list) else name}"
+                " is no name of a mixer; write one list of names, as in "
+                "model.pattern=[mamba,attention]"
+            )
     allowed = paths.options("mixer", where)
     added = []
     for name in dict.fromkeys(pattern):

@@ -116,6 +116,16 @@ MISTAKES = {
     "model.vocab_size=10": "model.vocab_size=10 is smaller than data.vocab_size=256",
     "model.pattern=[]": "must be a list of mixers",
     "model.channel_mixer.d_ff=8": "model.channel_mixer",
+    "model.channel_mixer=swigl": "configs/channel_mixer/ has no such file; did you mean 'swiglu'",
+    "model.pattern=[[mamba]]": "[mamba] is no name of a mixer; write one list of names",
+    "model.pattern=[mamba,3]": "3 is no name of a mixer",
+    "mixer=mamba": "write model.pattern=[mamba]",
+    "channel_mixer=swiglu": "write model.channel_mixer=swiglu",
+    "launcher=slurm": "it needs -m, or 'seqzoo sweep'",
+    "launcher.partition=gpu": "it needs -m, or 'seqzoo sweep'",
+    "sweep=grid": "it belongs to 'seqzoo sweep'",
+    "sweep.n_trials=8": "it belongs to 'seqzoo sweep'",
+    "=3": "'=3' has no key before its =",
 }
 
 
