@@ -17,15 +17,15 @@ _SECTIONS = ("task", "model", "data", "optimizer", "schedule")
 
 # How it is computed, not what: these may change under a run wherever they stand in a section.
 # (`remat` trades memory for time, `implementation` names the back end of an operator.)
-_EXECUTION_KEYS = frozenset({"implementation", "remat", "workers", "num_workers", "prefetch"})
+_EXECUTION_KEYS = frozenset({"implementation", "remat", "workers", "prefetch"})
 
 # Where the data lies. The fingerprint says what it is, so with one in hand the place is dropped.
-_PLACE_KEYS = frozenset({"path", "paths", "root", "folder", "cache_dir"})
+_PLACE_KEYS = frozenset({"path", "paths"})
 
 # What of the trainer decides the result: seeds, global batch, total steps, numerics policy.
 _TRAINER_KEYS = ("steps", "global_batch_size", "seed", "ema_decay", "precision", "deterministic")
 # A run that may stop at its target ends when an evaluation says so: then evaluating is identity.
-_STOPPING_KEYS = ("stop_at_target", "eval_every", "eval_samples", "eval_batches")
+_STOPPING_KEYS = ("stop_at_target", "eval_every", "eval_samples")
 
 _HASH_LENGTH = 10
 _NAME_BYTES = 100
@@ -68,8 +68,6 @@ def identity(
     trainer = container.get("trainer") or {}
     names = _TRAINER_KEYS + (_STOPPING_KEYS if trainer.get("stop_at_target") else ())
     kept["trainer"] = {name: _canonical(trainer[name]) for name in names if name in trainer}
-    if container.get("seed") is not None:
-        kept["seed"] = _canonical(container["seed"])
     if container.get("init_from"):
         kept["init_from"] = str(container["init_from"]).rstrip("/").rsplit("/", 1)[-1]
         kept["reset"] = sorted(container.get("reset") or [])
@@ -95,15 +93,14 @@ def run_name(
 
 
 def experiment_name(config: DictConfig | Mapping[str, Any], overrides: Iterable[str] = ()) -> str:
-    """Returns the name of the folder above the run: the experiment, else what is learned."""
+    """Returns the name of the folder above the run: name, the experiment, or what is learned."""
+    container = plain(config)
+    if isinstance(container.get("name"), str) and (name := _clean(container["name"])):
+        return name[:_NAME_BYTES]
     for override in overrides:
         key, _, value = override.partition("=")
         if key.lstrip("+") == "experiment" and value not in ("", "null"):
             return _clean(value)[:_NAME_BYTES]
-    container = plain(config)
-    for key in ("experiment", "name"):
-        if isinstance(container.get(key), str) and container[key]:
-            return _clean(container[key])[:_NAME_BYTES]
     target = (container.get("data") or {}).get("_target_", "")
     return _clean(target.rsplit(".", 1)[-1].lower())[:_NAME_BYTES] or "runs"
 
@@ -114,7 +111,7 @@ def _readable(override: str) -> str:
     key = key.lstrip("+~")
     section, _, rest = key.partition(".")
     last = key.rsplit(".", 1)[-1]
-    if section not in (*_SECTIONS, "trainer", "seed", "init_from") or last in _EXECUTION_KEYS:
+    if section not in (*_SECTIONS, "trainer", "init_from") or last in _EXECUTION_KEYS:
         return ""
     if section == "trainer" and last not in _TRAINER_KEYS + _STOPPING_KEYS:
         return ""

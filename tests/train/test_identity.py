@@ -122,3 +122,4 @@ def test_names_are_short_and_harmless():
     assert identity.experiment_name(OURS, words) == "mqar"
     assert identity.experiment_name(OURS) == "text"
     assert identity.experiment_name(OURS | {"name": "my study"}) == "my_study"
+    assert identity.experiment_name(OURS | {"name": "my study"}, words) == "my_study"
