@@ -116,9 +116,9 @@ def compiled(
         raise
     program = Program(executable, name, what, time.perf_counter() - began)
     say(f"compiled {name} in {program.seconds:.1f} s")
-    needed, there = needed_bytes(program), device_bytes()
-    if there is not None and needed > there:
-        raise OutOfMemory(_too_large(name, what, needed, there))
+    more, there = _more_bytes(program), device_bytes()
+    if there is not None and more > there:
+        raise OutOfMemory(_too_large(name, what, more, there))
     while len(_COMPILED) >= _MOST_PROGRAMS:
         del _COMPILED[next(iter(_COMPILED))]
     _COMPILED[place] = program
@@ -132,6 +132,15 @@ def needed_bytes(program: Program) -> int:
         return 0
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+def _more_bytes(program: Program) -> int:
+    """What of that must fit into `device_bytes`: on a CPU, which says what is free, the arguments
+    lie in memory already."""
+    memory = program.executable.memory_analysis()
+    if memory is None or jax.local_devices()[0].platform != "cpu":
+        return needed_bytes(program)
+    return needed_bytes(program) - memory.argument_size_in_bytes
 
 
 def device_bytes() -> int | None:
@@ -166,8 +175,8 @@ def _too_large(name: str, what: str, needed: int | None = None, there: int | Non
     limit = "" if there is None else f", there are {_gib(there)}"
     return (
         f"{name} with {what} does not fit into memory{estimate}{limit}. Make "
-        "trainer.grad_accum_steps larger (the result stays the same), set model.remat=full, or "
-        "take a smaller trainer.global_batch_size or data.seq_len"
+        "trainer.grad_accum_steps larger (the same but for rounding and dropout), set "
+        "model.remat=full, or take a smaller trainer.global_batch_size or data.seq_len"
     )
 
 

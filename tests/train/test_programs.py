@@ -32,11 +32,17 @@ def test_more_than_there_is(monkeypatch):
     monkeypatch.setattr(programs, "device_bytes", lambda: 2**20)
     function = jax.jit(lambda x: x + 1)
     with pytest.raises(programs.OutOfMemory) as caught:
-        programs.compiled(function, jnp.ones(2**20), name="adding", what="2 rows of 7 tokens")
+        programs.compiled(function, jnp.ones(2**22), name="adding", what="2 rows of 7 tokens")
     told = str(caught.value)
     assert "adding with 2 rows of 7 tokens does not fit" in told
-    assert "0.01 GiB on each device, there are 0.00 GiB" in told
+    assert "0.02 GiB on each device, there are 0.00 GiB" in told
     assert "trainer.grad_accum_steps" in told and "model.remat=full" in told
+
+
+def test_arguments_lie_in_the_memory_that_is_no_longer_free(monkeypatch):
+    monkeypatch.setattr(programs, "device_bytes", lambda: 2**20)
+    program = programs.compiled(jax.jit(lambda x: x[:9] + 1), jnp.ones(2**20), name="cutting")
+    assert programs.needed_bytes(program) > 2**20
 
 
 def test_the_machine_says_what_it_has():
