@@ -5,6 +5,9 @@ from typing import Any
 
 from seqzoo.errors import ConfigError, SeqzooError
 
+# What a constructor raises that cannot work with a value.
+_REFUSALS = (ValueError, TypeError, ArithmeticError, NotImplementedError)
+
 
 def build(node: Mapping[str, Any], **given: Any) -> Any:
     """Calls the `_target_` of a node with its keys, nested nodes first (hydra's instantiate).
@@ -33,6 +36,6 @@ def _cause(error: Exception, node: Mapping[str, Any]) -> Exception:
     target = node.get("_target_", "") if isinstance(node, Mapping) else ""
     if isinstance(cause, SeqzooError):
         return cause
-    if cause is error or isinstance(cause, ValueError | TypeError | NotImplementedError):
+    if cause is error or isinstance(cause, _REFUSALS):
         return ConfigError(f"{target}: {cause}")
     return cause if isinstance(cause, Exception) else error

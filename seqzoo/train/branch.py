@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqzoo.errors import CheckpointError, ConfigError, suggest
+from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.train import checkpoint, manifest
 from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.state import TrainState
-
-RESETS = ("optimizer", "schedule", "data")
+from seqzoo.train.values import reset_of
 
 
 class Branch(NamedTuple):
@@ -47,13 +46,7 @@ def find(config: Mapping[str, Any]) -> Branch | None:
     Raises:
         ConfigError: there is no such run or step, or reset names something else.
     """
-    text, reset = config.get("init_from"), tuple(config.get("reset") or ())
-    for word in reset:
-        if word not in RESETS:
-            raise ConfigError(
-                f"reset={list(reset)} names '{word}'; allowed: {', '.join(RESETS)}"
-                f"{suggest(str(word), RESETS)}"
-            )
+    text, reset = config.get("init_from"), reset_of(config)
     if not text:
         return None
     name, at, step = str(text).rpartition("@")

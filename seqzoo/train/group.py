@@ -34,6 +34,7 @@ from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
 from seqzoo.train.step import Metrics
 from seqzoo.train.timing import Pauses, Shapes, row_length, shapes_of
+from seqzoo.train.values import check_values
 
 _LINE_SECONDS = 10.0
 
@@ -89,6 +90,8 @@ def train_group(
     due = [one for one in places if one is not None and outcomes[one.number] is None]
     if not due:
         return outcomes
+    for one in due:
+        check_values(one.job.config)
     processes.start()
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         warning = precision.prepare(due[0].job.config["trainer"], due[0].folder.path)

@@ -61,6 +61,8 @@ class AdamW:
 
     def __post_init__(self) -> None:
         _check(self, "b1", "b2")
+        if not 0 < self.eps < math.inf:
+            raise ConfigError(f"optimizer.eps={self.eps}; it must be above 0{_finite(self.eps)}")
 
     def hyper(self) -> dict[str, float]:
         return _hyper(self)
@@ -210,6 +212,8 @@ class Muon:
 
     def __post_init__(self) -> None:
         _check(self, "momentum", "b1", "b2")
+        if self.ns_steps < 1:
+            raise ConfigError(f"optimizer.ns_steps={self.ns_steps}; it must be at least 1")
 
     def hyper(self) -> dict[str, float]:
         return _hyper(self)
@@ -291,16 +295,23 @@ def _structure(optimizer: Any) -> Any:
 
 
 def _check(optimizer: Any, *decays: str) -> None:
-    if not optimizer.lr > 0:
-        raise ConfigError(f"optimizer.lr={optimizer.lr}; it must be above 0")
-    if not optimizer.weight_decay >= 0:
-        raise ConfigError(f"optimizer.weight_decay={optimizer.weight_decay}; it must be 0 or more")
+    if not 0 < optimizer.lr < math.inf:
+        raise ConfigError(f"optimizer.lr={optimizer.lr}; it must be above 0{_finite(optimizer.lr)}")
+    if not 0 <= optimizer.weight_decay < math.inf:
+        raise ConfigError(
+            f"optimizer.weight_decay={optimizer.weight_decay}; it must be 0 or more"
+            f"{_finite(optimizer.weight_decay)}"
+        )
     if optimizer.clip_norm is not None and not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm}; it must be above 0, or null")
     for name in decays:
         value = getattr(optimizer, name)
         if not 0 <= value < 1:
             raise ConfigError(f"optimizer.{name}={value}; it must lie in [0, 1)")
+
+
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else ", and finite"
 
 
 def init(optimizer: Optimizer, params: Any, decay: Any) -> optax.OptState:

@@ -10,6 +10,9 @@ import math
 
 from seqzoo.errors import ConfigError
 
+# Keys of a schedule that are lengths: together not longer than the run.
+_LENGTHS = ("warmup_steps", "cooldown_steps", "decay_steps")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constant:
@@ -140,6 +143,23 @@ class Infinite:
         return _warmup(step, warmup) * ratio
 
 
+def check_lengths(schedule: object, steps: int) -> None:
+    """Refuses a schedule whose parts take longer than the run: the later ones would be cut.
+
+    Raises:
+        ConfigError: they do; the text has both.
+    """
+    parts = {name: getattr(schedule, name) for name in _LENGTHS if hasattr(schedule, name)}
+    taken = sum(length * steps if length < 1 else length for length in parts.values())
+    if taken > steps * (1 + 1e-9):
+        told = " + ".join(f"schedule.{name}={length:g}" for name, length in parts.items() if length)
+        verb = "takes" if " + " not in told else "take"
+        raise ConfigError(
+            f"{told} {verb} {taken:g} steps, more than trainer.steps={steps}; make the schedule "
+            "shorter (a length below 1 is a fraction of all steps), or raise trainer.steps"
+        )
+
+
 def _length(length: float, steps: int) -> int:
     return round(length * steps) if length < 1 else int(length)
 
@@ -156,7 +176,7 @@ def _fraction(step: int, start: int, stop: int) -> float:
 def _check(schedule: object, *, lengths: tuple[str, ...], ratios: tuple[str, ...] = ()) -> None:
     for name in lengths:
         value = getattr(schedule, name)
-        if not value >= 0 or (value >= 1 and value != int(value)):
+        if not (math.isfinite(value) and value >= 0) or (value >= 1 and value != int(value)):
             raise ConfigError(
                 f"schedule.{name}={value}; it must be a number of steps, or a fraction below 1"
             )

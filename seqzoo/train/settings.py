@@ -16,7 +16,8 @@ class TrainerSettings:
     Attributes:
         steps: updates of the parameters in all.
         global_batch_size: rows per update, of all devices together.
-        grad_accum_steps: an update is computed in so many microbatches; the result is the same.
+        grad_accum_steps: an update is computed in so many microbatches; the result is the same but
+            for rounding and dropout.
         seed: of initial values and dropout.
         stop_at_target: end when the validation metric reaches task.target.
         eval_every: steps between evaluations on the validation split; 0 = at the end only.
@@ -66,6 +67,10 @@ class TrainerSettings:
         for name in ("eval_samples", "eval_batch_size", "eval_chunk_length"):
             _at_least("trainer", self, name, 1)
         _at_least("trainer", self, "test_samples", 0)
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                f"trainer.seed={self.seed}; it must be at least 0 and below 2**32 = 4294967296"
+            )
         if self.global_batch_size % self.grad_accum_steps:
             raise ConfigError(
                 f"trainer.global_batch_size={self.global_batch_size} is no multiple of "
@@ -88,6 +93,11 @@ class TrainerSettings:
         if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
             raise ConfigError(
                 f"trainer.profile={self.profile}; it must be FIRST:LAST, two steps as in 10:15"
+            )
+        if int(first) >= self.steps:
+            raise ConfigError(
+                f"trainer.profile={self.profile} begins at step {first}, and trainer.steps="
+                f"{self.steps} ends before it; trace earlier steps, or raise trainer.steps"
             )
         return int(first), int(last)
 

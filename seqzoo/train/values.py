@@ -15,7 +15,10 @@ from seqzoo.tasks.task import Task
 from seqzoo.train import mesh as meshes
 from seqzoo.train.identity import plain
 from seqzoo.train.optimizer import Optimizer
+from seqzoo.train.schedule import check_lengths
 from seqzoo.train.settings import LoggerSettings, MeshSettings, TrainerSettings
+
+RESETS = ("optimizer", "schedule", "data")
 
 
 class Values(NamedTuple):
@@ -71,8 +74,32 @@ def check_values(config: DictConfig | Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one is not; the text names its key, the value and what is allowed.
     """
+    config = plain(config)
     values = values_of(config)
     meshes.rules_of(values.mesh)
+    check_lengths(values.schedule, values.trainer.steps)
+    reset_of(config)
+
+
+def reset_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run that begins from a step of another one leaves behind.
+
+    Raises:
+        ConfigError: reset names something else, or stands without init_from.
+    """
+    reset = tuple(config.get("reset") or ())
+    shown = f"reset=[{','.join(map(str, reset))}]"
+    for word in reset:
+        if word not in RESETS:
+            raise ConfigError(
+                f"{shown} names '{word}'; allowed: {', '.join(RESETS)}{suggest(str(word), RESETS)}"
+            )
+    if reset and not config.get("init_from"):
+        raise ConfigError(
+            f"{shown} says what init_from leaves behind, and init_from is null; set "
+            "init_from=RUN@STEP, or leave reset out"
+        )
+    return reset
 
 
 def _checked(task: Task) -> Task:

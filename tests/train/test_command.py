@@ -35,6 +35,10 @@ def command(tiny_words, tmp_path, capsys, monkeypatch):
         ("optimizer.lr=-1", "optimizer.lr=-1.0; it must be above 0"),
         ("mesh.data=3", "cannot be shared by 3 devices"),
         ("data.num_kv_pairs=100", "num_kv_pairs"),
+        ("trainer.seed=-1", "trainer.seed=-1; it must be at least 0"),
+        ("schedule.warmup_steps=inf", "schedule.warmup_steps=inf; it must be a number of steps"),
+        ("schedule.warmup_steps=13", "takes 13 steps, more than trainer.steps=12"),
+        ("reset=[optimizer]", "reset=[optimizer] says what init_from leaves behind, and init_from"),
         ("model.d_model=0", "d_model"),
         ("init_from=nowhere", "nowhere is no run folder"),
         ("trainer.eval_batch_size=3", "trainer.eval_batch_size=3 rows cannot be shared by 2"),
@@ -94,7 +98,7 @@ def test_not_finite(command):
 
 
 def test_a_batch_that_does_not_fit(command, monkeypatch):
-    monkeypatch.setattr(programs, "device_bytes", lambda: 20_000)
+    monkeypatch.setattr(programs, "device_bytes", lambda: 1_000)
     monkeypatch.setattr(programs, "_COMPILED", {})
     code, _, err = command("trainer.grad_accum_steps=2")
     assert code == 1

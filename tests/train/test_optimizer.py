@@ -106,6 +106,9 @@ def test_adamw_is_the_published_one():
     ("wrong", "said"),
     [
         ({"lr": 0.0}, "optimizer.lr=0.0; it must be above 0"),
+        ({"lr": math.inf}, "optimizer.lr=inf; it must be above 0, and finite"),
+        ({"weight_decay": math.inf}, "optimizer.weight_decay=inf; it must be 0 or more, and fin"),
+        ({"eps": -1.0}, "optimizer.eps=-1.0; it must be above 0"),
         ({"weight_decay": -1.0}, "optimizer.weight_decay=-1.0; it must be 0 or more"),
         ({"clip_norm": 0.0}, "optimizer.clip_norm=0.0; it must be above 0, or null"),
         ({"b1": 1.0}, r"optimizer.b1=1.0; it must lie in \[0, 1\)"),
@@ -114,6 +117,11 @@ def test_adamw_is_the_published_one():
 def test_values_out_of_range(wrong, said):
     with pytest.raises(ConfigError, match=said):
         AdamW(**wrong)
+
+
+def test_muon_iterates():
+    with pytest.raises(ConfigError, match="optimizer.ns_steps=-3; it must be at least 1"):
+        Muon(ns_steps=-3)
 
 
 @pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)

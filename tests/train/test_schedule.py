@@ -3,7 +3,14 @@
 import pytest
 
 from seqzoo.errors import ConfigError
-from seqzoo.train.schedule import Constant, Cosine, Infinite, Linear, WarmupStableDecay
+from seqzoo.train.schedule import (
+    Constant,
+    Cosine,
+    Infinite,
+    Linear,
+    WarmupStableDecay,
+    check_lengths,
+)
 
 
 def values(schedule, *steps, of=100):
@@ -39,10 +46,33 @@ def test_infinite_is_constant_between_cooldown_and_decay():
 
 
 @pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (
+            WarmupStableDecay(warmup_steps=0.01, decay_steps=5000),
+            r"schedule.warmup_steps=0.01 \+ schedule.decay_steps=5000 take 5010 steps, more than "
+            "trainer.steps=1000",
+        ),
+        (Cosine(warmup_steps=2000), "schedule.warmup_steps=2000 takes 2000 steps"),
+        (Infinite(warmup_steps=0.5, cooldown_steps=0.5), "take 1100 steps"),
+    ],
+)
+def test_a_schedule_longer_than_the_run(schedule, said):
+    with pytest.raises(ConfigError, match=said):
+        check_lengths(schedule, 1000)
+
+
+def test_a_schedule_as_long_as_the_run():
+    check_lengths(WarmupStableDecay(warmup_steps=0.5, decay_steps=0.5), 3)
+    check_lengths(Constant(warmup_steps=1000), 1000)
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: Cosine(warmup_steps=-1), "schedule.warmup_steps=-1; it must be a number of steps"),
         (lambda: Linear(warmup_steps=10.5), "schedule.warmup_steps=10.5"),
+        (lambda: Linear(warmup_steps=float("inf")), "schedule.warmup_steps=inf; it must be"),
         (lambda: Cosine(min_ratio=2.0), r"schedule.min_ratio=2.0; it must lie in \[0, 1\]"),
         (lambda: Infinite(min_ratio=0.9, constant_ratio=0.5), "not above schedule.constant_ratio"),
     ],

@@ -9,7 +9,10 @@ from seqzoo.train.hooks.hook import Hook
 
 
 class Profiler(Hook):
-    """Traces updates first .. last - 1 into a folder; operators bear the names of their mixers."""
+    """Traces updates first .. last - 1 into a folder; operators bear the names of their mixers.
+
+    A run that goes on in between traces what is left of them.
+    """
 
     name = "profiler"
 
@@ -18,12 +21,12 @@ class Profiler(Hook):
         self._tracing = False
 
     def before_step(self, step: int, state: Any) -> None:
-        if step == self._first:
+        if self._first <= step < self._last and not self._tracing:  # it may go on inside
             jax.block_until_ready(state)
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
-        elif step == self._last and self._tracing:
+        elif step >= self._last and self._tracing:
             jax.block_until_ready(state)
             self.close()
 
