@@ -23,6 +23,7 @@ from seqzoo.train.result import Result, finished_before
 from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup, build_data, check_data, setup
 from seqzoo.train.signals import StopRequest
+from seqzoo.train.values import check_values
 
 _STATES: dict[type[BaseException], str] = {
     Preempted: "preempted",
@@ -68,9 +69,10 @@ def train(
     place = RunFolder.locate(config, overrides, root=root, data_fingerprint=fingerprint)
     if not force and place.finished():
         return finished_before(place)
+    check_values(config)
     processes.start()
     with StopRequest() as stop:  # after processes.start, which would take our handlers away
-        warning = precision.prepare(config["trainer"], place.path)
+        warning = precision.prepare(config["trainer"], place.path, fresh=force)
         programs.use_disk_cache()
         run = setup(config, data=data)
         check_data(run)
@@ -147,7 +149,7 @@ def fit(session: Session) -> Iterator[dict[str, float] | None]:
     if stop:
         raise Interrupted
     tested = session.test()
-    session.write_status(state="finished", test=tested)
+    session.write_status(state="finished", test=tested, test_step=session.tested)
     yield tested
 
 

@@ -12,7 +12,7 @@ from seqzoo.train import environment
 _GPU_FLAGS = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_exclude_nondeterministic_ops=true")
 
 
-def prepare(trainer: Mapping[str, Any], folder: pathlib.Path) -> str | None:
+def prepare(trainer: Mapping[str, Any], folder: pathlib.Path, *, fresh: bool = False) -> str | None:
     """Sets XLA's flags for `trainer.deterministic` on a GPU; does nothing on a CPU.
 
     XLA times algorithms and keeps the fastest (autotuning); the choice can differ between starts
@@ -21,6 +21,7 @@ def prepare(trainer: Mapping[str, Any], folder: pathlib.Path) -> str | None:
     Args:
         trainer: the section of the configuration.
         folder: of the run.
+        fresh: the run begins anew: what lies in the folder will be moved aside.
 
     Returns:
         What could not be had, for the log; None = all is as asked.
@@ -34,7 +35,7 @@ def prepare(trainer: Mapping[str, Any], folder: pathlib.Path) -> str | None:
         )
     chosen = folder / "autotune.textproto"
     flags = [*_GPU_FLAGS, f"--xla_gpu_dump_autotune_results_to={chosen}"]
-    if chosen.exists():
+    if chosen.exists() and not fresh:
         flags = [*_GPU_FLAGS, f"--xla_gpu_load_autotune_results_from={chosen}"]
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([given, *(f for f in flags if f not in given)]).strip()

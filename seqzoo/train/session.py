@@ -4,6 +4,7 @@ The loop (loop.py) says when; this says how.
 """
 
 import collections
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 
 from seqzoo.data import pipeline
 from seqzoo.data.source import Split
-from seqzoo.errors import ConfigError, NotFiniteError, suggest
+from seqzoo.errors import CheckpointError, ConfigError, NotFiniteError, suggest
 from seqzoo.train import branch as branches
 from seqzoo.train import mesh as meshes
 from seqzoo.train import processes, programs
@@ -53,6 +54,7 @@ class Session:
         state: the state after them.
         best: the best evaluation so far; None before the first.
         reached: whether an evaluation reached the target.
+        tested: the step whose weights were tested; None before.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Session:
         self._state: TrainState | None = None
         self.best: Best | None = None
         self.reached = False
+        self.tested: int | None = None
         self.doing: programs.Program | None = None  # what runs, for the message if memory ends
         writes = processes.first()
         self._progress = progress
@@ -228,14 +231,20 @@ class Session:
         """Evaluates the test split with the weights of the best step."""
         if self.run.trainer.test_samples == 0:
             return {}
-        weights, rest = self.weights, self.state.rest
-        best = self._checkpoints.best_step()
+        weights, rest, self.tested = self.weights, self.state.rest, self.step
+        best, known = self._checkpoints.best_step(), len(self._checkpoints.damaged)
         if best is not None and best != self.step:
             name = "params" if self.state.ema is None else "ema"
             wanted = {name: getattr(self.run.state, name), "rest": self.run.state.rest}
-            restored = self._checkpoints.restore(wanted, "best", partial=True)
+            try:
+                restored = self._checkpoints.restore(wanted, "best", partial=True)
+            except CheckpointError:  # none that is left was evaluated
+                restored = None
             if restored is not None:
                 weights, rest = restored.state[name], restored.state["rest"]
+                self.tested = restored.step
+            for text in self._checkpoints.damaged[known:]:
+                self.say(f"warning: {text}; step {self.tested} is tested in its place")
         return self._evaluate("test", weights, rest)
 
     @property
@@ -289,14 +298,22 @@ class Session:
         self._checkpoints.wait()
 
     def close(self) -> None:
-        """Lets go of everything, however the run ended."""
-        if self._stream is not None:
-            self._stream.close()
-        for hook in self._hooks:
+        """Lets go of everything, however the run ended; a hook that fails is a warning."""
+        with contextlib.ExitStack() as stack:  # the last one first, each whatever the others do
+            stack.callback(self._checkpoints.close)
+            if self._log is not None:
+                stack.callback(self._log.close)
+            for hook in reversed(self._hooks):
+                stack.callback(self._close, hook)
+            if self._stream is not None:
+                stack.callback(self._stream.close)
+
+    def _close(self, hook: Hook) -> None:
+        try:
             hook.close()
-        if self._log is not None:
-            self._log.close()
-        self._checkpoints.close()
+        except Exception as error:
+            with contextlib.suppress(Exception):  # the display itself may be what fails
+                self.say(f"warning: {hook.name or type(hook).__name__} did not close: {error}")
 
     def _remember(self, meta: dict[str, Any]) -> None:
         self._next_sample = meta["data"]["next_sample"]

@@ -7,7 +7,9 @@ import types
 import pytest
 
 from seqzoo.eval.records import read_lines
+from seqzoo.train.hooks.profiler import Profiler
 from seqzoo.train.hooks.progress import Progress
+from seqzoo.train.hooks.tensorboard import TensorBoard
 
 TIMING = {"tokens_per_second": 12345.6, "step_seconds": 0.5, "data_wait": 0.2}
 
@@ -81,6 +83,15 @@ def test_tensorboard_forgets_what_came_after_the_checkpoint(fit, stop_at, run_fo
     assert ("valid/accuracy", 12) in found and ("timing/mfu", 12) in found
 
 
+def test_tensorboard_forgets_a_start_that_saved_nothing(tmp_path):
+    for attempt in (1, 2):
+        board = TensorBoard(tmp_path, attempt)
+        board.start(0)
+        board.line(1, {"loss": attempt / 2}, {})
+        board.close()
+    assert scalars(tmp_path) == {("train/loss", 1): [1.0]}
+
+
 def test_wandb_takes_the_hash_for_its_id(fit, monkeypatch):
     calls = []
     run = types.SimpleNamespace(
@@ -114,6 +125,18 @@ def test_a_profile_of_some_steps_names_the_mixers(fit):
     traces = list((path / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     assert b"attention" in traces[0].read_bytes()
+
+
+@pytest.mark.parametrize(("steps", "traced"), [((3, 4, 5), [3]), ((4, 5, 6), [4]), ((5, 6), [])])
+def test_a_profile_begins_where_the_run_goes_on(monkeypatch, tmp_path, steps, traced):
+    begun, ended = [], []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: begun.append(step))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: ended.append(step))
+    profiler = Profiler(tmp_path / "profile", 3, 5)
+    for step in steps:
+        profiler.before_step(step, None)
+    profiler.close()
+    assert begun == traced and ended == [5][: len(traced)]
 
 
 def test_timing_is_kept_across_starts(fit, stop_at):

@@ -10,6 +10,7 @@ from seqzoo.errors import ConfigError, LockedError, NotFiniteError, Preempted
 from seqzoo.eval.records import read_lines
 from seqzoo.train import checkpoint
 from seqzoo.train.folder import RunFolder, read_metrics, read_status
+from seqzoo.train.hooks import Hook
 from seqzoo.train.session import Session
 from seqzoo.train.setup import build_data
 
@@ -167,6 +168,52 @@ def test_an_error_of_an_earlier_start_is_forgotten(fit, stop_at):
     stop_at(5)
     status = read_status(fit().path)
     assert status["state"] == "finished" and "error" not in status
+
+
+class Closing(Hook):
+    """Says when it is closed, and may fail at it."""
+
+    def __init__(self, name, closed, fails=False):
+        self.name, self._closed, self._fails = name, closed, fails
+
+    def close(self):
+        self._closed.append(self.name)
+        if self._fails:
+            raise RuntimeError("the line is dead")
+
+
+def test_a_hook_that_does_not_close_undoes_no_run(fit, monkeypatch):
+    closed = []
+    close = checkpoint.Checkpointer.close
+    monkeypatch.setattr(
+        checkpoint.Checkpointer, "close", lambda self: (closed.append("checkpoints"), close(self))
+    )
+    path = fit(hooks=[Closing("one", closed, fails=True), Closing("two", closed)]).path
+    assert closed == ["one", "two", "checkpoints"]
+    assert read_status(path)["state"] == "finished"
+    assert "warning: one did not close: the line is dead" in (path / "train.log").read_text()
+
+
+def test_the_step_that_is_tested_is_on_record(fit, monkeypatch):
+    """The best one is damaged at the end: the next best is tested, and says so."""
+    values, test = Session._values, Session.test
+
+    def falling(session, split, weights, rest):
+        found = values(session, split, weights, rest)
+        return found | {"accuracy": 1 / session.step} if split == "valid" else found
+
+    def damaged(session):
+        session.wait()
+        (session.folder.checkpoints / "4" / "meta" / "metadata").write_text("{}")
+        return test(session)
+
+    monkeypatch.setattr(Session, "_values", falling)
+    assert read_status(fit("trainer.seed=1").path)["test_step"] == 4
+    monkeypatch.setattr(Session, "test", damaged)
+    path = fit("trainer.seed=2").path
+    assert read_status(path)["test_step"] == 8
+    told = (path / "train.log").read_text()
+    assert "renamed damaged-4; step 8 is tested in its place" in told
 
 
 def test_rows_of_several_lengths(fit):

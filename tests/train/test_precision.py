@@ -29,6 +29,14 @@ def test_the_second_start_takes_what_the_first_chose(gpu, tmp_path):
     assert last == f"--xla_gpu_load_autotune_results_from={tmp_path}/autotune.textproto"
 
 
+def test_a_run_that_begins_anew_chooses_anew(gpu, tmp_path):
+    (tmp_path / "autotune.textproto").touch()  # of the run that --force moves aside
+    precision.prepare({"deterministic": True}, tmp_path, fresh=True)
+    flags = os.environ["XLA_FLAGS"]
+    assert "load_autotune" not in flags
+    assert flags.endswith(f"--xla_gpu_dump_autotune_results_to={tmp_path}/autotune.textproto")
+
+
 def test_nothing_is_set_unless_asked(gpu, tmp_path):
     precision.prepare({"deterministic": False}, tmp_path)
     assert os.environ["XLA_FLAGS"] == "--xla_mine=1"

@@ -9,7 +9,7 @@ from seqzoo.train.hooks.hook import Hook, Values
 class TensorBoard(Hook):
     """Writes what metrics.jsonl and timing.jsonl hold.
 
-    A run that goes on from step S tells TensorBoard to forget what an earlier start wrote after S.
+    A start from step S tells TensorBoard to forget what an earlier start wrote after S.
 
     Args:
         folder: where.
@@ -27,7 +27,7 @@ class TensorBoard(Hook):
 
         self._writer = SummaryWriter(
             str(self._folder),
-            purge_step=step + 1 if step else None,
+            purge_step=step + 1 if step or self._attempt > 1 else None,
             filename_suffix=f".{self._attempt:03d}",
         )
 
