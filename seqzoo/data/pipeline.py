@@ -117,7 +117,11 @@ def eval_batches(
     """
     source = dataset.source(split)
     if max_samples is None and len(source) >= ENDLESS:
-        raise ConfigError(f"the {split} split has no end; say how many samples to evaluate")
+        raise ConfigError(
+            f"the {split} split has no end; say how many rows to look at: trainer."
+            f"{'test_samples' if split == 'test' else 'eval_samples'}=N, or --samples N of "
+            "'seqzoo eval'"
+        )
     if max_samples is not None and max_samples < 1:
         raise ConfigError(f"max_samples={max_samples}; it must be at least 1")
     _check_parts(batch_size, process_index, process_count)

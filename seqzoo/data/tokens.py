@@ -6,12 +6,12 @@ Arrays are mapped, not read: they may be larger than memory.
 import dataclasses
 import functools
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from seqzoo.data import files
 from seqzoo.data.source import SPLITS, Source, Split, at_least, fingerprint_of, known_split
 from seqzoo.data.text import check_fractions
 from seqzoo.data.windows import Windows
@@ -139,7 +139,7 @@ class TokenFile:
             raise DataError(
                 f"data.path={path}: there is no such file; it was looked for at {path.absolute()}"
             )
-        stamp = _stamp(path)
+        stamp = files.stamp(path)
         if not stamp[0]:
             raise DataError(f"{path} is empty")
         if path.suffix == ".npy":
@@ -170,18 +170,6 @@ class TokenFile:
         for part in self._probes():
             check_range(self.path, part, vocab_size)
 
-    def check_unchanged(self) -> None:
-        """Raises DataError if the file is no longer what it was when the run began."""
-        try:
-            now = _stamp(self.path)
-        except OSError:
-            now = None
-        if now != self.stamp:
-            raise DataError(
-                f"{self.path} changed since the run began. Put the file back and run the same "
-                "command again, or start a new run"
-            )
-
     def _probes(self) -> Iterator[np.ndarray]:
         n, step = len(self.array), _SAMPLE_BYTES // self.array.itemsize
         if self.array.nbytes <= _WHOLE_BYTES:
@@ -200,7 +188,7 @@ class _Reader:
     end_token: int | None
 
     def read(self, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        self.file.check_unchanged()
+        files.check_unchanged(self.file.path, self.file.stamp)
         offset = offset + self.start
         tokens, targets = self.file.array[offset], self.file.array[offset + 1]
         check_range(self.file.path, tokens, self.vocab_size)
@@ -235,8 +223,3 @@ def _npy(path: pathlib.Path) -> np.ndarray:
     if not len(array):
         raise DataError(f"{path} is empty")
     return array
-
-
-def _stamp(path: pathlib.Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns

@@ -197,7 +197,7 @@ class RunFolder:
         """Updates status.json, written beside and renamed: a reader never sees half of it.
 
         Args:
-          state: running, finished, preempted, not_finite, pruned or failed.
+          state: running, finished, preempted, interrupted, not_finite, pruned or failed.
           step: the step the run has reached.
           metric: {name, value, target}.
           **more: further plain values.
