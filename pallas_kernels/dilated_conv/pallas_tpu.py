@@ -113,7 +113,10 @@ def run(
     """See `dilated_conv`; gives y, ring, count, last_id (symmetric: y alone)."""
     b, t, e = x.shape
     kind = dispatch.device_kind(config)
-    config = PallasTpuConfig.of(config, dict(b=b, t=t, e=e), kind)
+    # A table of tile sizes (core/tuned.py) compares numbers.
+    sizes = dict(b=b, t=t, e=e, w=weight.shape[1], itemsize=x.dtype.itemsize)
+    sizes |= {f"d{i}": dilation for i, dilation in enumerate(dilations)}
+    config = PallasTpuConfig.of(config, sizes, kind)
     config = dataclasses.replace(config, device_kind=kind)
     how = dict(dilations=dilations, activation=activation, symmetric=symmetric)
     documents = segment_ids is not None

@@ -86,7 +86,7 @@ def run(
     last_id."""
     del segment_ids
     b, t, e = u.shape
-    sizes = dict(b=b, t=t, e=e, l=kernel.shape[1])
+    sizes = dict(b=b, t=t, e=e, l=kernel.shape[1], itemsize=u.dtype.itemsize)
     config = PallasGpuConfig.of(config, sizes, dispatch.device_kind(config))
     plan = plan_of(t, config.tokens, config.channels, config)
     given = Arguments(u, kernel, reverse_kernel, skip, bias, pre_gate, post_gate)

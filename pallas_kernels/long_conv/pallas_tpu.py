@@ -115,7 +115,8 @@ def run(
     del segment_ids
     kind = dispatch.device_kind(config)
     b, t, e = u.shape
-    config = PallasTpuConfig.of(config, dict(b=b, t=t, e=e, l=kernel.shape[1]), kind)
+    sizes = dict(b=b, t=t, e=e, l=kernel.shape[1], itemsize=u.dtype.itemsize)
+    config = PallasTpuConfig.of(config, sizes, kind)
     of = lambda x: jnp.zeros((e,), jnp.float32) if x is None else x.astype(jnp.float32)
     channel = jnp.stack([of(skip), of(bias)])
     given = Arguments(u, kernel, reverse_kernel, channel, pre_gate, post_gate)

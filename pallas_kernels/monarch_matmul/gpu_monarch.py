@@ -21,6 +21,7 @@ from pallas_kernels.monarch_matmul.gpu_blocks import CHUNK, block, parts_of, pip
 _TOKENS = 64
 _GROUP = 64  # columns of y that are turned at once
 _OUT = 32  # outputs of each block of w2 that are worked on at once
+_STAGES = 3  # chunks of x and w1 that are fetched or worked on at the same time
 _NARROW = 32  # bytes of a swizzle: pieces are multiples of 16 numbers
 _GRADIENTS = 64  # of w2: rows and columns of a tile
 
@@ -37,9 +38,16 @@ def back_permuted(w1, n_blocks: int):
     return jnp.swapaxes(w1.reshape(k, n_blocks, q // n_blocks, p), 1, 2).reshape(k, q, p)
 
 
-def shared(k: int, q: int) -> int:
-    """Bytes of shared memory that the forward kernel takes; the others take less."""
-    return 2 * k * q * (_TOKENS + 2 * _OUT) + 2 * _TOKENS * 4 * _OUT + 2 * _GROUP**2 + 1024
+def shared(k: int, q: int, p: int) -> int:
+    """Bytes of shared memory that the forward kernel takes; the others take less.
+
+    Beside Z', y and the permutation, the operands of the first factor or those of the second: they
+    lie there one after the other.
+    """
+    first = 2 * min(_STAGES, p // CHUNK) * CHUNK * (_TOKENS + q)
+    second = 2 * 2 * _OUT * k * q
+    kept = 2 * _TOKENS * k * q + 2 * _TOKENS * 4 * _OUT + 2 * _GROUP**2
+    return kept + max(first, second) + 1024
 
 
 def _turn(n_blocks: int, dtype):
@@ -108,7 +116,7 @@ def _forward_kernel(x_ref, w1_ref, w2_ref, back_ref, y_ref, *refs, w1, w2, save:
             steps,
             block((_TOKENS, CHUNK), lambda c: (t, i * steps + c), keep=keep),
             block((q, CHUNK), lambda c: (i, c), keep=keep),
-            stages=3,
+            stages=_STAGES,
         )(x_ref, w1_ref)
         return acc[...]
 

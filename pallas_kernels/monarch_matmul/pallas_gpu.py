@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.core import gpu
+from pallas_kernels.core import dispatch, gpu
 from pallas_kernels.monarch_matmul import gpu_blocks, gpu_monarch
 
 _MOST_OUTPUTS = 256  # of a block of w1: the accumulators of 64 tokens
@@ -29,6 +29,13 @@ class PallasGpuConfig(gpu.GpuConfig):
     def __post_init__(self):
         if self.stages < 2:
             raise ValueError(f"monarch_matmul: config has stages={self.stages}; at least 2")
+
+
+def _sizes(x, w1, w2) -> dict[str, int]:
+    sizes = dict(zip("kqp", w1.shape, strict=True))
+    if w2 is not None:
+        sizes |= dict(zip("lsr", w2.shape, strict=True))
+    return sizes | dict(b=x.shape[0], t=x.shape[1], itemsize=x.dtype.itemsize)
 
 
 def refuses(shapes, device_kind) -> str | None:
@@ -54,7 +61,7 @@ def refuses(shapes, device_kind) -> str | None:
 
 
 def _refuses_two(w1, w2) -> str | None:
-    (k, q, _), n_blocks = w1.shape, w2.shape[0]
+    (k, q, p), n_blocks = w1.shape, w2.shape[0]
     if n_blocks not in (2, 4):
         return f"w2 has {n_blocks} blocks; the kernel turns round 2 or 4"
     if q % (16 * n_blocks) or q > _MOST_OUTPUTS:
@@ -62,7 +69,7 @@ def _refuses_two(w1, w2) -> str | None:
             f"blocks of w1 have {q} outputs; with {n_blocks} blocks of w2 the kernel takes "
             f"multiples of {16 * n_blocks} up to {_MOST_OUTPUTS}"
         )
-    need = gpu_monarch.shared(k, q)
+    need = gpu_monarch.shared(k, q, p)
     if need > gpu.SHARED_MEMORY:
         return (
             f"what stands between the factors, {k * q} numbers per token, takes {need} bytes of "
@@ -73,7 +80,7 @@ def _refuses_two(w1, w2) -> str | None:
 
 def run(x, w1, w2, *, config):
     """See `monarch_matmul`; gives y."""
-    config = PallasGpuConfig.of(config, dict(t=x.shape[1]))
+    config = PallasGpuConfig.of(config, _sizes(x, w1, w2), dispatch.device_kind(config))
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     rows = jnp.pad(rows, ((0, -n % gpu_blocks.CHUNK), (0, 0)))  # none, of any usual length

@@ -98,6 +98,10 @@ def test_what_is_refused():
     assert "outputs" in refuses((x, shape(2, 384, 384), shape(4, 192, 192)), HOPPER)
     wide = shape(1, 8, 1024), shape(8, 128, 128), shape(4, 256, 256)
     assert "shared memory" in refuses(wide, HOPPER)
+    # Operands of the first factor beside Z', which are more than the second's: 245,808 bytes.
+    first = shape(1, 8, 576), shape(3, 256, 192), shape(4, 64, 192)
+    assert "shared memory" in refuses(first, HOPPER)
+    assert refuses((shape(1, 8, 384), shape(3, 256, 128), shape(4, 64, 192)), HOPPER) is None
     assert "Hopper" in refuses((x, w1, w2), "NVIDIA A100-SXM4-80GB")
 
 

@@ -1,12 +1,15 @@
 """Tables of tile sizes: who is served by which entry, and writing one (a dry run, interpreted)."""
 
 import dataclasses
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import OPERATORS
-from pallas_kernels.core import tune, tuned
+from pallas_kernels.core import dispatch, tune, tuned
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.testing import ArgSpec
 from pallas_kernels.selective_scan import arg_specs
@@ -94,6 +97,48 @@ def test_a_file_that_is_no_table(table, caplog):
 def test_candidates_halve_and_double_each_size():
     found = [(c.chunk, c.rows) for c in ToyConfig.candidates(SIZES, KIND)]
     assert found == [(32, 1), (16, 1), (64, 1)]
+
+
+def shapes(*of):
+    return [jax.ShapeDtypeStruct(one, jnp.bfloat16) for one in of]
+
+
+@pytest.mark.parametrize(
+    "op, form, kind, arrays, options, sizes",
+    [
+        (
+            *("monarch_matmul", "pallas_gpu", "NVIDIA H200"),
+            *(shapes((1, 64, 128), (2, 64, 64), (2, 64, 64)), {}),
+            dict(b=1, t=64, k=2, q=64, p=64, l=2, s=64, r=64, itemsize=2),
+        ),
+        (
+            *("monarch_matmul", "pallas_gpu", "NVIDIA H200"),
+            *(shapes((3, 64, 128), (2, 64, 64)), {}),
+            dict(b=3, t=64, k=2, q=64, p=64, itemsize=2),
+        ),
+        (
+            *("dilated_conv", "pallas_tpu", KIND),
+            *(shapes((1, 64, 128), (2, 3, 128)), dict(dilations=(1, 4))),
+            dict(b=1, t=64, e=128, w=3, d0=1, d1=4, itemsize=2),
+        ),
+        (
+            *("long_conv", "pallas_tpu", KIND),
+            *(shapes((1, 64, 128), (128, 64)), {}),
+            dict(b=1, t=64, e=128, l=64, itemsize=2),
+        ),
+        (
+            *("long_conv", "pallas_gpu", "NVIDIA H200"),
+            *(shapes((1, 2048, 128), (128, 64)), {}),
+            dict(b=1, t=2048, e=128, l=64, itemsize=2),
+        ),
+    ],
+)
+def test_forms_ask_for_all_that_their_tiles_hang_on(op, form, kind, arrays, options, sizes):
+    """A table of the device reaches them, and one call's entry is not taken for another's."""
+    call = functools.partial(OPERATORS[op], **options, implementation=form)
+    with tuned.asked() as found, dispatch.compiling_for(kind):
+        jax.eval_shape(call, *arrays)
+    assert (found[0].device_kind, found[0].sizes) == (kind, sizes)
 
 
 def test_a_dry_run_writes_what_is_read_again(table, monkeypatch):
