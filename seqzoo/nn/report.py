@@ -4,7 +4,7 @@ Values are sown as nnx.Intermediate, so a mixer stays a plain function of its in
 captures them layer by layer; a call outside of it drops them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,18 +72,26 @@ def captured(module: nnx.Module, run, *args) -> tuple[Any, dict[str, jax.Array]]
     }
 
 
-def gather(layers: list[Mapping[str, jax.Array]]) -> Reports:
-    """Joins the reports of blocks, each with a leading axis over its repeats."""
+def gather(runs: Sequence[Sequence[Mapping[str, jax.Array]]]) -> Reports:
+    """Joins the reports of all layers.
+
+    Args:
+        runs: what the blocks of each run's period told, with a leading axis over its repeats.
+    """
     sums: dict[str, dict[str, jax.Array]] = {_LOSS: {}, _SKIP: {}}
     values: dict[str, list[jax.Array]] = {}
-    for reported in layers:
-        for name, value in reported.items():
+    for blocks in runs:
+        told: dict[str, list[jax.Array]] = {}
+        for name, value in (pair for reported in blocks for pair in reported.items()):
             if name.startswith(_VALUE):
-                values.setdefault(name.removeprefix(_VALUE), []).append(value)
+                told.setdefault(name.removeprefix(_VALUE), []).append(value)
                 continue
             kind = _LOSS if name.startswith(_LOSS) else _SKIP
             name = name.removeprefix(kind)
             sums[kind][name] = sums[kind].get(name, 0.0) + jnp.sum(value)
+        for name, parts in told.items():  # layers follow one another within a repeat
+            in_order = jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+            values.setdefault(name, []).append(in_order)
     joined = {name: jnp.concatenate(parts) for name, parts in values.items()}
     return Reports(sums[_LOSS], joined, sums[_SKIP])
 

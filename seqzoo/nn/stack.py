@@ -155,12 +155,12 @@ class Stack(nnx.Module):
             key: a PRNG key for dropout; None = off.
         """
         states, reported = [], []
-        for i, run in enumerate(self.plan):
+        for i in range(len(self.plan)):
             x, new, told = self._scan(
                 i, x, None if state is None else state[i], segment_ids, return_state, key
             )
             states.append(new)
-            reported += [told[j] for j in range(len(run.period))]
+            reported.append(told)
         return StackOutput(x, states if return_state else None, gather(reported))
 
     def _scan(self, i, x, state, segment_ids, return_state, key):

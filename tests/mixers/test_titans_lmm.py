@@ -154,7 +154,8 @@ def test_it_tells_of_its_memory():
     call = lambda mixer, x: mixer(x, segment_ids=ids)
     run = lambda variables, x: captured(nnx.merge(graphdef, variables), call, x)
     (_, state), told = jax.jit(run)(variables, x)
-    values = {k: float(v[0]) for k, v in gather([{k: v[None] for k, v in told.items()}])[1].items()}
+    reports = gather([[{name: value[None] for name, value in told.items()}]])
+    values = {name: float(value[0]) for name, value in reports.values.items()}
     assert set(values) == {
         f"memory_{name}"
         for name in ("forgetting", "momentum", "step_size", "surprise", "state_norm")

@@ -131,10 +131,12 @@ def test_unrolled_is_the_same_layer_by_layer():
 
 
 def test_reports_come_per_layer():
-    stack = make(5, ("a", "a", "b"))
+    stack = make(7, ("a", "a", "b"))
+    assert [(run.period, run.repeats) for run in stack.plan] == [(tuple("aab"), 2), (("a",), 1)]
     x = jax.random.normal(jax.random.key(1), (2, 7, D))
-    told = jax.jit(lambda x: stack(x).reports)(x)
-    assert told.values["mean"].shape == (5,)
+    told, in_order = (jax.jit(lambda x, s=s: s(x).reports)(x) for s in (stack, stack.unrolled()))
+    assert told.values["mean"].shape == (7,)
+    np.testing.assert_allclose(told.values["mean"], in_order.values["mean"], atol=1e-6)
     assert told.losses["size"].shape == () and told.losses["size"] > 0
     gradient = jax.grad(lambda x: stack(x).reports.losses["size"])(x)
     assert float(jnp.max(jnp.abs(gradient))) > 0
