@@ -26,7 +26,7 @@ NUMBERS = 5
 LOWEST = -1e5  # exp of it is 0
 # A log decay below is as good as none is left; sums of 64 such keep three digits behind the point.
 LEAST = -60.0
-# What parts documents in sums of log decays: exp(-100) of a state is nothing.
+# What parts documents in sums of log decays (`numbers_of`): exp(-100) of a state is nothing.
 _APART = 100.0
 # jax 0.10 wants an index beside the reference, 0.11 wants none.
 _NO_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
@@ -222,8 +222,15 @@ def bounds_of(plan: Plan, s: jax.Array) -> jax.Array | None:
 def numbers_of(g: jax.Array, plan: Plan) -> tuple[jax.Array, ...]:
     """The numbers of chunks, float32 `[b h n c]` each, in their order.
 
+    An exception to how documents are parted elsewhere: between pairs of a chunk not by a mask but
+    by `_APART` in UPTO and AFTER, since kernels then need no ids (states, by masks as elsewhere).
+    Pairs of two documents keep exp(-100) and less, which is 0 beside bfloat16, as long as g is not
+    positive. Pairs of one document are differences of numbers up to 100 times the boundaries before
+    it in its chunk, at most 63: of late short documents a decay is up to about 5e-4 off (1e-3 where
+    decays before them come to LEAST), below the 2e-3 to which bfloat16 rounds the factor.
+
     Args:
-        g: log decays, float32 `[b h n c]`.
+        g: log decays, float32 `[b h n c]`, not positive.
         plan: of the call.
     """
     g = jnp.maximum(g, LEAST)
