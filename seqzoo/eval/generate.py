@@ -68,7 +68,8 @@ def generate(
         max_new_tokens: tokens to write per row, at least 1.
         temperature: logits are divided by it; 0 = always the likeliest token.
         top_k: keep the k likeliest tokens; 0 = all.
-        top_p: keep the likeliest tokens that together have this probability, in (0, 1].
+        top_p: keep the likeliest tokens that together have this probability, in (0, 1], among
+            those that top_k keeps.
         seed: of the draws; the same seed, prompt and settings write the same tokens.
         eos: token that ends a row; None = none does.
         on_tokens: called with int32 `[b n]` whenever n more tokens are ready.
@@ -166,15 +167,18 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling, flags: tuple[b
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
-    if filtered:
-        ranked = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-        probability = jax.nn.softmax(ranked, axis=-1)
-        # A token stays while the likelier ones together fall short of top_p, so one always stays.
-        before = jnp.cumsum(probability, axis=-1) - probability
-        stays = (before < sampling.top_p) & (jnp.arange(logits.shape[-1]) < sampling.top_k)
-        lowest = jnp.min(jnp.where(stays, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= lowest, logits, -jnp.inf)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    if not filtered:
+        return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    # By rank, the likeliest first and equals in order of their numbers: top_k counts exactly.
+    order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    ranked = jnp.where(jnp.arange(logits.shape[-1]) < sampling.top_k, ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)  # of what top_k leaves
+    # A token stays while the likelier ones together fall short of top_p, so one always stays.
+    before = jnp.cumsum(probability, axis=-1) - probability
+    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    rank = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)

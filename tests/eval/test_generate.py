@@ -139,6 +139,16 @@ def test_draws_follow_the_distribution(settings, expected):
     np.testing.assert_allclose(found, expected, atol=5 * 0.5 / 4000**0.5)
 
 
+def test_top_p_counts_among_what_top_k_keeps():
+    found = draws(np.log([0.4, 0.3, 0.2, 0.1]), top_k=2, top_p=0.55)  # 0.4 of 0.7 is enough
+    np.testing.assert_array_equal(found, [1, 0, 0, 0])
+
+
+def test_top_k_keeps_no_more_than_k_of_equals():
+    found = draws(np.zeros(6), top_k=2)
+    assert np.all(found[:2] > 0.4) and not np.any(found[2:])
+
+
 def test_a_row_ends_with_its_end_token():
     model, (prompt,) = model_of("mamba"), random_prompts(6)
     free = generate(model, [prompt], max_new_tokens=80, temperature=0).tokens[0]
