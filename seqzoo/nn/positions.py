@@ -58,12 +58,12 @@ class LearnedPositions(nnx.Module):
 
         Returns:
             `[b t d]` float32, and the state after the last token. A place behind the last row gives
-            NaN; only a stream can reach one.
+            NaN; streams and documents among others in a row can reach one.
 
         Raises:
-            ValueError: a whole row is longer than the table.
+            ValueError: a row of one document is longer than the table.
         """
-        if t > self.max_positions and (state is None or segment_ids is None):
+        if t > self.max_positions and segment_ids is None:
             raise ValueError(
                 f"a row of {t} tokens has more places than model.max_positions="
                 f"{self.max_positions}; raise it (the table is trained) or shorten data.seq_len"

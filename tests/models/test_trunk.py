@@ -14,6 +14,7 @@ from seqzoo.models import LanguageModel
 from seqzoo.nn.block import Block
 from seqzoo.nn.linear import NORMS
 from seqzoo.nn.mlp import GELU
+from seqzoo.nn.positions import LearnedPositions
 from seqzoo.nn.stack import Stack
 
 D = 16
@@ -135,6 +136,11 @@ def test_positions_restart_per_document(compiled, tokens_of):
 def test_longer_than_the_positions(tokens_of):
     with pytest.raises(ValueError, match="13 tokens has more places than model.max_positions=12"):
         language_model(**POSITIONS)(tokens_of(1, 13))
+    positions = LearnedPositions(D, max_positions=3, rngs=nnx.Rngs(0))
+    ids = jnp.asarray([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 2, 2]], jnp.int32)  # one is too long
+    rows, _ = positions(6, segment_ids=ids, state=None, batch=2)
+    np.testing.assert_array_equal(rows[0], positions.embedding[...][jnp.array([0, 1, 2, 0, 1, 0])])
+    np.testing.assert_array_equal(np.isnan(rows[1]).all(-1), [False] * 5 + [True])
 
 
 @pytest.mark.parametrize(
