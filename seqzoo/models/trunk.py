@@ -70,6 +70,7 @@ class Trunk(nnx.Module):
         embed_std: standard deviation that embeddings start with. Small ones are soon overwritten
             by what the first mixer adds; recall of rare tokens is learnt faster from large ones.
         embed_scale: embeddings are multiplied by it.
+        embed_decay: whether weight decay applies to the table of embeddings.
         input_dim: width of the vectors that come in place of tokens; None = tokens.
         pad_vocab_multiple: rows of the embedding are padded to a multiple of it.
         dropout: rate, on what each mixer adds.
@@ -101,6 +102,7 @@ class Trunk(nnx.Module):
         embed_norm: bool = False,
         embed_std: float = 0.02,
         embed_scale: float = 1.0,
+        embed_decay: bool = True,
         input_dim: int | None = None,
         pad_vocab_multiple: int = 8,
         dropout: float = 0.0,
@@ -139,7 +141,7 @@ class Trunk(nnx.Module):
                 rows,
                 d_model,
                 embedding_init=nnx.initializers.normal(embed_std),
-                embedding_metadata=metadata("vocab", "embed"),
+                embedding_metadata=metadata("vocab", "embed", decay=embed_decay),
                 rngs=rngs,
             )
         else:

@@ -9,6 +9,7 @@ from flax import nnx
 from seqzoo.config.build import build
 from seqzoo.config.compose import compose
 from seqzoo.eval import describe
+from seqzoo.nn.param import decays
 
 LAYERS = {  # of linear attention; a sliding window follows each, all others are convolutions
     "based_360m": (27, (1, 6, 11, 16, 21)),
@@ -25,6 +26,7 @@ def test_released_sizes(name, millions):
     for i in linear:
         kinds[i : i + 2] = ["based", "sliding_window_attention"]
     assert list(model.stack.layers) == kinds
+    assert not decays(model.embed.embedding)
 
 
 def test_the_dial():
@@ -33,6 +35,7 @@ def test_the_dial():
 
     def kept(*more):
         model = describe.abstract_model(compose([*words, *more]).model)
+        assert decays(model.embed.embedding)
         assert model.state_bytes(256) == model.state_bytes(16_384)
         return model.state_bytes(256)["recurrent"]
 
