@@ -41,7 +41,8 @@ class Mega(MegaBlock):
     facebookresearch/mega.
 
     Differs from source: no dropout inside the block; documents can be packed and streamed; any
-    length.
+    length; weight decay spares delta, alpha and omega of the average, gamma and beta of q and k,
+    norms and biases, where the source's optimizer decays every parameter.
     """
 
     def __init__(

@@ -51,7 +51,8 @@ class EMA(nnx.Module):
 
     Differs from source: the state of a truncated average is its last inputs, so that a stream gives
     what the whole gives (the source streams the average that is not cut off); the form by chunks;
-    documents can be packed.
+    documents can be packed. Weight decay spares delta, alpha and omega; the source's optimizer
+    decays every parameter.
     """
 
     def __init__(

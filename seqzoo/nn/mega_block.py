@@ -80,7 +80,9 @@ class MegaBlock(nnx.Module):
 
     Differs from source: no dropout inside; a length that is no multiple of the chunk; documents can
     be packed and streamed; attention divides by the keys that a query sees, where the source's
-    laplace and relu2 divide by the chunk in a last chunk that is short.
+    laplace and relu2 divide by the chunk in a last chunk that is short. Weight decay spares delta,
+    alpha and omega of the average, gamma and beta of q and k, norms and biases; the source's
+    optimizer decays every parameter.
     """
 
     owns_residual = True
