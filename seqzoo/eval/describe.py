@@ -30,7 +30,8 @@ class Parameters(NamedTuple):
         active: those that one token uses; fewer than total where a mixer routes.
         without_embeddings: total less the tables: of tokens, at the input and (untied) output, and
             of positions.
-        by_part: embedding, positions, mixers.NAME, channel_mixers, norms, head.
+        by_part: embedding (where vectors come in: input, which is no table), positions,
+            mixers.NAME, channel_mixers, norms, head.
     """
 
     total: int
@@ -90,13 +91,13 @@ def plain(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def parameters(model: nnx.Module) -> Parameters:
     """Counts the parameters of an abstract (or a real) model by part."""
-    by_part: dict[str, int] = {"embedding": 0}
+    by_part: dict[str, int] = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         part = _part(path, model)
         by_part[part] = by_part.get(part, 0) + math.prod(variable.get_value().shape)
     total = sum(by_part.values())
-    tables = by_part["embedding"] + by_part.get("positions", 0)
-    tables += by_part.get("head", 0) if _head_is_a_table(model) else 0
+    tables = by_part.get("embedding", 0) + by_part.get("positions", 0)
+    tables += by_part.get("head", 0) if _is_a_table(model, "head") else 0
     return Parameters(total, total - _idle(model), total - tables, by_part)
 
 
@@ -106,12 +107,13 @@ def _part(path: tuple, model: nnx.Module) -> str:
         if kind == "mixer":
             return f"mixers.{run.period[place]}"
         return "channel_mixers" if kind == "channel_mixer" else "norms"
-    names = {"embed": "embedding", "norm": "norms", "embed_norm": "norms"}
+    read = "embedding" if _is_a_table(model, "embed") else "input"
+    names = {"embed": read, "norm": "norms", "embed_norm": "norms"}
     return names.get(path[0], str(path[0]))
 
 
-def _head_is_a_table(model: nnx.Module) -> bool:
-    return isinstance(getattr(model, "head", None), nnx.Embed)
+def _is_a_table(model: nnx.Module, name: str) -> bool:
+    return isinstance(getattr(model, name, None), nnx.Embed)
 
 
 def _idle(model: nnx.Module) -> int:

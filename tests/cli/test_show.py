@@ -111,6 +111,9 @@ def test_rows_of_two_documents_and_of_vectors_are_counted():
     assert forward[1] == pytest.approx(2 * forward[0], rel=0.01)
     assert 0 < forward[2] - forward[0] < 10 * 3 * 64  # a product of 3 by 64
     assert describe.memory(two, 32).activations > 1.9 * describe.memory(one, 32).activations
+    counted = describe.parameters(describe.abstract_model(vectors["model"]))
+    assert counted.by_part["input"] == (3 + 1) * 64 and "embedding" not in counted.by_part
+    assert counted.without_embeddings == counted.total
 
 
 def test_recurrent_state_does_not_grow(seqzoo):
