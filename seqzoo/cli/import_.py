@@ -15,7 +15,7 @@ EPILOG = """examples:
 The folder holds config.json and model.safetensors (or its shards and their index), as transformers
 writes them for Mamba (MambaForCausalLM) and Llama. Every setting is read from config.json, none is
 assumed. A pickle (pytorch_model.bin, .pt) is refused: reading one runs the code in it. Nothing is
-downloaded.
+downloaded. 'seqzoo export' writes such a folder from a run.
 
 The run takes eval, generate, show and init_from=RUN@0 'reset=[optimizer]' like any other. Its data
 is the tokens of the model's own tokenizer: name an array of them with data.path, here or at eval.

@@ -22,7 +22,8 @@ COMMANDS = {
     "doctor": ("seqzoo.cli.doctor", "devices, versions, and which implementations serve here"),
     "check": ("seqzoo.cli.check", "test a mixer class, yours or ours, against the contract"),
     "bench": ("seqzoo.cli.bench", "measure operators and the train loop on this machine"),
-    "import": ("seqzoo.cli.import_", "make a run from a Hugging Face Mamba checkpoint"),
+    "import": ("seqzoo.cli.import_", "make a run from a Hugging Face checkpoint (Mamba, Llama)"),
+    "export": ("seqzoo.cli.export", "write a run's model as a Hugging Face checkpoint"),
 }
 
 EPILOG = """examples:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqzoo.convert.config import Config
-from seqzoo.convert.mapping import Format, Leaf
+from seqzoo.convert.mapping import Format, Leaf, Settings
 
+_MIXER, _CHANNEL_MIXER = "seqzoo.mixers.attention.Attention", "seqzoo.nn.mlp.SwiGLU"
 _LAYER = "model.layers.{i}."
 
 LEAVES = (
@@ -56,7 +57,7 @@ def node(values: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": ["attention"],
         "mixers": {
             "attention": {
-                "_target_": "seqzoo.mixers.attention.Attention",
+                "_target_": _MIXER,
                 "_partial_": True,
                 **common,
                 "n_heads": n_heads,
@@ -67,7 +68,7 @@ def node(values: Mapping[str, Any]) -> dict[str, Any]:
             }
         },
         "channel_mixer": {
-            "_target_": "seqzoo.nn.mlp.SwiGLU",
+            "_target_": _CHANNEL_MIXER,
             "_partial_": True,
             **common,
             "d_ff": config.integer("intermediate_size"),
@@ -89,4 +90,39 @@ def _rope_theta(config: Config) -> float:
     return float(rope["rope_theta"] if "rope_theta" in rope else config.get("rope_theta"))
 
 
-FORMAT = Format("llama", node, LEAVES, "model.embed_tokens.weight", "lm_head.weight")
+def values(ours: Settings) -> dict[str, Any]:
+    """The config.json of a model of ours; `node` reads it back."""
+    model, mixer, block = ours.model, ours.mixer, ours.block
+    theta = float(mixer["rope_theta"])
+    longest = {} if ours.seq_len is None else {"max_position_embeddings": ours.seq_len}
+    return {
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "vocab_size": model["vocab_size"],
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["n_layers"],
+        "num_attention_heads": mixer["n_heads"],
+        "num_key_value_heads": block.mixer.n_kv_heads,
+        "head_dim": block.mixer.head_dim,
+        "attention_bias": mixer["use_bias"],
+        "intermediate_size": block.channel_mixer.up.out_features,
+        "rms_norm_eps": model["norm_eps"],
+        # Where older and where newer versions of transformers look for it.
+        "rope_theta": theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "tie_word_embeddings": model["tie_embeddings"],
+        **longest,
+    }
+
+
+FORMAT = Format(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    node=node,
+    values=values,
+    leaves=LEAVES,
+    embedding="model.embed_tokens.weight",
+    head="lm_head.weight",
+    mixer=_MIXER,
+    channel_mixer=_CHANNEL_MIXER,
+)

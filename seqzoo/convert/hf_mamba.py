@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqzoo.convert.config import Config
-from seqzoo.convert.mapping import Format, Leaf
+from seqzoo.convert.mapping import Format, Leaf, Settings
 
+_MIXER = "seqzoo.mixers.mamba.Mamba"
 _LAYER = "backbone.layers.{i}."
 
 LEAVES = (
@@ -55,7 +56,7 @@ def node(values: Mapping[str, Any]) -> dict[str, Any]:
         "pattern": ["mamba"],
         "mixers": {
             "mamba": {
-                "_target_": "seqzoo.mixers.mamba.Mamba",
+                "_target_": _MIXER,
                 "_partial_": True,
                 "d_model": d_model,
                 "dtype": "float32",
@@ -83,4 +84,39 @@ def node(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("mamba", node, LEAVES, "backbone.embeddings.weight", "lm_head.weight")
+def values(ours: Settings) -> dict[str, Any]:
+    """The config.json of a model of ours; `node` reads it back."""
+    model, mixer = ours.model, ours.mixer
+    return {
+        "hidden_act": "silu",
+        "vocab_size": model["vocab_size"],
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["n_layers"],
+        "intermediate_size": mixer["expand"] * model["d_model"],
+        "expand": mixer["expand"],
+        "state_size": mixer["d_state"],
+        "conv_kernel": mixer["d_conv"],
+        "time_step_rank": ours.block.mixer.dt_rank,
+        "time_step_min": mixer["dt_min"],
+        "time_step_max": mixer["dt_max"],
+        "time_step_floor": mixer["dt_init_floor"],
+        "time_step_scale": mixer["dt_scale"],
+        "use_bias": mixer["use_bias"],
+        "use_conv_bias": mixer["use_conv_bias"],
+        "layer_norm_epsilon": model["norm_eps"],
+        "residual_in_fp32": model["residual_dtype"] == "float32",
+        "tie_word_embeddings": model["tie_embeddings"],
+    }
+
+
+FORMAT = Format(
+    model_type="mamba",
+    architecture="MambaForCausalLM",
+    node=node,
+    values=values,
+    leaves=LEAVES,
+    embedding="backbone.embeddings.weight",
+    head="lm_head.weight",
+    mixer=_MIXER,
+    channel_mixer=None,
+)

@@ -30,16 +30,39 @@ class Format(NamedTuple):
 
     Attributes:
         model_type: what config.json calls it.
-        node: config.json, and the names of the arrays in the file -> a `model` node of ours.
+        architecture: the class of transformers that reads it.
+        node: config.json -> a `model` node of ours.
+        values: and back, of every key that `node` reads.
         leaves: every parameter that it may have.
         embedding, head: names in the file, to tell whether they are tied.
+        mixer, channel_mixer: the classes in each of its layers.
     """
 
     model_type: str
+    architecture: str
     node: Callable[[Mapping[str, Any]], dict[str, Any]]
+    values: Callable[["Settings"], dict[str, Any]]
     leaves: tuple[Leaf, ...]
     embedding: str
     head: str
+    mixer: str
+    channel_mixer: str | None
+
+
+class Settings(NamedTuple):
+    """Our model as an export sees it.
+
+    Attributes:
+        model: every key of its node, defaults included.
+        mixer: the same of the mixer in its layers.
+        block: its first layer, whose parts know the widths that a node leaves open.
+        seq_len: the longest row that it was made for; None = not known.
+    """
+
+    model: Mapping[str, Any]
+    mixer: Mapping[str, Any]
+    block: Any
+    seq_len: int | None
 
 
 # Name: (theirs -> ours, ours -> theirs). torch stores a linear layer as (out, in), and a depthwise
