@@ -209,6 +209,8 @@ class Space:
     def check(self) -> list[str]:
         """Composes enough points to find a wrong key or value before anything runs.
 
+        Values of the model alone are left to the trials: to build it takes longer.
+
         Returns:
             The identities of these points: what trials are, whatever the spelling.
 
@@ -223,7 +225,7 @@ class Space:
             words = tuple(self.words(point))
             if words not in done:
                 done.add(words)
-                hashes.add(_hash_of(words, self.config_dir))
+                hashes.add(_checked(words, self.config_dir))
             met |= {word.text for word in self.fixed if self._counts(word, point)}
         for name in (*(one.name for one in self.parameters), *(w.text for w in self.fixed)):
             if name not in met:
@@ -332,8 +334,13 @@ def _pattern_of(words: tuple[str, ...], config_dir: str | None) -> tuple[str, ..
 
 
 @functools.lru_cache(maxsize=4096)
-def _hash_of(words: tuple[str, ...], config_dir: str | None) -> str:
-    return run_hash(compose(words, config_dir=config_dir))
+def _checked(words: tuple[str, ...], config_dir: str | None) -> str:
+    """The identity of a run whose values are all allowed."""
+    from seqzoo.train.values import check_values  # imports jax; a worker must not before its time
+
+    config = compose(words, config_dir=config_dir)
+    check_values(config)
+    return run_hash(config)
 
 
 def _rng(seed: int, number: int, attempt: int, name: str) -> np.random.Generator:

@@ -126,9 +126,16 @@ def test_what_a_space_refuses(words, why):
         (["optimizer.learning_rate=1,2"], "calls it 'optimizer.lr'"),
         (["mixer=mamba,based", "model.mixers.mom.n_heads=1,2"], "counts in no trial"),
         (["trainer.steps=10,many"], "must be int"),
+        (["optimizer.lr=1e-3,-1"], r"optimizer.lr=-1.0; it must be above 0"),
+        (["trainer.precision=high,hihg"], "trainer.precision=hihg; allowed: default, high"),
+        (["data.seed=0,1", "trainer.grad_accum_steps=3"], "no multiple of trainer.grad_accum"),
+        (
+            ["optimizer=adamw,lion", "optimizer.b2=0.9,2 if optimizer=lion"],
+            "optimizer.b2=2",
+        ),
     ],
 )
-def test_what_cannot_be_composed_is_found_before_anything_runs(words, why):
+def test_what_no_run_could_take_is_found_before_anything_runs(words, why):
     with pytest.raises(ConfigError, match=why):
         Space(words).check()
 

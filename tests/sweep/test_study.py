@@ -169,7 +169,7 @@ def test_a_config_file_that_changed_behind_the_same_words_is_told(tiny_words, tm
         file = tmp_path / folder / "optimizer/mine.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"defaults: [adamw, _self_]\nb1: {b1}\n")
-        space._hash_of.cache_clear()  # as in a process of its own
+        space._checked.cache_clear()  # as in a process of its own
         settings = split([*tiny_words, "optimizer=mine", *GRID])
         return Study.create(settings, root=tmp_path / "runs", config_dir=str(tmp_path / folder))
 
