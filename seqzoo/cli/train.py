@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> int:
 
     launching = [word for word in args.overrides if _is_launcher(word)]
     rest = [word for word in args.overrides if word not in launching]
-    # All are composed and their values asked for before the first one runs: a typo in the last must
-    # not cost a night.
+    # All are composed, and their values and models built, before the first one runs: a typo in the
+    # last must not cost a night.
     jobs = [(compose(words, config_dir=args.config_dir), words) for words in expand(rest)]
-    from seqzoo.train.values import check_values  # imports jax, and does not start it
+    from seqzoo.train.setup import check_model  # imports jax, and does not start it
+    from seqzoo.train.values import check_values
 
-    for config, _ in jobs:
-        check_values(config)
+    for check in (check_values, check_model):
+        for config, _ in jobs:
+            check(config)
     if launching:
         from seqzoo.sweep.settings import split  # reads what Optuna needs
 

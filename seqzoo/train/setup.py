@@ -142,6 +142,15 @@ def setup(
     )
 
 
+def check_model(config: DictConfig | Mapping[str, Any]) -> None:
+    """Builds the model without arrays: its run will not have to. Starts no device.
+
+    Raises:
+        ConfigError: a constructor refused a value.
+    """
+    _structure(json.dumps(plain(config)["model"], sort_keys=True))
+
+
 @functools.lru_cache(maxsize=16)
 def _structure(model_json: str) -> Structure:
     """Runs of a sweep share it: building a model takes a while, even an abstract one."""

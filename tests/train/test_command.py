@@ -144,6 +144,7 @@ def test_many_runs_one_after_the_other(command):
         ("trainer.precision=high,hihg", "trainer.precision=hihg; allowed: default, high, highest"),
         ("task.metric=accuracy,accuracy/7", "task.metric=accuracy/7"),
         ("data.num_kv_pairs=2,100", "num_kv_pairs"),
+        ("model.d_model=8,0", "d_model"),
     ],
 )
 def test_a_value_of_the_last_run_ends_all_before_any_work(command, tmp_path, word, said):
