@@ -41,7 +41,7 @@ PAPER = {
     "no_persistent": (0.62, 0.19),
 }
 # Lengths and pairs, easiest first.
-LADDER = ((128, 8), (128, 16), (128, 32), (256, 32), (256, 64))
+LADDER = ((64, 4), (64, 6), (64, 8), (128, 8), (128, 16))
 BETWEEN = (0.6, 0.95)
 
 
