@@ -41,7 +41,7 @@ PAPER = {
     "no_persistent": (0.62, 0.19),
 }
 # Lengths and pairs, easiest first.
-LADDER = ((64, 6), (64, 8), (128, 8), (128, 16))
+LADDER = ((64, 4), (64, 6), (64, 8), (128, 8), (128, 16))
 BETWEEN = (0.6, 0.95)
 
 
