@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seqzoo.eval.compare import LEARNED, SEEDS, interval
+from seqzoo.eval.compare import LEARNED, SEEDS, interval, learned
 from seqzoo.sweep.rows import Row
 from seqzoo.sweep.study import Study
 
@@ -218,8 +218,8 @@ def remarks(found: Results) -> list[str]:
     for name, trials in groups.items():
         told += _at_the_edge(found, name, trials)
         best = found.best(trials)
-        easy = found.metric.partition("/")[0] == "accuracy"
-        if easy and best is not None and best.value is not None and best.value < LEARNED:
+        known = best is not None and best.value is not None
+        if known and not learned(found.metric, best.value):
             told.append(f"{name}: not learned (best {best.value:.3g}, below {LEARNED})")
     if len(groups) > 1:
         told += _overlaps(found)
