@@ -218,9 +218,9 @@ def remarks(found: Results) -> list[str]:
     for name, trials in groups.items():
         told += _at_the_edge(found, name, trials)
         best = found.best(trials)
-        known = best is not None and best.value is not None
-        if known and not learned(found.metric, best.value):
-            told.append(f"{name}: not learned (best {best.value:.3g}, below {LEARNED})")
+        value = None if best is None else best.value
+        if value is not None and not learned(found.metric, value):
+            told.append(f"{name}: not learned (best {value:.3g}, below {LEARNED})")
     if len(groups) > 1:
         told += _overlaps(found)
     return told
