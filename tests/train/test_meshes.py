@@ -16,6 +16,7 @@ HYBRID = ("model=mamba_attention", *SMALL)
 BASED = ("model=based_small", *SMALL)
 MEMORY = (
     "model=titans_mag_small",
+    "model.mixers.titans_mag.n_heads=2",
     "model.mixers.titans_mag.head_dim=8",
     "model.mixers.titans_mag.window=8",
     "model.mixers.titans_mag.chunk=8",
