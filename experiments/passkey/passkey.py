@@ -158,8 +158,8 @@ def draw(lines: list[dict[str, str]]) -> None:
         one.set_xticks(range(len(LENGTHS)), [f"{n / 1024:g}k" for n in LENGTHS], fontsize=8)
         one.set_yticks(range(len(DEPTHS)), [f"{d} %" for d in DEPTHS], fontsize=8)
     if image is not None:
-        label = f"accuracy per digit (darkest: chance, {CHANCE:g})"
-        figure.colorbar(image, ax=axes[0].tolist(), label=label)
+        bar = figure.colorbar(image, ax=axes[0].tolist())
+        bar.set_label(f"accuracy per digit\n(darkest: chance, {CHANCE:g})", fontsize=8)
     figure.supxlabel("bytes of a row")
     figure.supylabel("depth")
     figure.savefig(HERE / "depth.png", dpi=130)
