@@ -21,7 +21,7 @@ PRESETS = {"mqar_zoology", "mqar_based", "fashion_mnist", "lra_image"}
 # Readers of public data sets, each tested with files in its format that its own test writes.
 PUBLIC = {file.stem for file in FILES if "official:" in file.read_text()}
 # Filled in from the data.
-GIVEN = {"groups", "most_asked"}
+GIVEN = {"groups", "most_asked", "answers_in_input"}
 
 
 def target_of(node):

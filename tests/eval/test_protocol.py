@@ -61,7 +61,7 @@ def test_of_rates_that_learn_all_the_soonest_is_taken():
 
 def test_a_run_tells_the_step_that_was_its_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ["experiment=mqar", "model=gla_small", "model.d_model=16", "model.n_layers=1"]
+    small = ["experiment=mqar", "model=mamba_small", "model.pattern=[identity]", "model.d_model=16"]
     steps = ["trainer.steps=4", "trainer.eval_every=2", "trainer.eval_samples=8"]
     run = protocol.train([*small, *steps, "trainer.global_batch_size=8", "trainer.test_samples=8"])
     assert run["first"] in (2, 4) and 0 <= run["valid"] <= 1 and run["path"].exists()
