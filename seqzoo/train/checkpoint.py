@@ -343,6 +343,7 @@ def read_step(path: pathlib.Path, abstract_state: Any, *, partial: bool = False)
       Damaged: the step is not what was saved.
       CheckpointError: it was saved from another model.
     """
+    path = path.absolute()  # Orbax takes no other
     document = read_meta(path)
     wanted = manifest.flatten(abstract_state)
     stored = document["arrays"]

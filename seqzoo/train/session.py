@@ -96,10 +96,12 @@ class Session:
 
     def begin(self, branch: branches.Branch | None) -> None:
         """Goes on from the newest whole checkpoint, else from the branch, else from the start."""
-        had = self._checkpoints.steps()
         restored = self._checkpoints.restore(self.run.state)
         for text in self._checkpoints.damaged:
             self.say(f"warning: {text}")
+        if restored is None and self._checkpoints.damaged:
+            self.say("warning: no checkpoint is whole; beginning anew")
+            branch = branches.find(self.run.config)  # not asked for while checkpoints were there
         if restored is not None:
             self.step, self.state = restored.step, restored.state
             self._remember(restored.meta)
@@ -115,8 +117,6 @@ class Session:
             self.step = int(self.state.step)
             self.say(f"beginning from step {branch.step} of {branch.path}")
         else:
-            if had:
-                self.say("warning: no checkpoint is whole; beginning anew")
             self.state = initial_state(self.run)
         self.folder.rewind_metrics(0 if restored is None else restored.meta["metrics_bytes"])
         path = self.folder.metrics_path if self._hooks else None

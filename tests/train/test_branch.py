@@ -5,7 +5,7 @@ import pytest
 
 from seqzoo.errors import ConfigError
 from seqzoo.train import checkpoint
-from seqzoo.train.folder import read_metrics, read_status
+from seqzoo.train.folder import read_metrics, read_status, write_json
 
 
 @pytest.fixture
@@ -28,6 +28,21 @@ def test_a_branch_goes_on_where_the_trunk_was(fit, trunk):
     assert position(branch.path, 16) == position(longer.path, 16) == 16 * 8
     steps = [line["step"] for line in read_metrics(branch.path)]
     assert min(steps) == 8 and read_status(branch.path)["attempt"] == 1
+
+
+def test_a_trunk_is_named_by_a_path_from_here(fit, trunk, monkeypatch):
+    """As one types it; and where no checkpoint of the branch is whole, it begins there again."""
+    monkeypatch.chdir(trunk.parents[1])
+    words = (f"init_from={trunk.relative_to(trunk.parents[1])}@8", "trainer.steps=9")
+    branch = fit(*words)
+    ended = read_metrics(branch.path)
+    write_json(branch.path / "status.json", read_status(branch.path) | {"state": "running"})
+    for file in branch.path.glob("checkpoints/*/meta/metadata"):
+        file.write_text("{}")
+    assert fit(*words).path == branch.path and read_metrics(branch.path) == ended
+    log = (branch.path / "train.log").read_text()
+    assert "no checkpoint is whole; beginning anew" in log
+    assert log.count("beginning from step 8") == 2
 
 
 def test_everything_may_be_left_behind(fit, trunk):
