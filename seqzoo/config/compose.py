@@ -241,12 +241,23 @@ def _keep_used_mixers(config: dict[str, Any], typed: Sequence[str]) -> None:
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
-    data, model = config["data"].get("vocab_size"), config["model"].get("vocab_size")
-    if isinstance(data, int) and isinstance(model, int) and model < data:
+    for name, model, data, what in sizes_that_differ(config):
         raise ConfigError(
-            f"model.vocab_size={model} is smaller than data.vocab_size={data}: tokens would have "
-            "no embedding; set model.vocab_size to at least that"
+            f"model.{name}={model} is smaller than data.{name}={data}: {what}; set model.{name} to "
+            "at least that"
         )
+
+
+def sizes_that_differ(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int, str]]:
+    """Yields (key, model's, data's, what follows) of sizes of data that the model does not have."""
+    lost = {
+        "vocab_size": "tokens would have no embedding",
+        "n_classes": "labels would have no logit",
+    }
+    for name, what in lost.items():
+        model, data = config["model"].get(name), config["data"].get(name)
+        if isinstance(data, int) and isinstance(model, int) and model < data:
+            yield name, model, data, what
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 from omegaconf import OmegaConf
 
 from seqzoo.config import paths, schema
-from seqzoo.config.compose import compose, parse
+from seqzoo.config.compose import compose, parse, sizes_that_differ
 from seqzoo.data.source import Split
 from seqzoo.errors import ConfigError
 from seqzoo.load import Run
@@ -116,12 +116,8 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
             raise _not_ours(one.key_or_group)
         _set(found, [section, *keys], one.value())
     checked = schema.check(found)
-    data, model = checked["data"].get("vocab_size"), checked["model"].get("vocab_size")
-    if isinstance(data, int) and isinstance(model, int) and data > model:
-        raise ConfigError(
-            f"data.vocab_size={data} is more than the model knows ({model}): its tokens would have "
-            "no embedding"
-        )
+    for name, model, data, what in sizes_that_differ(checked):
+        raise ConfigError(f"data.{name}={data} is more than the model knows ({model}): {what}")
     return checked
 
 

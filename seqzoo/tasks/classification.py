@@ -40,7 +40,12 @@ class Classification:
         self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> Sums:
         """Runs the classifier on a batch, of `tokens` or of vectors (`inputs`), and adds up what it
-        got right."""
+        got right.
+
+        Raises:
+          ConfigError: rows have no label, or the model answers elsewhere.
+        """
+        task.check_rows(batch, "task=classification", "label")
         read = batch["inputs"] if "inputs" in batch else batch["tokens"]
         out = model.run(read, segment_ids=batch.get("segment_ids"), key=key)
         scores = task.score(out.logits, batch["label"])

@@ -67,7 +67,8 @@ class MaskedAnswers:
         """Runs the model on a batch, whole or in chunks, and adds up what it got right.
 
         Raises:
-          ConfigError: a mixer of the model sees answers that it is asked for.
+          ConfigError: a mixer of the model sees answers that it is asked for, rows have no targets,
+            or the model answers elsewhere.
         """
         if self.answers_in_input:
             task.check_causal(
@@ -76,6 +77,7 @@ class MaskedAnswers:
                 "them",
                 "take data whose rows hold none, as data=mqar",
             )
+        task.check_rows(batch, "task=masked_answers", "targets")
         rows, reports = score_rows(
             model, batch, key=key, chunk_length=chunk_length, most_asked=self.most_asked
         )

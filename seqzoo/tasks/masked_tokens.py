@@ -41,7 +41,12 @@ class MaskedTokens:
     def sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> Sums:
-        """Runs the model on a batch and adds up the losses."""
+        """Runs the model on a batch and adds up the losses.
+
+        Raises:
+          ConfigError: rows have no targets, or the model answers elsewhere.
+        """
+        task.check_rows(batch, "task=masked_tokens", "targets")
         out = model.run(batch["tokens"], segment_ids=batch.get("segment_ids"), key=key)
         scores = task.score(out.logits, batch["targets"])
         weight = scores.asked.sum()

@@ -59,7 +59,8 @@ class NextToken:
         """Runs the model on a batch, whole or in chunks, and adds up the losses.
 
         Raises:
-          ConfigError: a mixer of the model sees the token that it is asked for.
+          ConfigError: a mixer of the model sees the token that it is asked for, rows have no
+            targets, or the model answers elsewhere.
         """
         task.check_causal(
             model,
@@ -67,6 +68,7 @@ class NextToken:
             "the next token",
             "take task=masked_tokens with data=masked_stdlib_text",
         )
+        task.check_rows(batch, "task=next_token", "targets")
         rows, reports = score_rows(model, batch, key=key, chunk_length=chunk_length)
         weight = rows.asked.sum()
         return Sums(

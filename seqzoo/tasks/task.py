@@ -74,7 +74,17 @@ def score(logits: jax.Array, targets: jax.Array) -> Scores:
 
     What is not asked is cut out before any arithmetic: NaN in a logit there reaches neither the
     loss nor a gradient. Of n equal highest logits each is right by 1 / n.
+
+    Raises:
+      ConfigError: the model answers at other places than those that are asked.
     """
+    if logits.shape[:-1] != targets.shape:  # in a batch of one row they would be stretched to fit
+        raise ConfigError(
+            f"the model gives logits {list(logits.shape)}, and the task asks at "
+            f"{list(targets.shape)}: a language model answers at every token, a classifier "
+            "(model=lssl_small, mega_lra_text, ...) once per row; choose the model that fits the "
+            "task"
+        )
     asked = targets != IGNORE
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     logits = jnp.where(asked[..., None], logits, 0.0)
@@ -127,6 +137,25 @@ def averages(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
         elif "/" not in name:
             found[name] = float("nan")
     return found
+
+
+def check_rows(batch: Mapping[str, Any], asked: str, name: str) -> None:
+    """Refuses rows of data that another task is made for.
+
+    Args:
+      batch: the rows.
+      asked: the setting that asks.
+      name: what it needs of each row, "targets" or "label".
+
+    Raises:
+      ConfigError: it is not there.
+    """
+    if name not in batch:
+        other = "classification" if "label" in batch else "masked_answers or next_token"
+        raise ConfigError(
+            f"{asked} needs rows with {name}, and rows of this data have {', '.join(batch)}; take "
+            f"task={other}, or other data"
+        )
 
 
 def check_causal(model: Any, asked: str, seen: str, instead: str) -> None:

@@ -136,6 +136,11 @@ def test_a_mistake_is_named_with_the_nearest_valid_key(word):
     assert MISTAKES[word] in str(error.value)
 
 
+def test_labels_that_a_model_does_not_have_are_refused():
+    with pytest.raises(ConfigError, match="model.n_classes=4 is smaller than data.n_classes=10"):
+        compose(["experiment=lra_listops", "model.n_classes=4"])
+
+
 def test_mistakes_end_the_command_with_exit_code_2_before_jax_starts():
     code = (
         "import sys; from seqzoo.cli.main import main; code = main(['train', 'model.d_modle=3']);"

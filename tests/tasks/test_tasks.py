@@ -179,3 +179,25 @@ def test_rows_without_answers_are_read_by_any_model():
 def test_a_group_or_total_without_weight_is_no_division_by_zero():
     found = MaskedAnswers().finish({"loss": (0.0, 0.0), "accuracy/x": (0.0, 0.0)})
     assert math.isnan(found["loss"]) and "accuracy/x" not in found
+
+
+def test_a_model_that_answers_elsewhere_is_refused():
+    """Logits per token and one label: in a batch of one row they would fit by stretching."""
+    one = jnp.zeros((1,), jnp.int32)
+    batch = {"tokens": jnp.zeros((1, 5), jnp.int32), "label": one}
+    with pytest.raises(ConfigError, match=r"logits \[1, 5, 4\].*asks at \[1\]: .*classifier"):
+        Classification().sums(Table(jnp.zeros(4)), batch)
+
+
+@pytest.mark.parametrize(
+    ("task", "held", "said"),
+    [
+        (Classification(), "targets", "rows with label, .* tokens, targets; take .*masked_answers"),
+        (NextToken(), "label", "rows with targets, .* tokens, label; take task=classification"),
+        (MaskedAnswers(), "label", "task=masked_answers needs rows with targets"),
+    ],
+)
+def test_rows_of_another_task_are_refused(task, held, said):
+    tokens = jnp.zeros((2, 5), jnp.int32)
+    with pytest.raises(ConfigError, match=said):
+        task.sums(Table(jnp.zeros(4)), {"tokens": tokens, held: tokens})
