@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from seqzoo.data.source import ENDLESS, IGNORE, Batch, Dataset, Source, Split
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
@@ -83,6 +83,7 @@ def batches(
       Pairs (step, batch); the batch has global_batch_size / process_count rows.
     """
     source = dataset.source(split)
+    _check_rows(source, split)
     _check_batch(source, global_batch_size, process_index, process_count)
     stop = ENDLESS if stop_step is None else stop_step
     steps = _Steps(source, global_batch_size, start_step, stop, process_index, process_count)
@@ -116,6 +117,7 @@ def eval_batches(
       prefetch: as in `batches`.
     """
     source = dataset.source(split)
+    _check_rows(source, split)
     if max_samples is None and len(source) >= ENDLESS:
         raise ConfigError(
             f"the {split} split has no end; say how many rows to look at: trainer."
@@ -208,6 +210,14 @@ def _read(items: Any, workers: int, prefetch: int) -> Iterator[Any]:
         num_threads=workers, prefetch_buffer_size=max(prefetch, workers) if workers else 0
     )
     return iter(grain.MapDataset.source(items).to_iter_dataset(threads))
+
+
+def _check_rows(source: Source, split: Split) -> None:
+    if not len(source):
+        raise DataError(
+            f"the {split} split of this data has no rows; give more data, or a larger share to it "
+            "(docs/keys.md lists the keys of each data set)"
+        )
 
 
 def _check_parts(batch_size: int, process_index: int, process_count: int) -> None:

@@ -3,18 +3,29 @@
 import dataclasses
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
 from seqzoo.data import IGNORE, MQAR, InductionHeads, pipeline
-from seqzoo.errors import ConfigError
+from seqzoo.data.stored import Stored
+from seqzoo.errors import ConfigError, DataError
 
 SMALL = MQAR(vocab_size=32, seq_len=16, num_kv_pairs=2, train_samples=10, valid_samples=7)
 
 
 def taken(stream):
     return {step: batch["tokens"] for step, batch in stream}
+
+
+def test_a_split_without_rows_is_refused():
+    """As of three images of which a tenth is held out."""
+    data = types.SimpleNamespace(source=lambda split: Stored(lambda rows: {}, np.arange(0), 0))
+    with pytest.raises(DataError, match="the valid split of this data has no rows"):
+        pipeline.eval_batches(data, "valid", batch_size=2)
+    with pytest.raises(DataError, match="the train split of this data has no rows"):
+        pipeline.batches(data, "train", global_batch_size=2)
 
 
 @pytest.mark.parametrize("data", [SMALL, MQAR()], ids=["finite", "endless"])
