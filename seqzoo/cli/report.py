@@ -1,8 +1,10 @@
 """`seqzoo report`: plots and tables of runs."""
 
 import argparse
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from seqzoo.cli.common import (
     add_run_arguments,
@@ -11,6 +13,7 @@ from seqzoo.cli.common import (
     print_table,
     run_path,
 )
+from seqzoo.errors import SeqzooError
 
 # What makes a folder a study, and where studies lie; see seqzoo.sweep, which is slow to import.
 STUDY_FILE = "study.json"
@@ -46,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from seqzoo.eval.report import table, write_comparison, write_report  # starts jax
 
     if len(runs) == 1:
-        page = write_report(runs[0], folder=args.out, trust=args.trust)
+        with _written():
+            page = write_report(runs[0], folder=args.out, trust=args.trust)
         if args.format == "json":
             print_json({"page": str(page)})
         else:
@@ -54,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 print(file)
         return 0
     above = pathlib.Path(os.path.commonpath(runs))
-    page, found = write_comparison(runs, args.out or above / "report", trust=args.trust)
+    with _written():
+        page, found = write_comparison(runs, args.out or above / "report", trust=args.trust)
     rows = table(found)
     if args.format == "json":
         print_json(
@@ -89,7 +94,8 @@ def _sweep(path: pathlib.Path, args: argparse.Namespace) -> int:
     study = Study.open(path)
     found = results(study)
     folder = pathlib.Path(args.out) if args.out else study.path / "report"
-    page = write_sweep_report(found, folder)
+    with _written():
+        page = write_sweep_report(found, folder)
     rows, told = best_rows(found), remarks(found)
     if args.format == "json":
         print_json({"page": str(page), "rows": rows, "remarks": told})
@@ -102,6 +108,17 @@ def _sweep(path: pathlib.Path, args: argparse.Namespace) -> int:
 
 
 def _aside(name: str) -> bool:
-    """`runs/mqar/*` also names the link `latest` and the reports of earlier calls."""
+    """`runs/mqar/*` also names the reports of earlier calls, and a link whose run is gone."""
     path = pathlib.Path(name)
-    return path.is_symlink() and path.name == "latest" or path.name == "report"
+    return path.name == "report" or (path.is_symlink() and not path.exists())
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Says where else to write what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SeqzooError(
+            f"the report cannot be written: {error}; --out DIR writes it elsewhere"
+        ) from error

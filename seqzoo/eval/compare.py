@@ -219,6 +219,15 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     diverged = sum(record.diverged for record in everyone)
     if diverged:
         found.append(f"{diverged} of {len(everyone)} runs diverged and count as worst")
+    for row in rows:
+        by_seed: dict[Any, list[str]] = {}
+        for record in row.records:
+            by_seed.setdefault(record.seed, []).append(record.label)
+        found += [
+            f"the same run, begun again, counts {len(labels)} times: {', '.join(labels)}; give one"
+            for labels in by_seed.values()
+            if len(labels) > 1
+        ]
     few = [row.label for row in rows if len({r.seed for r in row.records}) < SEEDS]
     if len(rows) > 1 and few:
         found.append(

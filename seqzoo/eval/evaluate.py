@@ -1,5 +1,6 @@
 """Evaluating a run: on its own test split, or on other data by overrides."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -25,6 +26,8 @@ _TRAINER = ("eval_batch_size", "eval_chunk_length", "workers", "prefetch", "prec
 # chunks of attention reach.
 _MIXER = ("resample", "chunk_size")
 
+_MOST_LETTERS = 140  # of overrides in the name of a file
+
 
 def evaluate_run(
     run: Run,
@@ -35,6 +38,8 @@ def evaluate_run(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluates a run and writes report/eval-SPLIT[-OVERRIDES].json, whose content it returns.
+
+    Where the run folder cannot be written, it says so and returns the content alone.
 
     Args:
         run: from `seqzoo.load`.
@@ -65,16 +70,23 @@ def evaluate_run(
         "versions": environment.versions(),
         "devices": environment.devices(),
     }
-    name = file_name(split, overrides)
-    (run.path / "report").mkdir(exist_ok=True)
-    write_json(run.path / "report" / name, found)
+    file = run.path / "report" / file_name(split, overrides)
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, found)
+    except (
+        OSError
+    ) as error:  # somebody else's run, or a full disk: the figures are here all the same
+        say(f"warning: {file} cannot be written ({error.strerror}); the figures are shown alone")
     return found
 
 
 def file_name(split: str, overrides: Sequence[str]) -> str:
     """``eval-test-data.seq_len_256.json``: the same evaluation replaces its file."""
     words = "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", word) for word in overrides)
-    return f"eval-{split}" + (f"-{words}"[:150] if words else "") + ".json"
+    if len(words) > _MOST_LETTERS:  # what is cut off may be what tells two evaluations apart
+        words = words[:_MOST_LETTERS] + "-" + hashlib.sha256(words.encode()).hexdigest()[:8]
+    return f"eval-{split}" + (f"-{words}" if words else "") + ".json"
 
 
 def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

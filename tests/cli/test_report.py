@@ -4,6 +4,7 @@ import base64
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
@@ -252,3 +253,29 @@ def test_the_command_prints_the_table(seqzoo, write_run, tmp_path):
     # A shell's `runs/mqar/*` names the link and the report too.
     code, again, _ = seqzoo("report", one.parent / "latest", *sorted(one.parent.iterdir()))
     assert code == 0 and again == out
+
+
+def test_the_link_is_a_run_like_any_other(seqzoo, write_run, tmp_path):
+    """Named beside another one it is compared; the run that it names as well counts once."""
+    one, other = write_run(tmp_path, accuracy=0.5), write_run(tmp_path, optimizer__lr=0.1)
+    link = one.parent / "latest"
+    assert link.resolve() == other
+    assert len(json.loads(seqzoo("report", one, link, "--format", "json")[1])["rows"]) == 2
+    assert seqzoo("report", other, link)[1].endswith("metrics.csv\n")  # one run alone
+
+
+def test_a_run_that_was_begun_again_counts_twice_and_is_told(write_run, tmp_path):
+    run = write_run(tmp_path, accuracy=0.5)
+    again = shutil.copytree(run, run.with_name(f"{run.name}.1"))
+    (remark,) = [
+        text for text in compare(read_all([run, again]), {}).remarks if "begun again" in text
+    ]
+    assert f"counts 2 times: {run.name}, {again.name}" in remark
+
+
+def test_a_report_that_cannot_be_written(seqzoo, write_run, tmp_path):
+    run = write_run(tmp_path)
+    (run / "report").write_text("in the way")
+    code, _, err = seqzoo("report", run)
+    assert code == 1 and "--out DIR writes it elsewhere" in err
+    assert seqzoo("report", run, "--out", tmp_path / "out")[0] == 0

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -95,6 +96,13 @@ def test_eval_of_slices(seqzoo, recall):
 def test_eval_answers_mistakes(seqzoo, recall, words, text):
     code, _, err = seqzoo("eval", recall, *words)
     assert code == 2 and text in err, err
+
+
+def test_eval_of_a_run_that_cannot_be_written_shows_its_figures(seqzoo, recall, tmp_path):
+    copy = shutil.copytree(recall, tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
+    (copy / "report").write_text("in the way")
+    code, out, _ = seqzoo("eval", copy, "--samples", "8")
+    assert code == 0 and "accuracy" in out and "eval-test.json cannot be written" in out
 
 
 @pytest.mark.parametrize("command", [["eval"], ["generate", "--tokens", "1"]])

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from seqzoo.config.compose import compose
 from seqzoo.errors import ConfigError
-from seqzoo.eval.evaluate import changed
+from seqzoo.eval.evaluate import changed, file_name
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +26,9 @@ def test_chunks_of_a_mixer_may_reach_further(trained):
 def test_what_parameters_depend_on_may_not(trained, word):
     with pytest.raises(ConfigError, match="belongs to what was trained.*of mixers resample, chunk"):
         changed(trained, [word])
+
+
+def test_long_evaluations_have_files_of_their_own():
+    names = {file_name("test", [f"data.path={'x' * 300}", f"data.seed={i}"]) for i in range(3)}
+    assert len(names) == 3 and max(map(len, names)) < 200
+    assert file_name("test", ["data.seq_len=256"]) == "eval-test-data.seq_len_256.json"
