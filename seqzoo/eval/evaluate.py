@@ -74,9 +74,7 @@ def evaluate_run(
     try:
         file.parent.mkdir(exist_ok=True)
         write_json(file, found)
-    except (
-        OSError
-    ) as error:  # somebody else's run, or a full disk: the figures are here all the same
+    except OSError as error:  # a folder of somebody else, a full disk
         say(f"warning: {file} cannot be written ({error.strerror}); the figures are shown alone")
     return found
 
