@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint folder as a model of ours: its node, and the parameters for it."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ class Checkpoint(NamedTuple):
         folder: where it lies.
         format: how its names map to ours.
         node: the `model` node that config.json describes.
-        weights: its arrays, each read when asked for; without a head that is tied.
+        weights: its arrays, each read when asked for; without a head that is tied, and without
+            tables that follow from config.json.
     """
 
     folder: pathlib.Path
@@ -61,7 +62,9 @@ def open_checkpoint(path: str) -> Checkpoint:
                 f"{folder / 'config.json'} says tie_word_embeddings, but '{form.head}' differs "
                 f"from '{form.embedding}'; set it to false if both were trained"
             )
-        weights = _Without(weights, form.head)
+        weights = _Without(weights, {form.head})
+    if form.computed and (computed := {n for n in weights if n.endswith(form.computed)}):
+        weights = _Without(weights, computed)
     return Checkpoint(folder, form, form.node({**values, "tie_word_embeddings": tied}), weights)
 
 
@@ -104,18 +107,18 @@ def with_dtype(node: Any, dtype: str) -> Any:
 
 
 class _Without(Mapping[str, np.ndarray]):
-    """A mapping with one name left out; nothing is read before it is asked for."""
+    """A mapping with names of it left out; nothing is read before it is asked for."""
 
-    def __init__(self, whole: Mapping[str, np.ndarray], name: str):
-        self._whole, self._name = whole, name
+    def __init__(self, whole: Mapping[str, np.ndarray], names: Set[str]):
+        self._whole, self._names = whole, names
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name == self._name:
+        if name in self._names:
             raise KeyError(name)
         return self._whole[name]
 
     def __iter__(self):
-        return (name for name in self._whole if name != self._name)
+        return (name for name in self._whole if name not in self._names)
 
     def __len__(self) -> int:
-        return len(self._whole) - 1
+        return len(self._whole) - len(self._names)

@@ -125,4 +125,5 @@ FORMAT = Format(
     head="lm_head.weight",
     mixer=_MIXER,
     channel_mixer=_CHANNEL_MIXER,
+    computed=("rotary_emb.inv_freq",),  # of Llama 2 and older: theta ** (-2 i / head_dim)
 )

@@ -36,6 +36,8 @@ class Format(NamedTuple):
         leaves: every parameter that it may have.
         embedding, head: names in the file, to tell whether they are tied.
         mixer, channel_mixer: the classes in each of its layers.
+        computed: endings of names that some files hold and nobody reads: tables that follow from
+            config.json.
     """
 
     model_type: str
@@ -47,6 +49,7 @@ class Format(NamedTuple):
     head: str
     mixer: str
     channel_mixer: str | None
+    computed: tuple[str, ...] = ()
 
 
 class Settings(NamedTuple):

@@ -109,6 +109,15 @@ def test_tied_by_name_but_not_by_value(tmp_path):
         open_checkpoint(str(folder))
 
 
+def test_a_llamas_table_of_frequencies_is_no_parameter(tmp_path):
+    """Files of Llama 2 hold it in every layer; it follows from rope_theta."""
+    llama = GOLDEN / "attention/llama_gqa_hf"
+    folder = pathlib.Path(copy(llama, tmp_path / "old"))
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    save_file(arrays_of(llama) | table, folder / "model.safetensors")
+    assert_same(flat(folder), flat(llama))
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
 def test_a_pickle_is_refused_by_name_and_never_read(tmp_path, name):
     class Bomb:
