@@ -17,8 +17,9 @@ writes them for Mamba (MambaForCausalLM) and Llama. Every setting is read from c
 assumed. A pickle (pytorch_model.bin, .pt) is refused: reading one runs the code in it. Nothing is
 downloaded. 'seqzoo export' writes such a folder from a run.
 
-The run takes eval, generate, show and init_from=RUN@0 'reset=[optimizer]' like any other. Its data
-is the tokens of the model's own tokenizer: name an array of them with data.path, here or at eval.
+The run takes eval, generate, report, export and init_from=RUN@0 'reset=[optimizer]' like any other;
+imported with data and trained on other data, 'reset=[optimizer,data]'. Its data is the tokens of
+the model's own tokenizer: name an array of them with data.path, here or at eval.
 generate takes text if tokenizer.json lies in the folder (pip install 'seqzoo[hf]').
 """
 

@@ -5,6 +5,7 @@ that composing a configuration does not wait for jax to start.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -12,6 +13,8 @@ import importlib.machinery
 import importlib.util
 import inspect
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from seqzoo.errors import ConfigError, suggest
 
@@ -57,6 +60,16 @@ def signature_of(target: str) -> Signature:
     if not module:
         raise ConfigError(f"_target_={target!r} names no class; give package.module.Class")
     return _read(module, name) or _imported(module, name)
+
+
+def with_defaults(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a node with a `_target_`: where it is silent what the constructor takes."""
+    found = dict(node)
+    for name, keyword in signature_of(node["_target_"]).keywords.items():
+        if keyword.default is not None:
+            with contextlib.suppress(ValueError, SyntaxError):  # an expression, no value
+                found.setdefault(name, ast.literal_eval(keyword.default))
+    return found
 
 
 def _read(module: str, name: str, depth: int = 0) -> Signature | None:

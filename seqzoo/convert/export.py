@@ -1,6 +1,5 @@
 """A run's model as a folder that Hugging Face transformers, and `seqzoo import`, read."""
 
-import ast
 import contextlib
 import json
 import os
@@ -17,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from seqzoo.config.build import build
-from seqzoo.config.signature import signature_of
+from seqzoo.config.signature import with_defaults
 from seqzoo.config.trust import load_untrusted
 from seqzoo.convert.checkpoint import FORMATS
 from seqzoo.convert.mapping import Format, Settings, to_theirs
@@ -169,7 +168,9 @@ def describe(
 
     mixer = model.stack.layers[0]
     ours = _flat(node, mixer)
-    values = form.values(Settings(_full(node), _full(node["mixers"][mixer]), block, seq_len))
+    values = form.values(
+        Settings(with_defaults(node), with_defaults(node["mixers"][mixer]), block, seq_len)
+    )
     values = {"model_type": form.model_type, "architectures": [form.architecture], **values}
     theirs = form.node(values)
     for key, value in _flat(theirs, theirs["pattern"][0]).items():
@@ -183,21 +184,14 @@ def describe(
     return Described(form, values, model.stack.plan)
 
 
-def _full(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a node, the constructor's defaults where it is silent."""
-    keywords = signature_of(node["_target_"]).keywords
-    defaults = {k: ast.literal_eval(one.default) for k, one in keywords.items() if one.default}
-    return defaults | dict(node)
-
-
 def _flat(node: Mapping[str, Any], mixer: str) -> dict[str, Any]:
     """The settings of a model by key, those of the mixer in all of its layers as ``mixers.key``."""
-    found = _full(node)
+    found = with_defaults(node)
     mixers, channel_mixer = found.pop("mixers"), found.pop("channel_mixer") or {}
     del found["pattern"], found["_target_"]
     for key, part in (("mixers", mixers[mixer]), ("channel_mixer", channel_mixer)):
         if part:
-            inside = _full(part)
+            inside = with_defaults(part)
             del inside["_target_"]
             found |= {f"{key}.{name}": value for name, value in inside.items()}
     return found

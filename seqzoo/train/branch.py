@@ -5,15 +5,17 @@ moments, the position in the data. What reset names starts afresh.
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqzoo.config.signature import with_defaults
 from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.train import checkpoint, manifest
+from seqzoo.train.identity import EXECUTION_KEYS
 from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.state import TrainState
 from seqzoo.train.values import reset_of
@@ -34,10 +36,12 @@ class Branch(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What a run begins with: a state, and the next sample of its data."""
+    """What a run begins with: a state, the next sample of its data, and which settings of the model
+    are not the trunk's, though its arrays fit."""
 
     state: TrainState
     next_sample: int
+    changed: list[str]
 
 
 def find(config: Mapping[str, Any]) -> Branch | None:
@@ -80,7 +84,8 @@ def begin(branch: Branch, run: Setup, data_fingerprint: str) -> Beginning:
     except checkpoint.Damaged as error:
         raise CheckpointError(f"init_from: {place} is damaged: {error}") from error
     position = restored.meta["data"]
-    if "data" not in branch.reset and position["fingerprint"] != data_fingerprint:
+    # None: an import that read no data, and so has no place in any.
+    if "data" not in branch.reset and position["fingerprint"] not in (None, data_fingerprint):
         raise ConfigError(
             f"init_from={branch.path}: that run read other data ({position['fingerprint']}; here "
             f"it is {data_fingerprint}); start the data anew with reset=[data]"
@@ -95,7 +100,21 @@ def begin(branch: Branch, run: Setup, data_fingerprint: str) -> Beginning:
     if state.ema is not None and "ema" not in restored.state:
         state = state._replace(ema=jax.tree.map(jnp.copy, state.params))
     state = state._replace(step=jax.device_put(np.int32(step), run.state.step.sharding))
-    return Beginning(state, 0 if "data" in branch.reset else position["next_sample"])
+    next_sample = 0 if "data" in branch.reset else position["next_sample"]
+    theirs = restored.meta["config"]["model"]
+    changed = sorted(changed_settings(theirs, run.config["model"], "model"))
+    return Beginning(state, next_sample, changed)
+
+
+def changed_settings(theirs: Any, ours: Any, key: str) -> Iterator[str]:
+    """``model.norm_eps was 1e-06, is 1e-05``: settings that the trunk had too, and otherwise."""
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        if "_target_" in theirs and "_target_" in ours:
+            theirs, ours = with_defaults(theirs), with_defaults(ours)
+        for name in theirs.keys() & ours.keys() - EXECUTION_KEYS:
+            yield from changed_settings(theirs[name], ours[name], f"{key}.{name}")
+    elif theirs != ours and None not in (theirs, ours):  # None: the constructor works it out
+        yield f"{key} was {theirs}, is {ours}"
 
 
 def _wanted(branch: Branch, run: Setup, stored: Mapping[str, Any]) -> dict[str, Any]:

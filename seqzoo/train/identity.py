@@ -17,7 +17,7 @@ _SECTIONS = ("task", "model", "data", "optimizer", "schedule")
 
 # How it is computed, not what: these may change under a run wherever they stand in a section.
 # (`remat` trades memory for time, `implementation` names the back end of an operator.)
-_EXECUTION_KEYS = frozenset({"implementation", "remat", "workers", "prefetch"})
+EXECUTION_KEYS = frozenset({"implementation", "remat", "workers", "prefetch"})
 
 # Where the data lies. The fingerprint says what it is, so with one in hand the place is dropped.
 _PLACE_KEYS = frozenset({"path", "paths"})
@@ -59,7 +59,7 @@ def identity(
     container = plain(config)
     kept: dict[str, Any] = {}
     for section in _SECTIONS:
-        dropped = _EXECUTION_KEYS
+        dropped = EXECUTION_KEYS
         if section == "data" and data_fingerprint is not None:
             dropped |= _PLACE_KEYS
         kept[section] = _without(container.get(section), dropped)
@@ -111,7 +111,7 @@ def _readable(override: str) -> str:
     key = key.lstrip("+~")
     section, _, rest = key.partition(".")
     last = key.rsplit(".", 1)[-1]
-    if section not in (*_SECTIONS, "trainer", "init_from") or last in _EXECUTION_KEYS:
+    if section not in (*_SECTIONS, "trainer", "init_from") or last in EXECUTION_KEYS:
         return ""
     if section == "trainer" and last not in _TRAINER_KEYS + _STOPPING_KEYS:
         return ""

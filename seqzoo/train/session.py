@@ -113,9 +113,13 @@ class Session:
                     "trainer.deterministic=true from the first start"
                 )
         elif branch is not None:
-            self.state, self._next_sample = branches.begin(branch, self.run, self._fingerprint)
+            self.state, self._next_sample, changed = branches.begin(
+                branch, self.run, self._fingerprint
+            )
             self.step = int(self.state.step)
             self.say(f"beginning from step {branch.step} of {branch.path}")
+            if changed:
+                self.say(f"warning: its model was another: {'; '.join(changed)}")
         else:
             self.state = initial_state(self.run)
         self.folder.rewind_metrics(0 if restored is None else restored.meta["metrics_bytes"])

@@ -5,7 +5,9 @@ import pytest
 
 from seqzoo.errors import ConfigError
 from seqzoo.train import checkpoint
+from seqzoo.train.branch import changed_settings
 from seqzoo.train.folder import read_metrics, read_status, write_json
+from seqzoo.train.identity import plain
 
 
 @pytest.fixture
@@ -43,6 +45,14 @@ def test_a_trunk_is_named_by_a_path_from_here(fit, trunk, monkeypatch):
     log = (branch.path / "train.log").read_text()
     assert "no checkpoint is whole; beginning anew" in log
     assert log.count("beginning from step 8") == 2
+
+
+def test_a_model_that_only_looks_alike_is_told(tiny):
+    """Its arrays fit, and it computes something else; what it is computed by is no matter."""
+    theirs, ours = plain(tiny())["model"], plain(tiny("model.norm_eps=0.1", "model.remat=full"))
+    theirs.pop("norm_eps", None)  # the constructor's 1e-5
+    told = list(changed_settings(theirs, ours["model"], "model"))
+    assert told == ["model.norm_eps was 1e-05, is 0.1"]
 
 
 def test_everything_may_be_left_behind(fit, trunk):
