@@ -229,6 +229,8 @@ def test_enwik8_has_39_million_parameters():
     assert sizes(model) == pytest.approx(39.0e6, rel=5e-3)
     assert sizes(model.stack) / 12 == 3_252_608
     assert model.embed_scale == 512**0.5
+    assert model.embed_scale * config.model.embed_std == pytest.approx(1)  # the source's variance
+    assert config.model.dropout == config.model.embed_dropout == 0.1
 
 
 @pytest.mark.slow

@@ -24,6 +24,9 @@ def test_parameters(task, mixer):
     words = [f"experiment=lra_{task}", f"model={mixer}_lra_{task}"]
     config = compose(words if task == "listops" else [*words, "data.path=somewhere"])
     assert config.optimizer.lr == lr and config.optimizer.b2 == 0.98
+    tokens = task in ("listops", "text", "retrieval")
+    assert not tokens or config.model.embed_std == pytest.approx(d**-0.5)
+    assert config.model.dropout == config.model.embed_dropout == (0.1 if tokens else 0.0)
     assert config.data.seq_len == {
         "listops": 2048, "text": 4096, "retrieval": 4000, "pathx": 16384
     }.get(task, 1024)  # fmt: skip
