@@ -49,7 +49,9 @@ class ImplicitFilter(nnx.Module):
     Hierarchy" (arXiv 2302.10866).
 
     Differs from source: both networks have the rates (there the one of negative lags misses them);
-    weight decay spares biases and a.
+    weight decay spares biases and a, and a step takes learning rate times weight_decay of a matrix,
+    as everywhere here: the source's optimizer takes weight_decay alone (times the schedule), 0.1
+    being a thousand times as much at a rate of 1e-3.
     """
 
     def __init__(
