@@ -133,8 +133,8 @@ def chunk_attention(
         )
     segment_ids, last_id = check_documents("chunk_attention", sizes, segment_ids, last_id)
     before = (old_k.astype(dtype), old_v.astype(dtype), jnp.asarray(count, jnp.int32), last_id)
-    if t == 0:
-        y, after = jnp.zeros((b, 0, h, sizes["v"]), q.dtype), list(before)
+    if 0 in (b, t):
+        y, after = jnp.zeros((b, t, h, sizes["v"]), q.dtype), list(before)
     else:
         y, *after = dispatch.call(
             "chunk_attention",

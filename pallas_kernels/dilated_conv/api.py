@@ -121,7 +121,7 @@ def dilated_conv(
         )
     segment_ids, last_id = check_documents("dilated_conv", sizes, segment_ids, last_id)
     ring, count = ring.astype(dtype), jnp.asarray(count, jnp.int32)
-    if t == 0:
+    if 0 in (b, t):
         return x, None if symmetric else DilatedConvState(ring, count, last_id)
     found = dispatch.call(
         "dilated_conv",

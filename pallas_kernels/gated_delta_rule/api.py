@@ -102,7 +102,7 @@ def gated_delta_rule(
     s, last_id, segment_ids, block_memory = chunks.open_call(
         "gated_delta_rule", sizes, initial_state, segment_ids, block_memory, dtype
     )
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return v, GatedDeltaRuleState(s, last_id)
     y, s, last_id = dispatch.call(
         "gated_delta_rule",

@@ -95,7 +95,7 @@ def gla(
     s, last_id, segment_ids, block_memory = chunks.open_call(
         "gla", sizes, initial_state, segment_ids, block_memory, state_dtype(q, k, v, g)
     )
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return v, GLAState(s, last_id)
     y, s, last_id = dispatch.call(
         "gla",

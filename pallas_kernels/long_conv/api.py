@@ -117,7 +117,7 @@ def long_conv(
         check_shapes("long_conv", sizes, initial_state_v=("b l-1 e", before))
         before = before.astype(dtype)
     segment_ids, last_id = check_documents("long_conv", sizes, segment_ids, last_id)
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         if before is None:
             before = jnp.zeros((sizes["b"], sizes["l"] - 1, sizes["e"]), dtype)
         return u, None if reverse_kernel is not None else LongConvState(before, last_id)

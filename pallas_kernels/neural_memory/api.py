@@ -174,7 +174,7 @@ def neural_memory(
     count = jnp.asarray(count, jnp.int32)
     segment_ids, last_id = check_documents("neural_memory", sizes, segment_ids, last_id)
     state = (*weights, count, last_id)
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return v, NeuralMemoryState(*state)
     y, state = dispatch.call(
         "neural_memory",

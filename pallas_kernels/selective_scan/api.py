@@ -105,7 +105,7 @@ def selective_scan(
     check_shapes("selective_scan", sizes, initial_state_h=("b e n", initial_state.h))
     h, last_id = initial_state
     segment_ids, last_id = check_documents("selective_scan", sizes, segment_ids, last_id)
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return u, SelectiveScanState(h.astype(dtype), last_id)
     y, h, last_id = dispatch.call(
         "selective_scan",

@@ -90,7 +90,7 @@ def short_conv(
     check_shapes("short_conv", sizes, initial_state_x=("b w-1 e", initial_state.x))
     before, last_id = initial_state
     segment_ids, last_id = check_documents("short_conv", sizes, segment_ids, last_id)
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return x, ShortConvState(before.astype(dtype), last_id)
     y, before, last_id = dispatch.call(
         "short_conv",

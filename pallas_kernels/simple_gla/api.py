@@ -104,7 +104,7 @@ def simple_gla(
     s, last_id, segment_ids, block_memory = chunks.open_call(
         "simple_gla", sizes, initial_state, segment_ids, block_memory, state_dtype(q, k, v, g)
     )
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         return v, SimpleGLAState(s, last_id)
     y, s, last_id = dispatch.call(
         "simple_gla",

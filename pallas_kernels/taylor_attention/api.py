@@ -104,7 +104,7 @@ def taylor_attention(
         )
         kv, z = kv.astype(dtype), z.astype(dtype)
     segment_ids, last_id = check_documents("taylor_attention", sizes, segment_ids, last_id)
-    if sizes["t"] == 0:
+    if 0 in (sizes["b"], sizes["t"]):
         if kv is None or z is None:
             kv, z = (jnp.zeros([sizes[x] for x in letters], dtype) for letters in ("bhfv", "bhf"))
         return v, TaylorAttentionState(kv, z, last_id)

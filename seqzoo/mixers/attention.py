@@ -200,7 +200,7 @@ class Attention(nnx.Module):
 
     def _out(self, y, valid):
         """Maps heads `[b t h k]` to `[b t d]`, 0 at padding."""
-        out = self.out_proj(y.reshape(*y.shape[:2], -1))
+        out = self.out_proj(jax.lax.collapse(y, 2))
         # A bias would show at padding.
         return out if valid is None else jnp.where(valid[..., None], out, 0)
 
@@ -263,7 +263,9 @@ def _place(segment_ids, state: AttentionState, t: int):
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
     slot = state.length[:, None] + count - valid
     start = jax.lax.cummax(jnp.where(reset, slot, state.start[:, None]), axis=1)
-    new = state._replace(length=state.length + count[:, -1], start=start[:, -1], last_id=last_id)
+    if t:
+        state = state._replace(length=state.length + count[:, -1], start=start[:, -1])
+    new = state._replace(last_id=last_id)
     return slot, start, valid, new
 
 
@@ -288,7 +290,8 @@ def _look_up(q, k, v, seen):
     g, slots = k.shape[1:3]
     # One matrix product per sequence and key-value head, in the order in which the cache lies:
     # with an einsum over all axes, XLA may turn the cache round first.
-    q = jnp.swapaxes(q.reshape(b, t, g, -1), 1, 2).reshape(b * g, -1, width)  # [b*g t*r k]
+    r = h // g
+    q = jnp.swapaxes(q.reshape(b, t, g, r * width), 1, 2).reshape(b * g, t * r, width)
     k, v = (x.reshape(b * g, slots, width) for x in (k, v))
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("xqk,xlk->xql", q, k, preferred_element_type=dtype) * width**-0.5

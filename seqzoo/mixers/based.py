@@ -125,7 +125,7 @@ class Based(nnx.Module):
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
         b, t, _ = x.shape
-        heads = lambda y: y.reshape(b, t, self.n_heads, -1)
+        heads = lambda y: y.reshape(b, t, self.n_heads, y.shape[-1] // self.n_heads)
         y, state = sharded(
             taylor_attention,
             heads(self.q_proj(x)),
@@ -137,7 +137,7 @@ class Based(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        out = self.out_proj(y.reshape(b, t, -1))
+        out = self.out_proj(jax.lax.collapse(y, 2))
         if segment_ids is not None:  # a bias would show at padding
             out = jnp.where((segment_ids > 0)[..., None], out, 0)
         return out, state

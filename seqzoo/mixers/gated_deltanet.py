@@ -159,9 +159,8 @@ class GatedDeltaNet(nnx.Module):
             state = self.init_state(b)
         (q, k, v), convs = self._convolve(x, segment_ids, state.convs)
         shared = self.n_v_heads // self.n_heads
-        q, k = (
-            jnp.repeat(l2_norm(y.reshape(b, t, self.n_heads, -1)), shared, axis=2) for y in (q, k)
-        )
+        by_key = lambda y: y.reshape(b, t, self.n_heads, self.head_k_dim)
+        q, k = (jnp.repeat(l2_norm(by_key(y)), shared, axis=2) for y in (q, k))
         beta = self.b_proj(x)
         beta = jax.nn.sigmoid(beta.astype(jnp.promote_types(beta.dtype, jnp.float32)))
         by_head = lambda y: y.reshape(b, t, self.n_v_heads, self.head_v_dim)
@@ -177,7 +176,7 @@ class GatedDeltaNet(nnx.Module):
             implementation=self.implementation,
         )
         gate = by_head(self.gate_proj(x)) if self.use_output_gate else None
-        y = self.norm(y, gate).reshape(b, t, -1)
+        y = jax.lax.collapse(self.norm(y, gate), 2)
         return self.out_proj(y), GatedDeltaNetState(convs, rule)
 
     def _convolve(self, x, segment_ids, states):

@@ -163,7 +163,7 @@ class GLA(nnx.Module):
             qkv, convs = tuple(y for y, _ in run), tuple(kept for _, kept in run)
         logits = self.decay_up(self.decay_down(x))
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        heads = lambda y: y.reshape(b, t, self.n_heads, -1)
+        heads = lambda y: y.reshape(b, t, self.n_heads, y.shape[-1] // self.n_heads)
         y, rule = sharded(
             gla,
             *map(heads, qkv),
@@ -173,7 +173,7 @@ class GLA(nnx.Module):
             implementation=self.implementation,
         )
         gate = heads(self.gate_proj(x)) if self.use_output_gate else None
-        return self.out_proj(self.norm(y, gate).reshape(b, t, -1)), GLAMixerState(convs, rule)
+        return self.out_proj(jax.lax.collapse(self.norm(y, gate), 2)), GLAMixerState(convs, rule)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> GLAMixerState:
         """The state before the first token; `max_length` changes nothing here."""

@@ -169,6 +169,9 @@ class LSSL(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        if not x.size:  # nothing to read
+            state = self.init_state(x.shape[0]) if state is None else state
+            return x.astype(self.dtype), state
         C, t = self._wide(self.C), x.shape[1]
         respond = functools.partial(krylov.respond, length=t)
         y, after, last_id = stream(
@@ -206,7 +209,7 @@ class LSSL(nnx.Module):
         y = einsum("emn,ben->bem", self._wide(self.C), x) + self._wide(self.D) * u[..., None]
         if self.has_bias:
             y += self._wide(self.E)
-        y = y.reshape(y.shape[0], -1).astype(self.dtype)
+        y = jax.lax.collapse(y, 1).astype(self.dtype)
         return self._project(y), LSSLState(x, state.last_id)
 
     def prepared(self) -> "LSSL":

@@ -181,9 +181,9 @@ class Mamba2(nnx.Module):
         z, xs = jnp.split(self.in_proj(x), 2, axis=-1)  # [b t e] each
         u, conv_state = self.conv(xs, segment_ids=segment_ids, state=state.conv)
         bc, bc_state = self.bc_conv(self.bc_proj(x), segment_ids=segment_ids, state=state.bc_conv)
-        B, C = (y.reshape(b, t, self.n_groups, -1) for y in jnp.split(bc, 2, axis=-1))
+        B, C = (y.reshape(b, t, self.n_groups, self.d_state) for y in jnp.split(bc, 2, axis=-1))
         delta = self.decay.step_sizes(self.dt_proj(x))  # [b t h] float32
-        u = u.reshape(b, t, self.n_heads, -1)
+        u = u.reshape(b, t, self.n_heads, self.d_inner // self.n_heads)
         y, ssm_state = sharded(
             simple_gla,
             C,
@@ -195,7 +195,7 @@ class Mamba2(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        y = (y + self.D[...][:, None] * u).reshape(b, t, -1)  # float32
+        y = (y + self.D[...][:, None] * u).reshape(b, t, self.d_inner)  # float32
         out = self.out_proj(self.norm(y * jax.nn.silu(z.astype(y.dtype))))
         if segment_ids is not None:  # a bias would show at padding
             out = jnp.where((segment_ids > 0)[..., None], out, 0)

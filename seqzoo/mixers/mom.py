@@ -252,6 +252,8 @@ class MoM(nnx.Module):
         b, t, _ = x.shape
         fresh = state is None
         state = self.init_state(b) if state is None else state
+        if not x.size:  # nothing to read
+            return x.astype(self.dtype), state
         documents = mom_slots.documents_of(segment_ids, state.last_id, t)
         if documents.valid is not None:  # what stands at padding must not reach anyone
             x = jnp.where(documents.valid[..., None], x, 0)
@@ -282,7 +284,7 @@ class MoM(nnx.Module):
             implementation=self.implementation,
             **self.rule.options,
         )
-        found = mom_slots.slots_to_visits(y.reshape(b, y.shape[1], -1), slots)
+        found = mom_slots.slots_to_visits(jax.lax.collapse(y, 2), slots)
         out = self._output(x, found, weights)
         new = MoMState(past, after.s, documents.last_id)
         if several:
@@ -330,7 +332,7 @@ class MoM(nnx.Module):
             implementation=self.implementation,
             **self.rule.options,
         )
-        out = self._output(x_t, y.reshape(b, j, -1), weights)
+        out = self._output(x_t, y.reshape(b, j, self.n_heads * self.value_dim), weights)
         put = lambda a, new: a.at[rows, visits].set(new.reshape(b, j, *a.shape[2:]))
         return out, MoMState(put(state.conv, past), put(state.s, after.s), state.last_id)
 
@@ -373,7 +375,8 @@ class MoM(nnx.Module):
         report(self, "router_dropped", j * tokens - jnp.sum(slots.visit < t * j))
 
     def _heads(self, *parts: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(y.reshape(*y.shape[:2], self.n_heads, -1) for y in parts)
+        h = self.n_heads
+        return tuple(y.reshape(*y.shape[:2], h, y.shape[-1] // h) for y in parts)
 
     def _split(self, y: jax.Array) -> tuple[jax.Array, ...]:
         """Queries, keys and values of each head out of `[b s e]`: the inverse of `_joined`."""
@@ -400,13 +403,12 @@ class MoM(nnx.Module):
         heads = lambda y: y.reshape(*y.shape[:-1], self.n_heads, self.value_dim)
         gate = None if self.gate is None else heads(self.gate(x))
         y = self.norm(heads(total), gate)
-        return self.out_proj(y.reshape(*x.shape[:-1], -1))
+        return self.out_proj(jax.lax.collapse(y, y.ndim - 2))
 
 
 def _joined(parts: tuple[jax.Array, ...]) -> jax.Array:
     """`[b s e]`: head by head its query, key and value, so that heads can be cut apart."""
-    y = jnp.concatenate(parts, axis=-1)
-    return y.reshape(*y.shape[:2], -1)
+    return jax.lax.collapse(jnp.concatenate(parts, axis=-1), 2)
 
 
 def _forget(state: MoMState, memories: jax.Array) -> MoMState:

@@ -210,7 +210,7 @@ class MonarchMixer(nnx.Module):
         """One long convolution, and what it remembers."""
         t = u.shape[1]
         if memory is None:  # one lag more than tokens: the state reaches the first of them
-            more = self.causal and t < self.max_length
+            more = t < (self.max_length if self.causal else 1)
             kernel, reverse = made_by(t + more)
         elif anew:
             kernel, reverse = made_by(memory.kernel.shape[1])

@@ -131,7 +131,7 @@ class Retention(nnx.Module):
         b, t, _ = x.shape
         if state is None:
             state = self.init_state(b)
-        heads = lambda y: y.reshape(b, t, self.n_heads, -1)
+        heads = lambda y: y.reshape(b, t, self.n_heads, y.shape[-1] // self.n_heads)
         q, k, v = (heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         positions, count = count_positions(segment_ids, state.count, state.rule.last_id, t)
         if self.rope:
@@ -147,7 +147,7 @@ class Retention(nnx.Module):
             implementation=self.implementation,
         )
         gate = heads(self.gate_proj(x)) if self.use_output_gate else None
-        return self.out_proj(self.norm(y, gate).reshape(b, t, -1)), RetentionState(rule, count)
+        return self.out_proj(jax.lax.collapse(self.norm(y, gate), 2)), RetentionState(rule, count)
 
     def init_state(self, batch_size: int, *, max_length: int | None = None) -> RetentionState:
         """The state before the first token; `max_length` changes nothing here."""

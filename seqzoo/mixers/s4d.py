@@ -137,6 +137,9 @@ class S4D(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        if not x.size:  # nothing to read
+            state = self.init_state(x.shape[0]) if state is None else state
+            return x.astype(self.dtype), state
         (step, C), t = self._modes(), x.shape[1]
         kernel, skip = diagonal.kernel(step, C, t)[:, None], self._wide(self.D)[:, None]
         y, h, last_id = stream(

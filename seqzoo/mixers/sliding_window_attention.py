@@ -144,7 +144,7 @@ class SlidingWindowAttention(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        out = self.out_proj(y.reshape(b, t, -1))
+        out = self.out_proj(jax.lax.collapse(y, 2))
         if segment_ids is not None:  # a bias would show at padding
             out = jnp.where((segment_ids > 0)[..., None], out, 0)
         return out, state

@@ -203,6 +203,8 @@ class TitansMAC(nnx.Module):
         b, t, _ = x.shape
         alone = state is None and segment_ids is None
         state = self.init_state(b) if state is None else state
+        if not x.size:  # nothing to read
+            return x.astype(self.inside.dtype), state
         if segment_ids is not None:  # what stands at padding must not reach anyone
             x = jnp.where((segment_ids > 0)[..., None], x, 0)
         (asked,), convs = self.read(x, segment_ids=segment_ids, states=state.convs)

@@ -115,6 +115,9 @@ class EMA(nnx.Module):
         if state is not None:
             self._refuse_streams("a state")
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if not x.size:  # nothing to read
+            fresh = self.causal and state is None
+            return x.astype(self.dtype), self.init_state(x.shape[0]) if fresh else state
         if not self.causal:
             y, state = self._both_ways(x, segment_ids), None
         elif self.truncation is not None:

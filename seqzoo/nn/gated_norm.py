@@ -47,7 +47,7 @@ class GatedRMSNorm(nnx.Module):
     def __call__(self, x: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         """Maps `[... v]` to `[... v]`; the gate has the same shape, None = no gate."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        parts = x.reshape(*x.shape[:-1], self.n_groups, -1)
+        parts = x.reshape(*x.shape[:-1], self.n_groups, x.shape[-1] // self.n_groups)
         parts = parts * jax.lax.rsqrt(jnp.mean(parts**2, axis=-1, keepdims=True) + self.eps)
         y = parts.reshape(x.shape) * self.scale[...]
         if gate is not None:

@@ -216,7 +216,7 @@ class MegaBlock(nnx.Module):
 
     def _attend(self, q, k, v, segment_ids, state):
         """`[b t 1 v]` and the keys and values to carry on."""
-        chunk = q.shape[1] if self.chunk_size is None else self.chunk_size
+        chunk = max(1, q.shape[1]) if self.chunk_size is None else self.chunk_size
         return sharded(
             chunk_attention,
             q,

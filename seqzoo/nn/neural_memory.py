@@ -222,7 +222,7 @@ class NeuralMemory(nnx.Module):
             implementation=self.implementation,
             **dict(self.options),
         )
-        return m.reshape(*m.shape[:2], -1), MemoryState(convs, memory), gates
+        return jax.lax.collapse(m, 2), MemoryState(convs, memory), gates
 
     def opening(self, state: MemoryState | None, *, steps: bool = False):
         """Weights and momenta after the persistent tokens, and what the memory says at those.
@@ -254,7 +254,7 @@ class NeuralMemory(nnx.Module):
             **dict(self.options),
         )
         first = lambda tree: jax.tree.map(lambda a: a[0], tree)
-        return (first(state.now), first(state.momentum)), m[0].reshape(m.shape[1], -1)
+        return (first(state.now), first(state.momentum)), jax.lax.collapse(m[0], 1)
 
     def persistent_tokens(self) -> jax.Array | None:
         """The learned tokens `[n d]`, None = there are none."""

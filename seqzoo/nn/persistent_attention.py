@@ -117,7 +117,7 @@ class PersistentAttention(nnx.Module):
             initial_state=window,
             segment_ids=segment_ids,
         )
-        return y.reshape(b, t, -1), AttentionState(convs, window)
+        return jax.lax.collapse(y, 2), AttentionState(convs, window)
 
     def init_state(self, batch_size: int) -> AttentionState:
         """Nothing read."""

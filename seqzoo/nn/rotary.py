@@ -50,4 +50,5 @@ def count_positions(
     reset, valid, _ = boundaries(segment_ids, last_id)
     place = count[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
     start = jax.lax.cummax(jnp.where(reset, place, 0), axis=1)
-    return place - start, place[:, -1] + valid[:, -1] - start[:, -1]
+    place = place - start
+    return place, place[:, -1] + valid[:, -1] if t else count

@@ -103,7 +103,7 @@ class Segment(nnx.Module):
             count = jnp.min(jnp.where(mine, place, jnp.iinfo(jnp.int32).max), axis=1)
             carry = self._begun(carry, mine, place)
         h = recall(carry.segment, jnp.swapaxes(asked, 1, 2), **self._network())
-        h = jnp.swapaxes(h, 1, 2).reshape(b, c, -1)
+        h = jax.lax.collapse(jnp.swapaxes(h, 1, 2), 2)
         h = self.h_proj(self.h_norm(h))
         h_k, h_v = self._heads(self.k_proj(h)), self._heads(self.v_proj(h))
         if self.rope_theta is not None:
@@ -172,7 +172,7 @@ class Segment(nnx.Module):
         y = y + product("bhcs,bshk->bchk", weights[..., s : 2 * s], carry.x_v)
         if self.persistent is not None:
             y = y + product("bhcn,nhk->bchk", weights[..., 2 * s :], v)
-        return y.astype(q.dtype).reshape(*y.shape[:2], -1)
+        return jax.lax.collapse(y.astype(q.dtype), 2)
 
     def _heads(self, y):
         return y.reshape(*y.shape[:-1], self.n_heads, self.head_dim)

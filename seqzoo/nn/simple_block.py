@@ -140,7 +140,7 @@ class SimpleBlock(nnx.Module):
 
     def _attend(self, m, segment_ids, state):
         q, k, v = (project(m)[:, :, None] for project in (self.q_proj, self.k_proj, self.v_proj))
-        chunk = m.shape[1] if self.chunk_size is None else self.chunk_size
+        chunk = max(1, m.shape[1]) if self.chunk_size is None else self.chunk_size
         o, state = sharded(
             chunk_attention,
             q,

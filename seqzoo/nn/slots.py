@@ -154,7 +154,7 @@ def _moved_forward(x, there, back):
 
 def _moved_backward(back, dy):
     b, n, r = back.shape
-    parts = gather(dy, back.reshape(b, n * r)).reshape(b, n, r, -1)
+    parts = gather(dy, back.reshape(b, n * r)).reshape(b, n, r, dy.shape[-1])
     return (parts[:, :, 0] if r == 1 else jnp.sum(parts, axis=2)), None, None
 
 

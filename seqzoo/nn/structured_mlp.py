@@ -1,5 +1,7 @@
 """Channel mixers of structured matrices: block-diagonal ones, and Monarch matrices of order 2."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,7 +59,7 @@ class BlockDiagonalLinear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[b t d_in]` (or `[b d_in]`) to as many rows of d_out in `dtype`."""
-        rows = x.reshape(x.shape[0], -1, self.d_in).astype(self.dtype)
+        rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), self.d_in).astype(self.dtype)
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -self.d_in % self.n_blocks)))
         y = sharded(monarch_matmul, rows, *self._factors(), implementation=self.implementation)
         y = y[..., : self.d_out].reshape(*x.shape[:-1], self.d_out)

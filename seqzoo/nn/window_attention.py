@@ -90,7 +90,7 @@ def window_attention(
     else:
         reset, valid, last_id = boundaries(segment_ids, state.last_id)
         document = jnp.where(valid, jnp.cumsum(reset, axis=1, dtype=jnp.int32), _NOBODY)
-        count = place[:, -1] + valid[:, -1]
+        count = place[:, -1] + valid[:, -1] if t else state.count
         q, k, v = (jnp.where(valid[..., None, None], x, 0) for x in (q, k, v))
     old_place = state.count[:, None] - (window - 1) + jnp.arange(window - 1)
     old = _Keys(state.k, state.v, jnp.where(old_place >= 0, 0, _NOTHING), old_place)

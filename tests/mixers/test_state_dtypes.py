@@ -1,4 +1,5 @@
-"""What states are kept in: float32 at least, and float64 where a mixer computes in that."""
+"""What states are kept in: float32 at least, and float64 where a mixer computes in that. And what
+comes of them where there is nothing to read."""
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +38,30 @@ def test_a_state_is_as_wide_as_its_sums(name):
     assert types(after) == types(stepped) == types(state)
 
 
+@pytest.mark.parametrize("name", mixers.__all__)
+def test_nothing_to_read(name):
+    """An empty chunk of a stream and a batch of no rows come out as they went in."""
+    mixer = nnx.eval_shape(lambda: make(name, "bfloat16"))
+    graphdef, variables = nnx.split(mixer)
+    read = lambda v, x, ids, state: nnx.merge(graphdef, v)(x, segment_ids=ids, state=state)
+    for b, t in ((2, 0), (0, 5)):
+        new = lambda v, b=b: nnx.merge(graphdef, v).init_state(b, max_length=32)
+        state = jax.eval_shape(new, variables)
+        x = jax.ShapeDtypeStruct((b, t, 64), "bfloat16")
+        documents = jax.ShapeDtypeStruct((b, t), jnp.int32)
+        for ids, before in ((documents, state), (None, state), (documents, None)):
+            y, after = jax.eval_shape(read, variables, x, ids, before)
+            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            assert before is None or after == before
+
+
+def make(name, dtype):
+    return getattr(mixers, name)(64, **SETTINGS.get(name, {}), dtype=dtype, rngs=nnx.Rngs(0))
+
+
 def abstract(name, dtype):
     """A mixer without memory, the state of a row, and what makes the next of it."""
-    make = lambda: getattr(mixers, name)(
-        64, **SETTINGS.get(name, {}), dtype=dtype, rngs=nnx.Rngs(0)
-    )
-    mixer = nnx.eval_shape(make)
+    mixer = nnx.eval_shape(lambda: make(name, dtype))
     graphdef, variables = nnx.split(mixer)
     new = lambda v: nnx.merge(graphdef, v).init_state(1, max_length=32)
 
