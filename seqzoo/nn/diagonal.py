@@ -50,8 +50,13 @@ def bilinear(A: jax.Array, dt: jax.Array) -> Modes:
     """
     w = dt[:, None] * A / 2
     below = (1 - w.real) ** 2 + w.imag**2  # |1 - w|^2
-    real = 0.5 * jnp.log1p(4 * w.real / below)
-    angle = jnp.arctan2(2 * w.imag, 1 - w.real**2 - w.imag**2)
+    above = (1 + w.real) ** 2 + w.imag**2
+    # log(above / below): by log1p near 1, and finite where Abar is 0 (a real mode, dt A = -2).
+    gone, excess = above == 0, 4 * w.real / below
+    slow = excess > -0.5
+    ratio = jnp.where(gone, jnp.finfo(below.dtype).tiny, above / below)
+    real = 0.5 * jnp.where(slow, jnp.log1p(jnp.where(slow, excess, 0)), jnp.log(ratio))
+    angle = jnp.arctan2(2 * w.imag, jnp.where(gone, 1, 1 - w.real**2 - w.imag**2))
     return Modes(jax.lax.complex(real, angle), dt[:, None] / (1 - w))
 
 

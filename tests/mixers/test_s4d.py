@@ -55,6 +55,20 @@ def test_kernel_by_definition(how, length):
     np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
+def test_a_bilinear_mode_that_forgets_at_once():
+    """A real mode with dt A near -2, where Abar goes through 0."""
+    dt = jnp.asarray([3.99, 3.9995, 4.0, 4.0005, 4.01])
+
+    def kernel(dt):
+        step = diagonal.bilinear(jnp.full((5, 1), -0.5 + 0j), dt)
+        return diagonal.kernel(step, jnp.ones((5, 1), complex), 3)
+
+    x = np.asarray(dt, np.float64) / 4
+    by_hand = 2 * 4 * x / (1 + x) * ((1 - x) / (1 + x)) ** np.arange(3)[:, None]
+    np.testing.assert_allclose(kernel(dt), by_hand.T, atol=2e-6)
+    assert np.all(np.isfinite(jax.grad(lambda dt: jnp.sum(kernel(dt)))(dt)))
+
+
 @pytest.mark.parametrize("how", ["zoh", pytest.param("bilinear", marks=pytest.mark.slow)])
 def test_three_forms_in_float64(how):
     """Steps = kernel and convolution = chunks, with documents and padding, to 1e-10."""
