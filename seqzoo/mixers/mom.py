@@ -74,7 +74,8 @@ class MoM(nnx.Module):
             are 1 then, and the router learns from the auxiliary loss alone.
         norm_eps: added under the root of the output norm.
         aux_loss_scale: weight of the load-balance loss.
-        n_layers: layers of the whole network, over which that loss is a mean.
+        n_layers: MoM layers of the whole network, over which that loss is a mean. A configuration
+            takes model.n_layers: in a hybrid, set how many of them are MoM.
         init_gain: matrices start uniform within init_gain times Xavier's bound, the root of
             6 / (inputs + outputs). The authors' value makes small models slow to begin; 1 does not.
         gate_low_rank: rank of the gates of rule gla.

@@ -16,8 +16,10 @@ def test_released_sizes(name, total, active):
 
 
 def test_seven_layers_to_one_of_attention():
-    model = describe.abstract_model(compose(["model=mom_attention"]).model)
+    config = compose(["model=mom_attention"]).model
+    model = describe.abstract_model(config)
     assert [i for i, name in enumerate(model.stack.layers) if name == "attention"] == [7, 15, 23]
+    assert config.mixers.mom.n_layers == model.stack.layers.count("mom")  # of the loss's mean
     counted = describe.parameters(model)
     idle = 21 * 2 * (2 * 1024**2 + 2 * 4 * 1024)  # two of four memories, in 21 layers
     assert counted.total - counted.active == idle
