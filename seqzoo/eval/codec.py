@@ -5,6 +5,7 @@ import pathlib
 from typing import Protocol
 
 from seqzoo.errors import ConfigError
+from seqzoo.train.folder import read_json
 
 
 class Codec(Protocol):
@@ -97,9 +98,14 @@ class _Whole:
 
 
 class Numbers:
-    """Tokens that stand for nothing: shown as they are."""
+    """Tokens that stand for nothing: shown as they are.
 
-    end = None
+    Args:
+        end: the token that ends a document.
+    """
+
+    def __init__(self, *, end: int | None = None):
+        self.end = end
 
     def encode(self, text: str) -> list[int]:
         raise ConfigError("the tokens of this run are no text: give the prompt with --tokens 1,2,3")
@@ -121,13 +127,24 @@ def codec_of(path: pathlib.Path, data, *, with_text: bool = True) -> Codec:
         data: its data set; None = unknown.
         with_text: whether text must be encoded; numbers do without a tokenizer's package.
     """
+    end = _end(path, data)
     if (path / "tokenizer.json").is_file():
         try:
-            return Tokenizer(path / "tokenizer.json")
+            return Tokenizer(path / "tokenizer.json", end=end)
         except ConfigError:
             if with_text:
                 raise
-            return Numbers()
+            return Numbers(end=end)
     if getattr(data, "bytes_per_token", None) == 1.0:
         return Bytes()
-    return Numbers()
+    return Numbers(end=end)
+
+
+def _end(path: pathlib.Path, data) -> int | None:
+    """The token that ends a document: by the data, else by the config.json of an imported run."""
+    found = getattr(data, "end_token", None)
+    if found is None:
+        found = read_json(path / "source_config.json").get("eos_token_id")
+    if isinstance(found, list) and found:  # Llama 3 names several; the end of a text is the first
+        found = found[0]
+    return found if type(found) is int else None

@@ -234,3 +234,10 @@ def test_tokens_that_are_no_text():
     assert Numbers().decoder().feed([3, 14]) == "3 14 "
     with pytest.raises(ConfigError, match="--tokens"):
         Numbers().encode("text")
+
+
+def test_the_end_of_a_document_is_known_from_the_data_or_the_import(tmp_path):
+    assert codec_of(tmp_path, None).end is None
+    (tmp_path / "source_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert codec_of(tmp_path, None).end == 7
+    assert codec_of(tmp_path, types.SimpleNamespace(end_token=3)).end == 3
