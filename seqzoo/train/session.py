@@ -249,6 +249,8 @@ class Session:
                 self.tested = restored.step
             for text in self._checkpoints.damaged[known:]:
                 self.say(f"warning: {text}; step {self.tested} is tested in its place")
+            if self.tested != self.step:
+                self.say(f"testing step {self.tested}, the best on the valid split")
         return self._evaluate("test", weights, rest)
 
     @property

@@ -208,7 +208,9 @@ def test_the_step_that_is_tested_is_on_record(fit, monkeypatch):
         return test(session)
 
     monkeypatch.setattr(Session, "_values", falling)
-    assert read_status(fit("trainer.seed=1").path)["test_step"] == 4
+    first = fit("trainer.seed=1").path
+    assert read_status(first)["test_step"] == 4
+    assert "testing step 4, the best on the valid split" in (first / "train.log").read_text()
     monkeypatch.setattr(Session, "test", damaged)
     path = fit("trainer.seed=2").path
     assert read_status(path)["test_step"] == 8
