@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from seqzoo.config.build import build
+from seqzoo.config.schema import without_unknown_settings
 from seqzoo.config.trust import load_untrusted
 from seqzoo.data.source import Dataset
 from seqzoo.errors import CheckpointError, ConfigError
@@ -34,7 +35,8 @@ class Run:
     Attributes:
         path: its folder.
         step: the step that was read.
-        config: the resolved configuration, plain.
+        config: the resolved configuration, plain; settings of training that this version of seqzoo
+            does not know are left out.
         structure: the model without its arrays.
         params: its parameters (their moving average where the run kept one).
         rest: whatever else it holds.
@@ -88,7 +90,7 @@ def load(path: str | os.PathLike, step: int | str = "best", trust: str | Iterabl
     folder = pathlib.Path(path).resolve()
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{path} is no run folder: it has no config.yaml")
-    config = load_untrusted(folder / "config.yaml", trust)
+    config = without_unknown_settings(load_untrusted(folder / "config.yaml", trust))
     structure = structure_of(functools.partial(build, config["model"]))
     arrays = {
         "params": nnx.to_pure_dict(structure.params),

@@ -1,9 +1,12 @@
 """`seqzoo train`: compose, check, train; the same command again goes on."""
 
 import argparse
+import dataclasses
 import os
 import pathlib
+import shlex
 import sys
+from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
@@ -125,8 +128,23 @@ def _train(config: DictConfig, overrides: list[str], args: argparse.Namespace) -
         return 0
     if result.status == "finished":
         _report(result.path, args.trust)
-    print(f"\n{result}")
+    print(f"\n{dataclasses.replace(result, next=_with_options(result.next, args))}")
     return 0
+
+
+def _with_options(commands: Sequence[str], args: argparse.Namespace) -> tuple[str, ...]:
+    """The commands to try next, with the options that this one was given."""
+    trust = [word for package in args.trust for word in ("--trust", package)]
+    train = [*trust]
+    if args.runs != "runs":
+        train += ["--runs", args.runs]
+    if args.config_dir:
+        train += ["--config-dir", args.config_dir]
+    given = [train if command.startswith("seqzoo train") else trust for command in commands]
+    return tuple(
+        " ".join([command, *map(shlex.quote, words)])
+        for command, words in zip(commands, given, strict=True)
+    )
 
 
 def _report(path: pathlib.Path, trust: list[str]) -> None:

@@ -73,6 +73,20 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def without_unknown_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration less what another version of seqzoo knew beside model, data and task.
+
+    Sections and settings of training are left out that are not known here: they say nothing of the
+    model. What is missing has its default.
+    """
+    kept = {key: value for key, value in config.items() if key in (*ROOT, *NODES, *SETTINGS)}
+    for section, target in SETTINGS.items():
+        known = signature_of(target).keywords
+        node = kept.get(section) or {}
+        kept[section] = {key: value for key, value in node.items() if key in known}
+    return kept
+
+
 def check_settings(config: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, Any]:
     """The same for a configuration of settings alone.
 

@@ -100,6 +100,11 @@ def changed(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     where = [paths.shipped()]
     found = dict(config)
     typed = parse(overrides)
+    for one in typed:
+        if one.is_sweep_override():
+            raise ConfigError(
+                f"{one.input_line} names several values; evaluate one after the other"
+            )
     chosen = [one.key_or_group for one in typed if paths.is_group(one.key_or_group, where)]
     for section in chosen:
         if section not in _SECTIONS:

@@ -90,6 +90,7 @@ def test_eval_of_slices(seqzoo, recall):
         (["data=mqarr"], "did you mean 'mqar'"),
         (["data.vocab_size=64"], "data.vocab_size=64 is more than the model knows (32)"),
         (["data.seq_len"], "is no key=value"),
+        (["data.seq_len=16,32"], "data.seq_len=16,32 names several values"),
         (["--samples", "0"], "--samples is 0"),
     ],
 )

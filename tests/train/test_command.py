@@ -130,9 +130,11 @@ def test_a_full_disk_under_the_log(command, monkeypatch):
 
 def test_many_runs_one_after_the_other(command):
     code, out, err = command("-m", "trainer.seed=1,2", "trainer.steps=3", "optimizer.lr=1e-3,1e30",
-                             "optimizer.clip_norm=null", "trainer.save_every=0")  # fmt: skip
+                             "optimizer.clip_norm=null", "trainer.save_every=0",
+                             "--runs", "other runs")  # fmt: skip
     assert out.count("run ") >= 4 and "run 4 of 4" in out
-    states = sorted(read_status(path)["state"] for path in find_runs("runs"))
+    assert "trainer.seed=2 --runs 'other runs'\n" in out  # what to try next lies there too
+    states = sorted(read_status(path)["state"] for path in find_runs("other runs"))
     assert states == ["finished", "finished", "not_finite", "not_finite"]
     assert code == 3 and "not finite" in err
 

@@ -1,10 +1,14 @@
 """seqzoo.load: a model from its folder alone, wherever it was trained."""
 
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 import seqzoo
+from seqzoo.config import schema
 from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.train.evaluate import evaluate
 from seqzoo.train.folder import read_metrics
@@ -48,6 +52,18 @@ def test_an_average_of_the_weights_is_what_one_gets(trained):
     params = checkpoint.read_step(place, wanted, partial=True).state["params"]
     norms.append(float(jnp.linalg.norm(params["embed"]["embedding"])))
     assert norms[0] != norms[1]
+
+
+def test_a_run_of_another_version_is_read(trained, tmp_path):
+    """Settings of training that are not known here, or not written there, are no hindrance."""
+    folder = shutil.copytree(trained.path, tmp_path / "older")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["trainer"]["prefetch"]
+    config["trainer"]["async_save"] = True
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"plugins": {"a": 1}}))
+    run = seqzoo.load(folder)
+    assert run.setup.trainer.prefetch == 4 and run.setup.trainer.steps == 12
+    assert "plugins" not in schema.check(run.config)
 
 
 def test_what_cannot_be_loaded(trained, tmp_path):
