@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other data or task")
     parser.add_argument("--step", default="best", help="best, last, or a number (best)")
     parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--samples", type=int, metavar="N", help="at most N rows, spread evenly")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="N rows, spread evenly; of several lengths some of each",
+    )
     parser.add_argument("--format", choices=("table", "json"), default="table")
     add_trust_argument(parser)
 

@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     shown = ("place", "run", "runs", value, "min - max", "95 %", "solved", "diverged", "lr")
     costs = ("without embeddings", "state bytes, recurrent", "state bytes, all")
     print_table([{key: row.get(key) for key in (*shown, *costs)} for row in rows])
-    print(f"matched on {' and '.join(found.matched)}" if found.matched else "matched on nothing")
+    if len(rows) > 1:
+        print(f"matched on {' and '.join(found.matched) or 'nothing'}")
     for remark in found.remarks:
         print(remark)
     print(page)

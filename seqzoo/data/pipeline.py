@@ -110,7 +110,8 @@ def eval_batches(
       dataset: what to read.
       split: which part of it.
       batch_size: rows per batch, of all processes together.
-      max_samples: at most so many rows, spread evenly over the split; None = all.
+      max_samples: so many rows, spread evenly over the split, rounded up for each shape of rows;
+        None = all.
       process_index: which part of each batch is ours.
       process_count: parts per batch.
       workers: as in `batches`.

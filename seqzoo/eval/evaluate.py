@@ -45,7 +45,7 @@ def evaluate_run(
         run: from `seqzoo.load`.
         overrides: other data, as in ``["data.seq_len=256"]``; or a mixer's resample or chunk_size.
         split: "train", "valid" or "test".
-        max_samples: at most so many rows, spread evenly; None = all.
+        max_samples: so many rows, spread evenly, rounded up for each shape of rows; None = all.
         say: gets announcements.
 
     Raises:

@@ -1,6 +1,7 @@
 """Checkpoints: one atomic Orbax step each, checked bit by bit, the last two and the best kept."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -24,6 +25,14 @@ _LOG = logging.getLogger(__name__)
 # no half of a step under its number.
 _TRASH = "deleted"
 _STATE, _META = "state", "meta"
+
+
+# What keeps a whole step from being read for now: no rights, no memory, no descriptors, no server.
+_PASSING = (
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+    errno.ETIMEDOUT,
+)  # fmt: skip
+_PASSING_WORDS = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class Restored(NamedTuple):
@@ -327,12 +336,15 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
 
     Raises:
       Damaged: it is not there or was changed.
+      CheckpointError: it cannot be read for now.
     """
     try:
         document = json.loads((path / _META / "metadata").read_text(encoding="utf-8"))
         content = manifest.unseal(document)
         return {key: content[key] for key in ("format", "step", "metric", "meta", "arrays")}
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if _passes(error):
+            raise _for_now(path, str(error)) from error
         raise Damaged(f"its metadata cannot be read: {error}") from error
 
 
@@ -341,7 +353,7 @@ def read_step(path: pathlib.Path, abstract_state: Any, *, partial: bool = False)
 
     Raises:
       Damaged: the step is not what was saved.
-      CheckpointError: it was saved from another model.
+      CheckpointError: it was saved from another model, or cannot be read for now.
     """
     path = path.absolute()  # Orbax takes no other
     document = read_meta(path)
@@ -357,18 +369,40 @@ def read_step(path: pathlib.Path, abstract_state: Any, *, partial: bool = False)
             "it was saved with (config.yaml of its run)"
         )
     targets = {name: _target(leaf) for name, leaf in wanted.items()}
-    arrays, failed = {}, []
+    arrays: dict[str, Any] = {}
+    failed: list[Any] = []
     try:
         arrays = _read_arrays(path / _STATE, targets, partial)
     except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged file
-        failed = [_first_cause(error)]
+        failed = [[_first_cause(error), _passes(error)]]
     failed = manifest.gather(failed)  # one process may miss a part that the others did not read
+    for text, passes in failed:
+        if passes:
+            raise _for_now(path, text)
     if failed:
-        raise Damaged(failed[0])
+        raise Damaged(failed[0][0])
     found = manifest.damage(stored, arrays)
     if found:
         raise Damaged(found)
     return Restored(document["step"], manifest.unflatten(abstract_state, arrays), document["meta"])
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error says nothing of the step: read again another time, it may be whole."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(word in str(error) for word in _PASSING_WORDS):
+            return True
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            return True
+        error = error.__cause__
+    return False
+
+
+def _for_now(path: pathlib.Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read for now: {why}. It stays as it is; see to that, then run the same "
+        "command again"
+    )
 
 
 def _read_arrays(path: pathlib.Path, targets: dict[str, Any], partial: bool) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def evaluate(
         params: the model's parameters (or their moving average).
         rest: whatever else the model holds.
         split: "train", "valid" or "test".
-        max_samples: at most so many rows, spread evenly over the split; None = all.
+        max_samples: so many rows, spread evenly over the split, rounded up for each shape of rows;
+            None = all.
         batch_size: rows per batch; None = trainer.eval_batch_size, else those of a microbatch.
         say: gets announcements of compilation.
         interrupt: asked before each batch whether to give up.

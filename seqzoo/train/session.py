@@ -242,8 +242,10 @@ class Session:
             wanted = {name: getattr(self.run.state, name), "rest": self.run.state.rest}
             try:
                 restored = self._checkpoints.restore(wanted, "best", partial=True)
-            except CheckpointError:  # none that is left was evaluated
-                restored = None
+            except CheckpointError:
+                if self._checkpoints.best_step() is not None:  # it cannot be read for now
+                    raise
+                restored = None  # none that is left was evaluated
             if restored is not None:
                 weights, rest = restored.state[name], restored.state["rest"]
                 self.tested = restored.step

@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, cut off, too large for the disk; and which ones are kept."""
 
+import errno
 import json
 import pathlib
 import subprocess
@@ -66,6 +67,29 @@ def test_what_was_saved_comes_back(tmp_path):
     assert (step, meta) == (1, META)
     np.testing.assert_array_equal(found["params"]["w"], np.full((64, 64), 1.0))
     assert found["params"]["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+    ],
+)
+def test_what_cannot_be_read_for_now_is_not_damaged(tmp_path, monkeypatch, error):
+    """Or a run whose memory ends while it goes on would lose its checkpoints, one by one."""
+    checkpoints = saved(tmp_path, [0.1, 0.2])
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read_arrays", fail)
+        with pytest.raises(CheckpointError, match="cannot be read for now: .*stays as it is"):
+            checkpoints.restore(state(0))
+    assert checkpoints.steps() == [1, 2] and not checkpoints.damaged
+    assert checkpoints.restore(state(0)).step == 2
+    checkpoints.close()
 
 
 @pytest.mark.parametrize(
