@@ -32,7 +32,10 @@ COMMAND = kernel_command.Command(
     description="Compiles the GPU kernels at the shapes of real models, without a GPU.",
     epilog=EPILOG,
     devices=("h100", "h200"),
-    quick=("h200",),  # the same machine code as for an H100
+    # The same machine code as for an H100.
+    quick=("h200",),
+    whole=("h200",),
+    documents=("h100", "h200"),
     row=GpuRow,
     table=pathlib.Path(gpu_table.PATH),
     page=gpu_table.write,
@@ -85,7 +88,7 @@ def check(op: Any, args: argparse.Namespace, dumps: pathlib.Path) -> Iterator[Gp
         text = "it has a kernel, and arg_specs.py has no call tagged 'gpu' or 'tpu', and 'primary'"
         yield bare._replace(status=text)
     for spec in specs:
-        for device in args.devices or COMMAND.quick:
+        for device in COMMAND.chosen(args):
             yield f"{spec.name} on {device}"
             yield from kernel_check.check(
                 op,

@@ -33,6 +33,8 @@ COMMAND = kernel_command.Command(
     epilog=EPILOG,
     devices=("v5e", "v5p", "v6e", "tpu7x"),
     quick=("v5e", "tpu7x"),
+    whole=("v5e", "v5p", "v6e", "tpu7x"),
+    documents=("v5e",),
     row=Row,
     table=pathlib.Path(kernel_table.PATH),
     page=kernel_report.write,
@@ -76,7 +78,7 @@ def check(op: Any, args: argparse.Namespace, dumps: pathlib.Path) -> Iterator[Ro
         text = "it has a kernel, and arg_specs.py has no call tagged 'tpu' and 'primary'"
         yield Row(stack, op.__name__, "-", "", "-", "-", text)
     for spec in specs:
-        for name in args.devices or (COMMAND.devices if args.full else COMMAND.quick):
+        for name in COMMAND.chosen(args):
             yield f"{spec.name} on {name}"
             yield from kernel_check.check(
                 op,
@@ -87,7 +89,7 @@ def check(op: Any, args: argparse.Namespace, dumps: pathlib.Path) -> Iterator[Ro
                 # The quick check asks only what can get worse; the portable form is slow to
                 # compile.
                 xla=name == "v5e" and args.full,
-                documents="primary" in spec.tags and (name == "v5e" or args.full),
+                documents="primary" in spec.tags and (name in COMMAND.documents or args.full),
                 dumps=dumps,
             )
 

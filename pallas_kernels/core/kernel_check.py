@@ -280,7 +280,8 @@ def _compiled(
     if not kernels:
         return None, [row._replace(status="no Pallas call in the program")]
     around = max(0, int(found.around - (without.around if without else 0)))
-    both = not row.part.startswith("documents") or any(_BACKWARD.search(k.name) for k in kernels)
+    # Whatever comes before it in the program: a backward pass that fell to xla has no kernel.
+    both = row.part == "forward" or any(_BACKWARD.search(k.name) for k in kernels)
     row = row._replace(
         status=COMPILED if both else FORWARD_ONLY,
         bytes=None if row.bytes is None else row.bytes + around,

@@ -31,6 +31,8 @@ class Command:
         epilog: of --help.
         devices: names that --devices takes.
         quick: those without --full.
+        whole: those with it.
+        documents: those whose rows with documents come without --full too.
         row: the NamedTuple of the table; its first six fields are stack, operator, call, dtype,
             device and part.
         table: its path in a checkout.
@@ -46,12 +48,18 @@ class Command:
     epilog: str
     devices: tuple[str, ...]
     quick: tuple[str, ...]
+    whole: tuple[str, ...]
+    documents: tuple[str, ...]
     row: Any
     table: pathlib.Path
     page: Callable[[pathlib.Path, list], None]
     line: Callable[[Any], str]
     goals: Callable[[list], list[str]]
     wrong: Callable[[list], list[str]] = lambda rows: []
+
+    def chosen(self, args: argparse.Namespace) -> tuple[str, ...]:
+        """The devices that are compiled for."""
+        return args.devices or (self.whole if args.full else self.quick)
 
 
 def parser(command: Command) -> argparse.ArgumentParser:
@@ -103,6 +111,8 @@ def run(command: Command, args: argparse.Namespace) -> int:
     table = kernel_table.read(args.table, command.row)
     wrong = kernel_table.regressions(table, found) if args.check else failures(found)
     wrong = [*wrong, *command.wrong(found)]
+    if args.check:
+        wrong += kernel_table.vanished(table, found, asked(command, args, table, found))
     if args.check and (text := kernel_table.unknown_stack(table, found)):
         target = command.module.rpartition(".")[2].replace("_", "-")
         wrong.append(f"{text} (run make {target}-table)")
@@ -124,6 +134,31 @@ def run(command: Command, args: argparse.Namespace) -> int:
         told += f", {kernel_table.compared(table, found)} rows compared with {args.table}"
     print(f"{told}, {len(wrong)} wrong, {seconds:.0f} s")
     return 1 if wrong else 0
+
+
+def asked(
+    command: Command, args: argparse.Namespace, table: list, found: list
+) -> Callable[[Any], bool]:
+    """Whether a row of the table is of what the command was to measure.
+
+    Without --full these are the operators' first calls: those that rows were found of, and those
+    that the table knows with documents, which no other call is compiled with.
+    """
+    packed = lambda row: row.part.startswith("documents")
+    first = {(r.operator, r.call) for r in (*found, *filter(packed, table))}
+
+    def one(row: Any) -> bool:
+        if args.names and row.operator not in args.names:
+            return False
+        if row.device != "-" and row.device not in command.chosen(args):
+            return False
+        if args.full:
+            return True
+        if packed(row) and row.device not in command.documents:
+            return False
+        return (row.operator, row.call) in first
+
+    return one
 
 
 def failures(found: list) -> list[str]:

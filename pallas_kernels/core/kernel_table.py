@@ -2,7 +2,7 @@
 
 import csv
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 PATH = "docs/kernels.csv"  # in a checkout
@@ -170,6 +170,8 @@ def regressions(table: Iterable, found: Iterable) -> list[str]:
             wrong.append(f"{row.name}: {before.status} before, now {row.status}")
         if row.status != before.status or not compiles(row):  # figures of other kernels, or none
             continue
+        for name in sorted(_names(before) - _names(row)):
+            wrong.append(f"{row.name}: {name} is called no more")
         for field, (factor, more) in _ALLOWED.items():
             now, was = getattr(row, field, None), getattr(before, field, None)
             if was is not None and (now is None or now > factor * was + more):
@@ -178,9 +180,38 @@ def regressions(table: Iterable, found: Iterable) -> list[str]:
     return wrong
 
 
+def vanished(table: Iterable, found: Iterable, asked: Callable[[Any], bool]) -> list[str]:
+    """What the table has and nobody measured, one line each.
+
+    Or a call whose tag is lost, a pass that is xla's now, or an operator whose kernel is gone,
+    would pass: `regressions` goes by what was found.
+
+    Args:
+        table: the committed rows.
+        found: as measured.
+        asked: whether a row of the table is of what was to be measured.
+    """
+    found = list(found)
+    keys, stacks = {row.key for row in found}, {row.stack for row in found if row.stack}
+    broke = {row.operator for row in found if not row.stack}  # told already
+    return [
+        f"{row.name}: the table has a row of it and nothing was measured"
+        for row in table
+        if row.key not in keys
+        and (row.stack in stacks or not stacks)
+        and row.operator not in broke
+        and asked(row)
+    ]
+
+
 def _passes(row: Any) -> int:
     """How many of both passes kernels serve."""
     return {COMPILED: 2, FORWARD_ONLY: 1}.get(row.status, 0)
+
+
+def _names(row: Any) -> set[str]:
+    """The kernels of a pass, where they have no rows of their own."""
+    return set(getattr(row, "kernels", "").split())
 
 
 def compared(table: Iterable, found: Iterable) -> int:

@@ -98,6 +98,8 @@ def test_a_backward_pass_that_is_xlas():
         ("documents", "splash_mha_fwd splash_mha_dkv_no_residuals", "compiled"),
         ("documents, state", "toy_forward", FORWARD_ONLY),
         ("documents", "toy_states toy_lagsome", FORWARD_ONLY),
+        ("backward", "toy_forward", FORWARD_ONLY),
+        ("backward", "toy_forward toy_backward", "compiled"),
         ("forward", "toy_forward", "compiled"),
     ],
 )
@@ -108,7 +110,8 @@ def test_a_program_without_a_kernel_backward_says_so(part, names, status):
     device = types.SimpleNamespace(device_kind="TPU v5 lite")
     bare = Row(*ROW[:5], part)
     _, (row,) = kernel_check._compiled(target, device, bare, None, (), dumps=None)
-    assert (row.status, row.kernels, row.vmem) == (status, names, 2**20)
+    told = "toy_backward" if part == "backward" and status == "compiled" else names
+    assert (row.status, row.kernels, row.vmem) == (status, told, 2**20)
 
 
 def test_one_that_no_longer_compiles_and_one_without_a_row():
@@ -122,6 +125,51 @@ def test_one_that_no_longer_compiles_and_one_without_a_row():
     assert "compiled before, now refused: no room" in text
     (text,) = regressions([ROW], [ROW._replace(call="new")])
     assert "the table has no row of it" in text
+
+
+def test_a_kernel_that_is_called_no_more():
+    two = ROW._replace(kernels="toy_backward toy_sums")
+    assert regressions([ROW], [two]) == []
+    (text,) = regressions([two], [ROW])
+    assert text == "toy real backward on v5e: toy_sums is called no more"
+
+
+def test_rows_that_vanish_are_told(tmp_path, monkeypatch, capsys):
+    """Those that the command was to measure, and no others."""
+    packed = ROW._replace(part="documents, state")
+    there = [ROW, ROW._replace(part="forward"), ROW._replace(device="tpu7x"), packed]
+    others = [
+        packed._replace(device="tpu7x"),  # of --full
+        ROW._replace(call="long"),
+        ROW._replace(device="v6e"),
+        ROW._replace(stack="jax 9, libtpu 9"),
+    ]
+    table = tmp_path / "kernels.csv"
+    kernel_table.write(table, [*there, *others])
+
+    def told(found, *arguments):
+        monkeypatch.setattr(kernel_command, "_check", lambda command, name, args: found)
+        monkeypatch.setattr(kernel_command, "operators", lambda command: ["toy", "other"])
+        given = [*arguments, "--check", "--table", str(table)]
+        args = kernel_command.parser(check_tpu.COMMAND).parse_args(given)
+        code = kernel_command.run(check_tpu.COMMAND, args)
+        texts = [x for x in capsys.readouterr().out.splitlines() if x.startswith("WRONG: ")]
+        assert code == bool(texts)
+        return [text.removeprefix("WRONG: ").split(": ")[0] for text in texts]
+
+    assert told(there, "toy") == []
+    for i, row in enumerate(there):
+        assert told([*there[:i], *there[i + 1 :]], "toy") == [row.name]
+    here = [*there, *others[:3]]
+    assert told(here, "toy", "--full") == []
+    assert set(told(there, "toy", "--full")) == {row.name for row in others[:3]}
+    assert told([packed], "toy", "--devices", "v5e") == [ROW.name, there[1].name]
+    # Another operator's rows, none at all, and a process that broke and said so.
+    other = [ROW._replace(operator="other")]
+    assert told(other, "other")[0] == "other real backward on v5e"
+    assert len(told([], "toy")) == len(there) + 1  # a row of the other stack
+    broke = ROW._replace(stack="", call="-", status="the process ended with 1")
+    assert told([broke], "toy") == [broke.name]
 
 
 def test_another_stack_is_not_compared():
