@@ -202,11 +202,21 @@ def _why_no_kernel(
     A kernel is traced for its own devices only: a CPU's programs would trace every one in vain.
     """
     if platform_of(kind) == platform:
-        return _refusal(form, shapes, kind, options)
+        return _refusal(form, shapes, kind, options) or _wide()
     return _refusal(form, shapes, INTERPRETED_AS[platform], options) or (
         f"it needs a {platform} device and this is a {kind}; config.interpret runs it anyway, and "
         "inside dispatch.compiling_for(KIND) it compiles for another device"
     )
+
+
+def _wide() -> str | None:
+    """The reason against kernels where whole numbers have 64 bits: theirs have 32.
+
+    Some break while they are traced, and none is tested so.
+    """
+    if jax.dtypes.canonicalize_dtype("int64") != "int64":
+        return None
+    return "jax_enable_x64 is on, and kernels count in int32; jax.enable_x64(False) around it helps"
 
 
 def _refusal(form: Form, shapes: Any, kind: str, options: Mapping[str, Any]) -> str | None:

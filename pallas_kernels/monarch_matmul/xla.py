@@ -34,12 +34,12 @@ def _product(equation: str, x, y):
 
 def _split(x, k: int):
     """`[b t n]` as `[b t k p]`."""
-    return x.reshape(*x.shape[:2], k, -1)
+    return x.reshape(*x.shape[:2], k, x.shape[2] // k)
 
 
 def _flat(x):
     """`[b t k p]` as `[b t n]`."""
-    return x.reshape(*x.shape[:2], -1)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])
 
 
 # --- One factor ---------------------------------------------------------------------------------

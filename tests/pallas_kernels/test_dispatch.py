@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import OPERATORS, long_conv, selective_scan, short_conv
+from pallas_kernels import OPERATORS, long_conv, monarch_matmul, selective_scan, short_conv
 from pallas_kernels.core import costs, dispatch
 from pallas_kernels.core.config import Config
 from pallas_kernels.core.testing import letters_of
@@ -41,6 +41,16 @@ FORMS = {
 
 def call(x, **how):
     return dispatch.call("toy", FORMS, (x, None), **how)[0]
+
+
+def test_where_whole_numbers_have_64_bits_no_kernel_is_taken():
+    """Several break while they are traced: their counters are int32."""
+    with dispatch.compiling_for("TPU v6 lite"), jax.enable_x64(True):
+        text = jax.jit(call).trace(X).lower(lowering_platforms=("tpu",)).as_text()
+        assert "3.0" not in text and "2.0" in text
+        with pytest.raises(NotImplementedError, match="jax_enable_x64 is on"):
+            call(X, implementation="pallas_tpu")
+        assert call(X, implementation="pallas_tpu", config=Config(interpret=True))[1] == 3
 
 
 def test_none_takes_xla_on_a_cpu():
@@ -174,3 +184,6 @@ def test_no_tokens():
     assert y.shape == (2, 0, 3) and not state.h.any() and state.h.dtype == jnp.float32
     y, state = short_conv(x, jnp.ones((4, 3)))
     assert y.shape == (2, 0, 3) and state.x.shape == (2, 3, 3)
+    w1, w2 = jnp.ones((4, 3, 2)), jnp.ones((2, 5, 6))
+    total = lambda w1: monarch_matmul(jnp.ones((2, 0, 8)), w1, w2).sum()
+    assert total(w1) == 0 and not jax.grad(total)(w1).any()
