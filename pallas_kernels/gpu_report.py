@@ -223,7 +223,7 @@ class Report:
                     continue
                 if "doing" in told:
                     doing = told["doing"]
-                else:
+                elif "phase" in told and told.keys() <= {*Result._fields}:
                     add(Result(**told))
             code = worker.wait()
             timer.cancel()
@@ -238,6 +238,8 @@ class Report:
         own = dict(os.environ)
         if self.args.dry_run:
             own["JAX_PLATFORMS"] = "cpu"
+        elif (given := own.get("JAX_PLATFORMS")) and "cpu" not in given.split(","):
+            own["JAX_PLATFORMS"] = f"{given},cpu"  # float64 is computed there
         if phase == "numerics":  # several at a time share the memory
             own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         if phase in ("peers", "models") and self.args.peers:
@@ -275,11 +277,12 @@ beside this page (csv).
 
 Numerics: outputs, states and every gradient of freshly drawn inputs against float64 (the reference;
 at real lengths the portable form), twice, the second time over memory full of nan; both runs must
-give the same bits. Times: warm, the median of 15 rounds in which every candidate takes its turn,
-over several sets of inputs that together outgrow the caches; what a call of nothing takes, the host
-takes, and no kernel shows less. *floor*: what the call needs at least (bytes, operations of matrix
-products, exponentials: `op.cost`) by what the device does at best, measured below; the largest
-binds. A cell in bold is red: what went wrong, or what is missing."""
+give the same bits (cuDNN's, which adds up in no fixed order, the same digits). Times: warm, the
+median of 15 rounds in which every candidate takes its turn, over several sets of inputs that
+together outgrow the caches; what a call of nothing takes, the host takes, and no kernel shows less.
+*floor*: what the call needs at least (bytes, operations of matrix products, exponentials:
+`op.cost`) by what the device does at best, measured below; the largest binds. A cell in bold is
+red: what went wrong, or what is missing."""
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """check_gpu and gpu_report without a GPU: texts of ptxas, bytes of a body, tables, processes."""
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -322,6 +323,36 @@ def test_an_operator_that_is_wrong_or_refuses_is_told(one_operator):
         found = [x for x in numerics.check(run, DRY) if isinstance(x, Result)]
         assert found[0].status.startswith(status)
         assert len(found) == (2 if run is refusing else 1)  # bfloat16 is tried too
+
+
+@pytest.mark.parametrize(
+    "given, told", [(None, None), ("cuda", "cuda,cpu"), ("cpu,cuda", "cpu,cuda"), ("", "")]
+)
+def test_processes_have_a_cpu_for_float64(monkeypatch, given, told):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", given)
+    report = gpu_report.Report(gpu_report.parser().parse_args([]), [])
+    assert report._environment("numerics").get("JAX_PLATFORMS") == told
+
+
+def test_a_second_run_has_the_same_bits_or_a_librarys_digits(one_operator, monkeypatch):
+    got, near = {"y": np.ones(4, np.float32)}, {"y": np.full(4, 1 + 1e-6, np.float32)}
+    differ = lambda again: numerics._differ(one_operator, got, again, got, "float32")
+    assert differ(got) is None and differ(near) == "differs in y"
+    library = types.SimpleNamespace(library="cuDNN")
+    monkeypatch.setattr(one_operator, "forms", dict(pallas_gpu=library))
+    assert differ(near) is None
+    assert differ({"y": np.full(4, np.nan, np.float32)}).startswith("is wrong: ")
+
+
+def test_long_calls_have_the_numbers_that_were_drawn_again_and_again(one_operator):
+    spec = dataclasses.replace(TOY, sizes={**TOY.sizes, "t": 1100})
+    sets, dys = times.argument_sets(one_operator, spec, "bfloat16", numerics.How(3, dry=False))
+    assert len(sets) == len(dys) >= 2 and sets[1][0].shape == dys[1].shape == (4, 1100, 128)
+    (x,), (turned,) = (np.asarray(x, np.float32) for x in sets[:2])
+    np.testing.assert_array_equal(x[:, 512:1024], x[:, :512])
+    np.testing.assert_array_equal(turned[:, 7:], x[:, :-7])
 
 
 def test_candidates_take_turns_over_sets_and_one_that_fails_is_alone():

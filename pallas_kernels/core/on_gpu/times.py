@@ -26,10 +26,11 @@ from pallas_kernels.core.on_gpu.numerics import (
     with_state,
 )
 from pallas_kernels.core.on_gpu.result import Result
-from pallas_kernels.core.testing import ArgSpec, draw_case
+from pallas_kernels.core.testing import ArgSpec, draw_case, letters_of
 
 _CACHE = 150e6  # bytes: three times the second-level cache of a Hopper
 _MOST_BYTES = 24e9  # of all sets
+_DRAWN = 512  # tokens; longer calls have them again and again, or the host draws for minutes
 # A batch at which a GPU is full, beside the calls of arg_specs.py.
 _BATCH = 8
 # Operators whose work is no matrix product.
@@ -140,22 +141,27 @@ def timed(row: Result, took: bench.Measured) -> Result:
 def argument_sets(op: Any, spec: ArgSpec, dtype: str, how: How) -> tuple[list[tuple], list]:
     """Sets of arrays, and a cotangent of y for each, on the device.
 
-    One set is drawn; in the others the sequences are turned, so that they hold other numbers of
-    the same kind.
+    One set is drawn, its first tokens at least; in the others the sequences are turned, so that
+    they hold other numbers of the same kind.
     """
-    op = with_state(op)
-    case = draw_case(op, spec, spec.sizes["t"], dtype=dtype, fresh=True, seed=how.seed % 2**32)
-    arrays = tuple(map(jnp.asarray, case.arrays.values()))
-    total = sum(x.nbytes for x in arrays) + case.dy.nbytes
+    letters, op, t = letters_of(op), with_state(op), spec.sizes["t"]
+    drawn = min(t, _DRAWN)
+    case = draw_case(op, spec, drawn, dtype=dtype, fresh=True, seed=how.seed % 2**32)
+
+    def long(x):
+        return jnp.tile(x, (1, -(-t // drawn), *(1 for _ in x.shape[2:])))[:, :t]
+
+    along = [letters[name][1:2] == ("t",) for name in case.arrays]
+    pairs = zip(map(jnp.asarray, case.arrays.values()), along, strict=True)
+    arrays, dy = [long(x) if of_tokens else x for x, of_tokens in pairs], long(jnp.asarray(case.dy))
+    total = sum(x.nbytes for x in arrays) + dy.nbytes
     count = max(2, min(math.ceil(_CACHE / total) + 1, 8, int(_MOST_BYTES // total)))
     count = 1 if how.dry else count
-    along = [x.ndim > 1 and x.shape[1] == spec.sizes["t"] for x in arrays]
 
     def turned(i: int) -> tuple:
         pairs = zip(arrays, along, strict=True)
         return tuple(jnp.roll(x, 7 * i, axis=1) if t else x + 0 for x, t in pairs)
 
-    dy = jnp.asarray(case.dy)
     return [turned(i) for i in range(count)], [jnp.roll(dy, 5 * i, axis=1) for i in range(count)]
 
 
