@@ -8,6 +8,7 @@ from typing import Any, Self
 import jax
 
 from seqzoo.data.source import Dataset
+from seqzoo.errors import ConfigError
 from seqzoo.tasks import task
 from seqzoo.tasks.task import Mode, Sums
 
@@ -35,7 +36,12 @@ class MaskedTokens:
         return "max" if self.metric == "accuracy" else "min"
 
     def for_data(self, dataset: Dataset) -> Self:
-        del dataset
+        if getattr(dataset, "mask_token", None) is None:
+            raise ConfigError(
+                f"task=masked_tokens, but {type(dataset).__name__} hides no tokens: a model that "
+                "looks both ways would read what it is asked for; take data=masked_text or "
+                "masked_stdlib_text, or task=next_token"
+            )
         return self
 
     def sums(

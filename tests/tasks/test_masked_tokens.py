@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqzoo.data import IGNORE, MQAR
+from seqzoo.data import IGNORE, Masked, StdlibText
 from seqzoo.errors import ConfigError
 from seqzoo.tasks import MaskedTokens
 
@@ -58,6 +58,8 @@ def test_each_hidden_token_counts_the_same_wherever_it_stands():
 
 def test_what_is_better_and_what_is_no_metric():
     assert MaskedTokens().mode == "min" and MaskedTokens(metric="accuracy").mode == "max"
-    assert MaskedTokens().for_data(MQAR()) == MaskedTokens()
+    assert MaskedTokens().for_data(Masked(StdlibText(seq_len=128))) == MaskedTokens()
+    with pytest.raises(ConfigError, match="StdlibText hides no tokens: .*take data=masked_text"):
+        MaskedTokens().for_data(StdlibText())
     with pytest.raises(ConfigError, match="bits_per_masked_token"):
         MaskedTokens(metric="bits_per_byte")

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqzoo.data import IGNORE, MQAR, AssociativeRecall, InductionHeads, Needles, Passkey
+from seqzoo.data import (
+    IGNORE,
+    MQAR,
+    AssociativeRecall,
+    InductionHeads,
+    Needles,
+    Passkey,
+    StdlibText,
+)
 from seqzoo.errors import ConfigError
 from seqzoo.nn.stack import Run
 from seqzoo.tasks import Classification, MaskedAnswers, NextToken
@@ -161,7 +169,7 @@ def test_for_data_fills_in_what_the_data_knows_and_tasks_stay_hashable():
     assert task.groups == ("pairs_4",) and hash(task) == hash(filled)
 
 
-@pytest.mark.parametrize("dataset", [Passkey(), Needles(), AssociativeRecall()])
+@pytest.mark.parametrize("dataset", [Passkey(), Needles(), AssociativeRecall(), StdlibText()])
 def test_rows_that_hold_answers_are_not_read_both_ways(dataset):
     block = types.SimpleNamespace(mixer=types.SimpleNamespace(causality="none"))
     stack = types.SimpleNamespace(plan=[Run(0, ("attention",), 1)], runs=[[block]])
