@@ -1,13 +1,11 @@
-"""Rows read in parts that end where the data say: at a document's start, at its every n-th token.
+"""Rows read block by block, for rules that count from each document's start.
 
-Some rules count from each document's start: neural_memory takes its gradients at the weights of
-every n-th token, MAC attends within segments. A row is cut into blocks of fixed length, and a block
-into parts, none of which reaches over such a place; so a part is computed at once. How many parts a
-block has is known only when it runs: one where documents begin at multiples of the block, more
-where they do not.
+neural_memory takes its gradients at the weights of every n-th token, MAC attends within segments. A
+row that is one document from its start is cut into blocks of fixed length, each of which is
+computed at once; so is a single token of a stream. windows.py has all other rows.
 
 The forward pass keeps what is carried at the start of every `span` blocks and nothing else; the
-backward pass runs a span's parts again, the last one first.
+backward pass runs a span's blocks again, the last one first.
 """
 
 import functools
@@ -80,19 +78,19 @@ def over_parts(
     kept: Callable = lambda carry: carry,
     regained: Callable = lambda kept: kept,
 ) -> tuple[Any, Any]:
-    """Runs `rule(how, params, carry, tokens, mine, place) -> (carry, y)` over all parts in order.
+    """Runs `rule(how, params, carry, tokens, mine, place) -> (carry, y)` over all blocks in order.
 
     Args:
-        rule: a function of a module (hashable). It gets the tokens of a whole block, of which those
-            of the part are `mine` (bool `[b c]`, None = all), with their `place` `[b c]`. Rows
+        rule: a function of a module (hashable). It gets the tokens of a block, of which those
+            that are there are `mine` (bool `[b c]`, None = all), with their `place` `[b c]`. Rows
             without such a token must come out as they went in. y is a tree of arrays `[b c ...]`,
             of which only what is `mine` is taken.
         how: static, hashable, for the rule.
-        params: tree of arrays that all parts share.
+        params: tree of arrays that all blocks share.
         carry: tree of floating-point arrays.
         inputs: arrays `[b t ...]`.
-        parts: from `cut`; places and parts of None are one document from its start, in which blocks
-            are parts.
+        parts: from `cut`, of calls of one token; places and parts of None are one document from
+            its start.
         block: tokens per block.
         span: blocks per carry that is kept.
         kept: what of the carry at the start of a block has to be kept.
@@ -114,10 +112,9 @@ def over_parts(
     more = lambda x, with_: jnp.pad(
         x, [(0, (t + fill - x.shape[1]) * (i == 1)) for i in range(x.ndim)], constant_values=with_
     )
-    one_part = parts.place is None or t == 1
     place = None if parts.place is None else more(parts.place, 0)
     part = None if parts.part is None else more(parts.part, -1)
-    form = (rule, how, block, span, one_part, kept, regained)
+    form = (rule, how, block, span, kept, regained)
     carry, y = _over_parts(form, params, carry, tuple(more(x, 0) for x in inputs), place, part)
     return carry, jax.tree.map(lambda x: x[:, :t], y)
 
@@ -142,7 +139,7 @@ def _forward(form, params, carry, inputs, place, part):
 def _backward(form, residuals, cotangents):
     params, starts, inputs, place, part = residuals
     dlast, dy = cotangents
-    *_, span, _, kept, regained = form
+    *_, span, kept, regained = form
 
     def one_span(carry, x):
         start, xs, dy = x
@@ -176,55 +173,22 @@ _over_parts.defvjp(_forward, _backward)
 
 
 def _block(form, params, carry, x):
-    """All parts of a block in order: the carry after them, and y."""
-    rule, how, _, _, one_part, *_ = form
+    """The carry after a block, and y."""
+    rule, how, *_ = form
     tokens, place, part = x
-    run = lambda carry, mine: rule(how, params, carry, tokens, mine, place)
-    if one_part:
-        mine = None if part is None else part == 0
-        carry, y = run(carry, mine)
-        return carry, y if mine is None else jax.tree.map(lambda a: _where(mine, a, 0), y)
-
-    def step(state):
-        s, carry, y = state
-        carry, found = run(carry, part == s)
-        return s + 1, carry, jax.tree.map(lambda a, b: _where(part == s, a, b), found, y)
-
-    shapes = jax.eval_shape(lambda carry: run(carry, part == 0)[1], carry)
-    y = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    n = jnp.max(part) + 1
-    _, carry, y = jax.lax.while_loop(lambda state: state[0] < n, step, (0, carry, y))
-    return carry, y
+    mine = None if part is None else part == 0
+    carry, y = rule(how, params, carry, tokens, mine, place)
+    return carry, y if mine is None else jax.tree.map(lambda a: _where(mine, a, 0), y)
 
 
 def _block_backward(form, params, dcarry, start, x, dy):
     """Gradients by params, by the carry before the block, and by its tokens."""
-    rule, how, _, _, one_part, *_ = form
+    rule, how, *_ = form
     tokens, place, part = x
-
-    def pull(carry, mine, dcarry):
-        run = lambda params, carry, tokens: rule(how, params, carry, tokens, mine, place)
-        _, back = jax.vjp(run, params, carry, tokens)
-        return back(
-            (dcarry, dy if mine is None else jax.tree.map(lambda a: _where(mine, a, 0), dy))
-        )
-
-    if one_part:
-        return pull(start, None if part is None else part == 0, dcarry)
-
-    ahead = lambda s, carry: rule(how, params, carry, tokens, part == s, place)[0]
-
-    def step(state):
-        s, dparams, dcarry, dtokens = state
-        carry = jax.lax.fori_loop(0, s, ahead, start)  # again from the block's start
-        more, dcarry, found = pull(carry, part == s, dcarry)
-        dtokens = jax.tree.map(lambda a, b: _where(part == s, a, b), found, dtokens)
-        return s - 1, jax.tree.map(jnp.add, dparams, more), dcarry, dtokens
-
-    zeros = jax.tree.map(jnp.zeros_like, (params, tokens))
-    state = (jnp.max(part), zeros[0], dcarry, zeros[1])
-    _, dparams, dcarry, dtokens = jax.lax.while_loop(lambda state: state[0] >= 0, step, state)
-    return dparams, dcarry, dtokens
+    mine = None if part is None else part == 0
+    run = lambda params, carry, tokens: rule(how, params, carry, tokens, mine, place)
+    _, back = jax.vjp(run, params, start, tokens)
+    return back((dcarry, dy if mine is None else jax.tree.map(lambda a: _where(mine, a, 0), dy)))
 
 
 # --- Shapes -------------------------------------------------------------------------------------

@@ -2,13 +2,13 @@
 
 Inside a chunk the closed form of dual.py; from chunk to chunk a scan. The backward pass runs each
 chunk again from the weights and the momentum before it, of which those before every `span`-th are
-kept (core/parts.py). README.md has the maths, and what was tried and measured.
+kept (core/parts.py, core/windows.py). README.md has the maths, and what was tried and measured.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
-from pallas_kernels.core import dispatch, parts
+from pallas_kernels.core import dispatch, parts, windows
 from pallas_kernels.core.config import Config
 from pallas_kernels.neural_memory import dual
 
@@ -58,7 +58,6 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     *carry, count, last_id = state
     config = XlaConfig.of(config, dict(chunk=how.chunk), dispatch.device_kind(config))
     t = tokens[0].shape[1]
-    cut = dict(block=how.chunk if t > 1 else 1, span=config.span)
     if fresh and segment_ids is None:
         carry, y = parts.over_parts(
             dual.one_document,
@@ -67,21 +66,26 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
             tuple(carry),
             tokens,
             parts.Parts(None, None),
-            **cut,
+            block=how.chunk if t > 1 else 1,
+            span=config.span,
             kept=_without_start,
             regained=_with_start,
         )
         return y, (*carry, count + t, last_id)
     place, valid, count, last_id = parts.places(segment_ids, count, last_id, t)
-    carry, y = parts.over_parts(
-        dual.any_documents,
-        how,
-        opening,
-        tuple(carry),
-        tokens,
-        parts.cut(place, valid, cut["block"], how.chunk),
-        **cut,
-    )
+    call = (dual.any_documents, how, opening, tuple(carry), tokens)
+    if t == 1:
+        carry, y = parts.over_parts(*call, parts.cut(place, valid, 1, how.chunk), block=1)
+    else:
+        carry, y = windows.over_windows(
+            *call,
+            place,
+            valid,
+            window=how.chunk,
+            span=config.span,
+            kept=_without_start,
+            regained=_with_start,
+        )
     return y, (*carry, count, last_id)
 
 

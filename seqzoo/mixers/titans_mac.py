@@ -223,8 +223,9 @@ class TitansMAC(nnx.Module):
                 self.inside_def, params, carried, tokens, self.segment
             )
         else:
-            cut = parts.cut(place, valid, self.segment if t > 1 else 1, self.segment)
-            carried, (y, m, *gates) = segments(self.inside_def, params, state.carried, tokens, cut)
+            carried, (y, m, *gates) = segments(
+                self.inside_def, params, state.carried, tokens, place, valid, self.segment
+            )
         self.inside.memory.report(gates, segment_ids, carried.state(count))
         return self.out_proj(self.combined(y, m)), TitansMACState(convs, carried, count, last_id)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.core import parts
+from pallas_kernels.core import parts, windows
 from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.neural_memory import NeuralMemoryState, Weights, recall
 from pallas_kernels.short_conv import ShortConvState
@@ -206,18 +206,23 @@ class Segment(nnx.Module):
         return {"recurrent": recurrent, "total": recurrent + max(conv - 4, 0)}
 
 
-def segments(graphdef, params, carry: Carried, tokens, cut: parts.Parts):
-    """All parts of segments of a call: the last carry, and y, m, gates `[b t ...]`.
+def segments(graphdef, params, carry: Carried, tokens, place, valid, segment: int):
+    """All segments of a call: the last carry, and y, m, gates `[b t ...]`.
 
     Args:
         graphdef: of a `Segment`.
         params: its parameters, as pure arrays.
         carry: before the first token.
         tokens: `[b t h k]`, as `Segment` takes them.
-        cut: from `parts.cut`.
+        place, valid: `[b t]`, from `parts.places`.
+        segment: tokens of one.
     """
-    block = 1 if tokens[0].shape[1] == 1 else carry.h_k.shape[1]
-    return parts.over_parts(_part, graphdef, params, carry, tokens, cut, block=block)
+    call = (_part, graphdef, params, carry, tokens)
+    if place.shape[1] == 1:
+        return parts.over_parts(*call, parts.cut(place, valid, 1, segment), block=1)
+    return windows.over_windows(
+        *call, place, valid, window=segment, kept=_without_segment, regained=_with_segment
+    )
 
 
 def one_document(graphdef, params, carry: Carried, tokens, segment: int):
