@@ -18,7 +18,7 @@ from pallas_kernels.core import gpu_chunks as parts
 from pallas_kernels.core.gpu_chunks import BLOCK, CHUNK, How, Turned, bfloat16, down
 from pallas_kernels.core.tpu_parts import Refs
 from pallas_kernels.gla import gpu_parts as decays
-from pallas_kernels.gla.gpu_parts import DOCUMENT, SEEN, SEES
+from pallas_kernels.gla.gpu_parts import SEEN, SEES
 from pallas_kernels.simple_gla import gpu_values
 from pallas_kernels.simple_gla.gpu_values import Values
 
@@ -105,8 +105,7 @@ def _body(count: int, halves: int, how: How, *given, **scratch):
     # Both halves are done with values.
     all_s, level_s = (scratch["values"].at[i, half] for i in range(2))
 
-    one = down(marks_s[DOCUMENT]) == parts.across(marks_s[DOCUMENT])
-    by_pairs = jnp.where(one, how.scale * by_pairs, 0.0)
+    by_pairs = jnp.where(decays.one_document(marks_s), how.scale * by_pairs, 0.0)
     all_s[...] = bfloat16(by_pairs)
     own = down(jnp.sum(jnp.where(parts.iota(0) == parts.iota(1), by_pairs, 0.0), axis=1))
     through_s[half] = by_state * through_s[half]

@@ -11,7 +11,7 @@ from pallas_kernels.core import gpu
 from pallas_kernels.core import gpu_chunks as parts
 from pallas_kernels.core.gpu_chunks import BLOCK, CHUNK, How, Turned, bfloat16, down
 from pallas_kernels.gla import gpu_parts as decays
-from pallas_kernels.gla.gpu_parts import DOCUMENT, SEEN, SEES
+from pallas_kernels.gla.gpu_parts import SEEN, SEES
 
 
 class Made(NamedTuple):
@@ -81,7 +81,7 @@ def make(q, k, decay: tuple, marks, how: How) -> Made:
             0, blocks, columns, (parts.nothing(how), jnp.sum(parts.nothing(how), axis=1))
         )
         pairs = jnp.where(parts.iota(0) == parts.iota(1), down(own), pairs)
-        one = down(marks_s[DOCUMENT]) == parts.across(marks_s[DOCUMENT])
+        one = decays.one_document(marks_s)
         factor[...] = bfloat16(jnp.where(one, how.scale * pairs, 0.0))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(factor, pairs_out.at[row, head, chunk])

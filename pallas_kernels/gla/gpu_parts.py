@@ -27,6 +27,16 @@ def zero_of(marks: Any) -> jax.Array:
     return marks[_ZEROS, 0].astype(jnp.int32)
 
 
+def one_document(marks: Any) -> jax.Array:
+    """`[64 64]`: whether tokens i and j are of one document.
+
+    Read twice, and so that it shows: jax 0.11 makes one value of two equal reads, and one value
+    has one layout; it lies along rows or down columns, and a search for one that does both does
+    not end.
+    """
+    return parts.down(marks[DOCUMENT]) == parts.across(marks[zero_of(marks) + DOCUMENT])
+
+
 def second(n: Any, zero: Any = 0) -> jax.Array:
     """`[64 64]`, by rows: whether token i stands in the second half of its block, as a query."""
     return ((parts.iota(0) + zero) >> n) & 1 == 1
