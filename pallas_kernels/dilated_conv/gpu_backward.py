@@ -140,7 +140,7 @@ def _backward_kernel(refs, walk: Walk, config):
             in_specs=[
                 at.block(r, now),
                 at.block(r, done),
-                *(at.numbers(r, walk, done) for _ in names),
+                *(at.numbers(walk, done) for _ in names),
             ],
             max_concurrent_steps=STAGES,
             init_carry=carry,

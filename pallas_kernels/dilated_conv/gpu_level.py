@@ -19,6 +19,9 @@ from pallas_kernels.core.gpu_parts import each, layout_cast
 LANES = gpu.WARPGROUP
 LINE = plgpu.Layout.WG_STRIDED((LANES,), 1)
 STAGES = 3  # chunks of rows that are on their way or worked on
+# Numbers of a chunk's rows: TMA brings each chunk to a place of its own, and places must lie 128
+# bytes apart. Fewer rows are filled up.
+NUMBERS = 32
 _BLOCKS = 3 * 132  # that keep a device busy
 _LEAST = 8  # chunks of a part: what its neighbours have is read again
 
@@ -112,11 +115,10 @@ class Place(NamedTuple):
         where = lambda c: (self.row, index(c), self.phase, self.channels)
         return plgpu.BlockSpec((None, n, None, LANES), where)
 
-    def numbers(self, n: int, walk: Walk, index) -> plgpu.BlockSpec:
-        """Numbers of these rows, of `[b*d n]`."""
-        return plgpu.BlockSpec(
-            (None, n), lambda c: (self.row * walk.dilation + self.phase, index(c))
-        )
+    def numbers(self, walk: Walk, index) -> plgpu.BlockSpec:
+        """Numbers of a chunk's rows, of `[b*d chunks 32]`."""
+        where = lambda c: (self.row * walk.dilation + self.phase, index(c), 0)
+        return plgpu.BlockSpec((None, None, NUMBERS), where)
 
 
 def places(walk: Walk):
@@ -228,8 +230,8 @@ def forward(x, weight, bias, past, sights, walk: Walk, dtype, config):
         x: `[b n d e]`, n rows of d phases.
         weight: `[w e]`, bias: `[e]`, float32.
         past: float32 `[b walk.edge d e]`, the rows before the first; None = zeros.
-        sights: walk.sights arrays int32 `[b*d n]`, rows that a token sees behind (and ahead); -1
-            at padding.
+        sights: walk.sights arrays int32 `[b*d chunks 32]`, rows that a token sees behind (and
+            ahead), those of a chunk's rows first; -1 at padding.
         walk: see Walk.
         dtype: of the result.
         config: of the form.
@@ -296,7 +298,7 @@ def _forward_kernel(refs, walk: Walk, config):
             grid=(walk.chunks + walk.late,),
             in_specs=[
                 at.block(walk.rows, now),
-                *(at.numbers(walk.rows, walk, done) for _ in names),
+                *(at.numbers(walk, done) for _ in names),
             ],
             max_concurrent_steps=STAGES,
             init_carry=tuple(before(refs, at, walk, lines)),

@@ -13,7 +13,14 @@ from pallas_kernels.core import gpu
 from pallas_kernels.dilated_conv import ring as rings
 from pallas_kernels.dilated_conv import xla
 from pallas_kernels.dilated_conv.gpu_backward import backward
-from pallas_kernels.dilated_conv.gpu_level import LANES, Walk, chunk_rows, forward, walk_of
+from pallas_kernels.dilated_conv.gpu_level import (
+    LANES,
+    NUMBERS,
+    Walk,
+    chunk_rows,
+    forward,
+    walk_of,
+)
 
 _MOST_TAPS = 33  # registers: a window, a chunk, and in the backward pass a gradient for each
 
@@ -109,14 +116,18 @@ def _one_level(
     return y.reshape(b, whole, e)[:, :t]
 
 
-def _numbers(sights, b: int, whole: int, dilation: int, most: int):
-    """How many rows each token sees behind and ahead, int32 `[b*d n]`; -1 = it is no token."""
-    found = []
+def _numbers(sights, b: int, whole: int, dilation: int, taps: int):
+    """How many rows each token sees behind and ahead; -1 = it is no token.
+
+    int32 `[b*d chunks 32]`, those of a chunk's rows first.
+    """
+    found, rows = [], chunk_rows(taps)
     for seen in (sights.behind, sights.ahead):
-        seen = jnp.minimum(seen // dilation, most)
+        seen = jnp.minimum(seen // dilation, taps)
         seen = jnp.where(sights.valid, seen, -1)
         seen = jnp.pad(seen, ((0, 0), (0, whole - seen.shape[1])), constant_values=-1)
-        found.append(jnp.swapaxes(seen.reshape(b, -1, dilation), 1, 2).reshape(b * dilation, -1))
+        seen = jnp.swapaxes(seen.reshape(b, -1, dilation), 1, 2).reshape(b * dilation, -1, rows)
+        found.append(jnp.pad(seen, ((0, 0), (0, 0), (0, NUMBERS - rows))))
     return tuple(found)
 
 

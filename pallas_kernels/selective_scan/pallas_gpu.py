@@ -20,6 +20,7 @@ from pallas_kernels.selective_scan.gpu_stretches import run_backward, run_forwar
 _CHUNKS = (64, 32, 16)
 _GROUPS = (4, 8, 16)
 _STATES = (1, 2, 4, 8)
+_LEAST_TILE = 16  # two rows of so many float32 are 128 bytes
 _REDUCED = 64  # rows of a layout in which a warpgroup sums quickly
 _CORES = 132  # of an H100 or H200
 _STRETCH = 128  # tokens that are worth the calls of a pass more
@@ -32,7 +33,8 @@ class PallasGpuConfig(gpu.GpuConfig):
 
     Attributes:
         chunk: tokens per step backward, and between two states that are kept: 16, 32 or 64.
-        tile: tokens per step forward; divides the chunk.
+        tile: tokens per step forward; divides the chunk; a multiple of 16 on a device, where TMA
+            puts what it copies at multiples of 128 bytes.
         group: tokens that pass over the states together, forward: 4, 8 or 16; divides the tile.
         states: states worked on together, forward: 1, 2, 4 or 8.
         group_backward: as `group`, backward; divides the chunk.
@@ -67,6 +69,10 @@ class PallasGpuConfig(gpu.GpuConfig):
             raise ValueError(
                 f"selective_scan: tile is {self.tile}; it must be a multiple of group="
                 f"{self.group} and divide chunk={self.chunk}"
+            )
+        if self.tile % _LEAST_TILE and not self.interpret:
+            raise ValueError(
+                f"selective_scan: tile is {self.tile}; it must be a multiple of {_LEAST_TILE}"
             )
         rows = 2 * self.states_backward * self.group_backward
         if rows != _REDUCED and not self.interpret:

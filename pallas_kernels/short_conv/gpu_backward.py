@@ -79,9 +79,9 @@ def _body(ins: Refs, outs: Refs, own: Refs, *, how: How, stretches: int):
     after = parts.tokens(own, "after_")
     there_is = lax.min(end, stretches * how.stretch - HALO)  # at the end: anything, not used
     parts.load(ins, after, place(there_is, HALO), own["begun"])
-    # The tokens before the stretch lie as if they ended a tile.
-    halo = parts.ending(own, INPUTS, tile)
-    parts.load(ins, halo, place(lax.max(start - HALO, 0), HALO), own["begun"])
+    # The tile before the stretch, of which the end counts: flags of a part of it would lie apart.
+    halo = parts.tokens(own, "", INPUTS)._replace(dy=None)
+    parts.load(ins, halo, place(lax.max(start - tile, 0), tile), own["begun"])
     for s in range(min(INPUTS, steps)):
         load(s, s)
     plgpu.barrier_wait(own["begun"])

@@ -28,8 +28,8 @@ class PallasGpuConfig(gpu.GpuConfig):
 
     Attributes:
         tile: tokens per step: 16 or 32.
-        stretch: tokens per block, a multiple of the tile; 16 more are read before them, and
-            backward after them. A sequence is padded to whole stretches.
+        stretch: tokens per block, a multiple of the tile; 16 more are read before them (backward a
+            tile, and 16 after them). A sequence is padded to whole stretches.
     """
 
     tile: int = 16

@@ -211,6 +211,7 @@ def test_refuses():
         (dict(states=3), "states is 3; it must be one of 1, 2, 4, 8"),
         (dict(states_backward=4), "states_backward x group_backward is 64; it must be 32"),
         (dict(tile=24), "tile is 24; it must be a multiple of group=8 and divide chunk=64"),
+        (dict(tile=8), "tile is 8; it must be a multiple of 16"),
     ],
 )
 def test_bad_configs(keywords, message):
