@@ -118,10 +118,20 @@ def _body(count: int, halves: int, how: How, *given, **scratch):
     # What pairs give by their queries less what they give by their keys; sums from a token on.
     passed = token(0) * dq_sum
     dq_sum = dq_sum + own * token(1)
-    dk_sum = dk_sum + own * token(0)
+    # Between levels dk lies where states lay, with 16 bits: for the third sum registers do not do.
+    meanwhile = [scratch["states"].at[i, 0, half] for i in range(2)]
+
+    def put(dk_sum):
+        for ref, part in zip(meanwhile, parts.split(dk_sum), strict=True):
+            ref[...] = part
+
+    def take():
+        return sum(ref[...].astype(jnp.float32) for ref in meanwhile)
+
+    put(dk_sum + own * token(0))
 
     def level(n, so_far):
-        dq_sum, dk_sum, passed = so_far
+        dq_sum, passed = so_far
         query = lambda: decays.second(n, zero())
         level_s[...] = jnp.where(decays.across(n, zero()), all_s[...], jnp.bfloat16(0))
         plgpu.commit_smem()
@@ -137,18 +147,18 @@ def _body(count: int, halves: int, how: How, *given, **scratch):
         found = parts.accumulate(how, [(CHUNK, BLOCK)], of_both)[0]
         of_tokens = faded.astype(jnp.float32) * found
         dq_sum = dq_sum + jnp.where(query(), of_tokens, 0.0)
-        dk_sum = dk_sum + jnp.where(query(), 0.0, of_tokens)
+        put(take() + jnp.where(query(), 0.0, of_tokens))
         # By rounded factors on both sides, so that pairs on one side of a token cancel.
         by_pairs = found * beside[...].astype(jnp.float32)
-        return dq_sum, dk_sum, passed + jnp.where(query(), by_pairs, -by_pairs)
+        return dq_sum, passed + jnp.where(query(), by_pairs, -by_pairs)
 
-    *found, passed = lax.fori_loop(0, decays.LEVELS, level, (dq_sum, dk_sum, passed))
+    dq_sum, passed = lax.fori_loop(0, decays.LEVELS, level, (dq_sum, passed))
     beside[...], level_s[...] = parts.split(passed)
     plgpu.commit_smem()
     dg_sum = decays.summed(how, decays.upto(turned=True), [beside, level_s])
     dg_sum = dg_sum + decays.summed(how, decays.beyond(turned=True), [end_s])
     of_keys(dg, half)[...] = dg_sum + parts.across(through_s[half])
-    for x, x_s, ref in zip(found, (beside, level_s), (dq, dk), strict=True):
+    for x, x_s, ref in zip((dq_sum, take()), (beside, level_s), (dq, dk), strict=True):
         x_s[...] = bfloat16(x)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x_s, of_keys(ref, half))
