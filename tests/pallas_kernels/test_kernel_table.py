@@ -266,3 +266,12 @@ def test_bad_arguments(capsys, monkeypatch):
     monkeypatch.setattr(check_tpu.importlib.util, "find_spec", lambda name: name)
     assert check_tpu.main(["selectiv_scan"]) == 2
     assert "there is no operator selectiv_scan" in capsys.readouterr().out
+
+
+def test_the_summary_has_the_worst_of_each_operator():
+    worse = ROW._replace(call="other", bytes=3 * ROW.minimum, inner=7)
+    wide = ROW._replace(dtype="float32", inner=90)
+    text = kernel_report.summary(
+        [ROW, worse, wide, ROW._replace(status="refused: no room", vmem=None)]
+    )
+    assert text.splitlines()[2] == f"| toy | 3.00 | {ROW.vmem / ROW.limit:.0%} | 7, 90 |  |"
