@@ -128,8 +128,15 @@ class Trunk(nnx.Module):
         if embed_std <= 0:
             raise ValueError(f"embed_std is {embed_std}; it must be above 0")
         for name, value in dict(dtype=dtype, residual_dtype=residual_dtype).items():
-            if value not in ("float32", "bfloat16", "float16", "float64"):
-                raise ValueError(f"{name} is {value!r}; allowed: float32, bfloat16, float16")
+            if value == "float16":
+                raise ValueError(
+                    f"{name} is 'float16', which is not served: what exceeds 65504 is infinite, "
+                    "and no loss is scaled for it; set bfloat16"
+                )
+            if value not in ("float32", "bfloat16", "float64"):
+                raise ValueError(
+                    f"{name} is {value!r}; allowed: float32, bfloat16 (float64 with jax_enable_x64)"
+                )
 
         self.vocab_size, self.d_model = vocab_size, d_model
         self.embed_dropout, self.residual_dtype = embed_dropout, residual_dtype

@@ -163,7 +163,9 @@ def test_state_bytes_add_up():
         (dict(dropout=1.0), r"dropout is 1.0; it must lie in \[0, 1\)"),
         (dict(norm="batchnorm"), "norm is 'batchnorm'; allowed: rmsnorm, layernorm"),
         (dict(pattern=["mamba", "retnet"]), "pattern names 'retnet'"),
-        (dict(dtype="int8"), "dtype is 'int8'"),
+        (dict(dtype="int8"), "dtype is 'int8'; allowed: float32, bfloat16"),
+        (dict(dtype="float16"), "dtype is 'float16', which is not served.*set bfloat16"),
+        (dict(residual_dtype="float16"), "residual_dtype is 'float16', which is not served"),
         (dict(pad_vocab_multiple=0), "pad_vocab_multiple is 0"),
     ],
 )
