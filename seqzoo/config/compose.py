@@ -1,7 +1,9 @@
 """From words on a command line to one resolved, checked configuration. Starts no jax."""
 
 import itertools
+import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,9 @@ DEFAULT_EXPERIMENT = "mqar"
 
 # Words that may be typed for keys that stand elsewhere.
 ALIASES = {"eval.stream_chunk": "trainer.eval_chunk_length"}
+
+# Shells do not expand the ~ of data.path=~/books, and Hydra's grammar takes none there.
+_HOME = re.compile(r"~/[\w./+@%-]*")
 
 
 def compose(
@@ -108,6 +113,9 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         key, equals, value = word.partition("=")
         if equals and not key.strip("+~ "):
             raise ConfigError(f"'{word}' has no key before its =; as in optimizer.lr=1e-3")
+        if _HOME.fullmatch(value):
+            home = os.path.expanduser(value).replace("'", "\\'")
+            value = f"'{home}'"
         word = f"{ALIASES.get(key, key)}{equals}{value}"
         try:
             parsed += parser.parse_overrides([word])

@@ -156,6 +156,14 @@ def test_expand():
     assert len(jobs) == 4 and all(job[2] == "model.pattern=[mamba]" for job in jobs)
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/homes/me")
+    (word,), (other,) = expand(["data.path=~/my-books/v1.0"]), expand(["data.path=/b"])
+    assert (word, other) == (["data.path='/homes/me/my-books/v1.0'"], ["data.path=/b"])
+    words = ["experiment=pmnist_lssl", "data.path=~/data/mnist"]
+    assert compose(words).data.path == "/homes/me/data/mnist"
+
+
 def test_a_users_own_groups(tmp_path: pathlib.Path):
     folder = tmp_path / "configs" / "model"
     folder.mkdir(parents=True)
