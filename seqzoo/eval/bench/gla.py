@@ -71,17 +71,22 @@ def memory(op: Callable, t: int) -> dict[str, object]:
 
 
 def linear(op: Callable, lengths: tuple[int, ...], rounds: int) -> list[dict[str, object]]:
-    """Time against length, and the ratio at each doubling."""
+    """Time against length, and the ratio at each doubling; the lengths take turns."""
+    specs = [at_length(op, t) for t in lengths]
+    program = bench.forward_and_gradients(op)
+    # Each takes the arguments of all lengths and uses its own, so that they can take turns.
+    forms = {
+        title(op, spec): lambda *calls, i=i: program(*calls[i]) for i, spec in enumerate(specs)
+    }
+    found = bench.take_turns(forms, tuple(draw(op, spec) for spec in specs), rounds=rounds)
     rows, before = [], None
-    for t in lengths:
-        spec = at_length(op, t)
-        program = bench.forward_and_gradients(op)
-        seconds = bench.take_turns({"": program}, draw(op, spec), rounds=rounds)[""].median
-        case = f"{title(op, spec)}, forward + gradients"
-        rows.append(row(case, "ms", 1e3 * seconds))
+    for name, measured in found.items():
+        case = f"{name}, forward + gradients"
+        rows.append(row(case, "ms", 1e3 * measured.median))
         if before is not None:
-            rows.append(row(f"{case}, by half the length", "x", seconds / before, reach="<= 2.2"))
-        before = seconds
+            ratio = bench.times_faster(measured, before)
+            rows.append(row(f"{case}, by half the length", "x", ratio, reach="<= 2.2"))
+        before = measured
     return rows
 
 
