@@ -2,7 +2,7 @@
 
     make frontier                                    everything: some five hours on two cores
     make frontier ARGS="--rows based,mom --sizes small"
-    python experiments/recall_frontier/frontier.py --draw        tables and plot from results.csv
+    python experiments/recall_frontier/frontier.py --draw        the plot from results.csv
 
 Each row is tuned on seed 0 over the same grid of learning rates (a best value at an edge widens
 it), chosen on the valid split; then five fresh seeds are trained and tested. Kill it and start it
@@ -153,7 +153,9 @@ def main() -> None:
         check_matched(rows, sizes)
         for size in sizes:
             for row in rows:
-                found[row, size] = measure(row, size)
+                new = measure(row, size)
+                # Read now: another process may have added rows meanwhile.
+                found = read() | {(row, size): new}
                 write(found)
                 draw(found)
     elif not found:
