@@ -4,10 +4,10 @@ seqzoo bench dilated_conv --json > dilated_conv.json
 python experiments/dilated_conv/plot.py [dilated_conv.json]      without a file: draws from the CSV
 """
 
+import argparse
 import csv
 import json
 import pathlib
-import sys
 
 import matplotlib
 
@@ -68,6 +68,11 @@ def draw():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        collect(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="what the bench printed (--json)")
+    args = parser.parse_args()
+    if args.file:
+        collect(args.file)
     draw()

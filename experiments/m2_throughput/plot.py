@@ -4,10 +4,10 @@ seqzoo bench encoder --json > encoder.json
 python experiments/m2_throughput/plot.py [encoder.json]      without a file: draws from the CSV
 """
 
+import argparse
 import csv
 import json
 import pathlib
-import sys
 
 import matplotlib
 
@@ -44,6 +44,11 @@ def draw():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        collect(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="what the bench printed (--json)")
+    args = parser.parse_args()
+    if args.file:
+        collect(args.file)
     draw()

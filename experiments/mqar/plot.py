@@ -3,9 +3,9 @@
 python experiments/mqar/plot.py [RUN ...]     with runs: collects first; without: draws from the CSV
 """
 
+import argparse
 import csv
 import pathlib
-import sys
 
 import matplotlib
 
@@ -75,6 +75,11 @@ def draw():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        collect(sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
+    args = parser.parse_args()
+    if args.runs:
+        collect(args.runs)
     draw()
