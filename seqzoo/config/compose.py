@@ -113,10 +113,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         key, equals, value = word.partition("=")
         if equals and not key.strip("+~ "):
             raise ConfigError(f"'{word}' has no key before its =; as in optimizer.lr=1e-3")
-        if _HOME.fullmatch(value):
-            home = os.path.expanduser(value).replace("'", "\\'")
-            value = f"'{home}'"
-        word = f"{ALIASES.get(key, key)}{equals}{value}"
+        word = f"{ALIASES.get(key, key)}{equals}{with_home(value)}"
         try:
             parsed += parser.parse_overrides([word])
         except HydraException as error:
@@ -125,6 +122,13 @@ def parse(overrides: Sequence[str]) -> list[Override]:
                 "commas or brackets, as in \"model.pattern='[mamba,attention]'\""
             ) from error
     return parsed
+
+
+def with_home(value: str) -> str:
+    """A value that is a path below ~, quoted and with the home folder in its place; else itself."""
+    if not _HOME.fullmatch(value):
+        return value
+    return "'" + os.path.expanduser(value).replace("'", "\\'") + "'"
 
 
 def _refuse_elsewhere(override: Override) -> None:

@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
+from seqzoo.config.compose import with_home
 from seqzoo.errors import ConfigError
 
 _IF = re.compile(r"\s+if\s+")
@@ -101,8 +102,9 @@ def _parse(part: str, text: str, offset: int) -> Override:
         raise ConfigError(
             _shown(text, offset + len(part), "a word is KEY=VALUE, as in optimizer.lr=1e-3,3e-3")
         )
+    key, equals, value = part.partition("=")
     try:
-        return OverridesParser.create().parse_overrides([part])[0]
+        return OverridesParser.create().parse_overrides([key + equals + with_home(value)])[0]
     except HydraException as error:
         column, why = _spot(part, error)
         raise ConfigError(_shown(text, offset + column, f"{why}\n  {_HELP}")) from error

@@ -41,3 +41,8 @@ def test_a_condition_is_cut_off_before_hydra_reads():
 def test_a_leading_plus_stays_with_the_key():
     word = grammar.read("+model.mixers.mine.x=1,2")
     assert word.key == "+model.mixers.mine.x" and word.setting == "model.mixers.mine.x"
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/homes/me")
+    assert grammar.read("data.path=~/books").override.value() == "/homes/me/books"
