@@ -314,5 +314,7 @@ class Block:
             peer = ref.at[j] if self.emulated else plgpu.cluster_ref(ref, {"j": jnp.int32(j)})
             share = self.registers.cast(peer[...])
             found = share if found is None else found + share
+        # One thread of a warpgroup tells the others; all of its warps must have read by then.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(self.memory["empty"])
         return found
