@@ -1,4 +1,4 @@
-"""gla as Mosaic GPU kernels for Hopper, not served yet: pairs, then states walk.
+"""gla as Mosaic GPU kernels for Hopper: pairs, then states walk.
 
 Forward pairs of tokens, and q and k with decays in them, of all chunks, then simple_gla's walk;
 backward that walk again for states, one back for their gradients and that of v, then those of q, k
@@ -22,9 +22,6 @@ from pallas_kernels.gla.gpu_pairs import make
 from pallas_kernels.simple_gla.gpu_walk import Ready, Way, walk
 from pallas_kernels.simple_gla.pallas_gpu import KEYS, over_chunks
 
-# `make check-gpu-full` has yet to go through all shapes (README.md).
-SERVED = False
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PallasGpuConfig(GpuConfig):
@@ -40,11 +37,8 @@ class PallasGpuConfig(GpuConfig):
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Refuses devices, dtypes, short blocks of memories and wide keys; all, while not SERVED."""
-    reason = gpu_chunks.refuses(shapes, device_kind, KEYS[-1])
-    if reason is None and not SERVED:
-        return "its kernels are interpreted only: not all shapes were compiled yet"
-    return reason
+    """Refuses devices, dtypes, short blocks of memories and wide keys."""
+    return gpu_chunks.refuses(shapes, device_kind, KEYS[-1])
 
 
 def run(q, k, v, g, s, last_id, segment_ids, block_memory, *, scale, fresh, config):

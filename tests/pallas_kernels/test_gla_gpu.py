@@ -11,19 +11,13 @@ import pytest
 from pallas_kernels import gla
 from pallas_kernels.core import dispatch, testing
 from pallas_kernels.core.gpu_chunks import CHUNK, LEAST
-from pallas_kernels.gla import GLAState, gpu_parts, pallas_gpu
+from pallas_kernels.gla import GLAState, gpu_parts
 from pallas_kernels.gla.arg_specs import named
 from pallas_kernels.gla.pallas_gpu import PallasGpuConfig
 
 HOW = dict(implementation="pallas_gpu", config=PallasGpuConfig(interpret=True))
 NARROW, SCALED, EXTREME = map(named, ("narrow", "scaled", "extreme"))
 slow = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch):
-    """As if it were: the interpreter is given what a device is not yet."""
-    monkeypatch.setattr(pallas_gpu, "SERVED", True)
 
 
 def one_row(spec: testing.ArgSpec, **sizes: int) -> testing.ArgSpec:
@@ -174,10 +168,3 @@ def test_refuses_another_device():
     with dispatch.compiling_for("NVIDIA A100-SXM4-80GB"):
         reasons = dispatch.explain(gla, *[jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)] * 4)
     assert "written for Hopper" in reasons["pallas_gpu"]
-
-
-def test_is_not_served_yet(monkeypatch):
-    monkeypatch.setattr(pallas_gpu, "SERVED", False)
-    with dispatch.compiling_for("NVIDIA H200"):
-        reasons = dispatch.explain(gla, *[jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)] * 4)
-    assert "interpreted only" in reasons["pallas_gpu"]
