@@ -180,7 +180,7 @@ def draw(lines: list[dict[str, str]]) -> None:
     axis.set(xlabel="bytes of a row (trained at the line)", ylabel="accuracy per digit (test)")
     axis.set(ylim=(0, 1.03))
     axis.set_xscale("log", base=2)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(HERE / "length.png", dpi=130)
 
 
