@@ -18,11 +18,10 @@ HERE = pathlib.Path(__file__).parent
 BASELINES = {"noise ceiling": 0.9904, "a value of the context, guessed": 0.25}
 
 
-def collect(paths):
+def collect(runs):
     """The valid curve of each run over steps, and what it reached."""
     curves, results = [], []
-    for path in map(pathlib.Path, paths):
-        run = records.read(path)
+    for run in runs:
         model = "+".join(dict.fromkeys(run.config["model"]["pattern"]))
         std = run.config["model"].get("embed_std", 0.02)
         model += "" if std == 0.02 else f", embeddings of {std:g}"
@@ -34,7 +33,7 @@ def collect(paths):
                 model=model,
                 seed=run.seed,
                 steps=run.status["step"],
-                seconds=round(run.timing[-1]["seconds"], 1),
+                seconds=round(run.timing[-1]["seconds"], 1) if run.timing else "",
                 valid_accuracy=round(run.metric["value"], 4),
                 test_accuracy=round(run.tested["accuracy"], 4),
             )
@@ -81,5 +80,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
     args = parser.parse_args()
     if args.runs:
-        collect(args.runs)
+        runs = records.finished(args.runs) or parser.error("none of these is a finished run")
+        collect(runs)
     draw()

@@ -19,11 +19,10 @@ CURVES = HERE / "curves.csv"
 COLUMNS = ("model", "minutes", "step", "tokens", "valid_bits_per_byte", "test_bits_per_byte")
 
 
-def collect(paths):
+def collect(runs):
     """The valid curve of each run over minutes and tokens, and its test figure at the end."""
     rows = []
-    for path in map(pathlib.Path, paths):
-        run = records.read(path)
+    for run in runs:
         model = "+".join(dict.fromkeys(run.config["model"]["pattern"]))
         model += f", {run.config['trainer']['steps']:,} steps"
         per_step = run.config["trainer"]["global_batch_size"] * run.config["data"]["seq_len"]
@@ -86,5 +85,6 @@ if __name__ == "__main__":
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders")
     args = parser.parse_args()
     if args.runs:
-        collect(args.runs)
+        runs = records.finished(args.runs) or parser.error("none of these is a finished run")
+        collect(runs)
     draw()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,22 @@ def read_all(paths: Iterable[pathlib.Path]) -> list[Record]:
     if len(set(names)) < len(names):
         names = list(map(str, paths))
     return [read(path, label) for path, label in zip(paths, names, strict=True)]
+
+
+def finished(names: Iterable[str]) -> list[Record]:
+    """Reads the finished runs of what `runs/mqar/*` names, each once; says what it leaves out."""
+    records = []
+    for path in dict.fromkeys(pathlib.Path(name).resolve() for name in names):
+        if not (path / "config.yaml").is_file():
+            if path.name != "report":  # that of several runs lies beside them
+                print(f"left out: {path} is no run folder", file=sys.stderr)
+            continue
+        record = read(path)
+        if record.status.get("state") == "finished":
+            records.append(record)
+        else:
+            print(f"left out: {path} is not finished", file=sys.stderr)
+    return records
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

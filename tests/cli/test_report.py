@@ -10,7 +10,7 @@ import pytest
 
 from seqzoo.eval import plots
 from seqzoo.eval.compare import compare, interval, learned, spread
-from seqzoo.eval.records import read, read_all, series
+from seqzoo.eval.records import finished, read, read_all, series
 from seqzoo.eval.report import size_of, write_comparison, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -262,6 +262,17 @@ def test_the_link_is_a_run_like_any_other(seqzoo, write_run, tmp_path):
     assert link.resolve() == other
     assert len(json.loads(seqzoo("report", one, link, "--format", "json")[1])["rows"]) == 2
     assert seqzoo("report", other, link)[1].endswith("metrics.csv\n")  # one run alone
+
+
+def test_studies_collect_finished_runs_once(write_run, tmp_path, capsys):
+    """The plots of experiments/ are given runs/mqar/*, as a shell writes it out."""
+    run = write_run(tmp_path, accuracy=0.9)
+    assert (run.parent / "latest").is_symlink()
+    (run.parent / "report").mkdir()
+    open_run = write_run(tmp_path, accuracy=0.8, state="running", trainer__seed=1)
+    found = finished(map(str, sorted(run.parent.iterdir())))
+    assert [one.path for one in found] == [run.resolve()]
+    assert capsys.readouterr().err == f"left out: {open_run} is not finished\n"
 
 
 def test_a_run_that_was_begun_again_counts_twice_and_is_told(write_run, tmp_path):
