@@ -27,6 +27,7 @@ EPILOG = """examples:
   seqzoo train --config-dir mylab/configs model.pattern='[s4d]'
 
 The run's folder is found by what the run is: the same command again goes on where it stopped.
+Ctrl-C saves at the next step and ends; once more ends at once.
 Exit codes: 0 done, 1 error, 2 bad configuration or data, 3 NaN or Inf, 75 stopped and saved.
 """
 

@@ -1,5 +1,6 @@
-"""Being asked to stop: SIGTERM, SIGUSR1, SIGUSR2 end a run at its next step boundary."""
+"""Being asked to stop: SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C end a run at its next step boundary."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_HEARD = b"\nCtrl-C: ends at the next step and saves; once more ends at once\n"
 
 
 class StopRequest:
@@ -17,6 +19,7 @@ class StopRequest:
     Make it after jax.distributed.initialize: that call installs its own handler for SIGTERM and
     would silently replace ours. Use it as a context manager; leaving it puts the earlier handlers
     back. Outside the main thread Python allows no handlers: then nobody is ever asked to stop.
+    Ctrl-C that is ignored (a job in a script's background) stays so.
 
     Args:
       agree_every: with several processes, every how many steps they exchange their flags, so that
@@ -32,6 +35,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._earlier[number] = signal.signal(number, self._receive)
         return self
 
@@ -42,6 +47,10 @@ class StopRequest:
         self._earlier.clear()
 
     def _receive(self, number: int, frame) -> None:
+        if number == signal.SIGINT:
+            if self.received == "SIGINT":
+                raise KeyboardInterrupt
+            os.write(2, _HEARD)  # a print may stand in the middle of another one
         self.received = signal.Signals(number).name
 
     def agree(self, step: int, save: bool = False) -> tuple[bool, bool]:

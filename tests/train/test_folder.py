@@ -160,3 +160,28 @@ def test_a_request_to_stop_is_remembered_and_handlers_come_back():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.agree(2) == (True, False) and stop.received == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.fixture
+def on_ctrl_c():
+    """Sets what Ctrl-C does before a request is listened for."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once(on_ctrl_c, capfd):
+    on_ctrl_c(signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agree(0) == (True, False)
+        assert "saves; once more ends at once" in capfd.readouterr().err
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_an_ignored_ctrl_c_stays_ignored(on_ctrl_c):
+    on_ctrl_c(signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.received is None
