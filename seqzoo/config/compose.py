@@ -28,6 +28,8 @@ ALIASES = {"eval.stream_chunk": "trainer.eval_chunk_length"}
 
 # Shells do not expand the ~ of data.path=~/books, and Hydra's grammar takes none there.
 _HOME = re.compile(r"~/[\w./+@%-]*")
+# What OmegaConf says of ${data.input_dim} where the data has none.
+_MISSING = re.compile(r"Interpolation key '([^']+)' not found")
 
 
 def compose(
@@ -292,6 +294,12 @@ def _without_value(node: Any, key: str) -> Iterator[str]:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key")), "")
+    if lines and (missing := _MISSING.fullmatch(lines[0])):
+        group = missing[1].partition(".")[0]
+        return (
+            f"{key} is taken from {missing[1]}, and there is no such key here; choose {group}=... "
+            f"that has one, or set {key}=..."
+        )
     return (f"{key}: " if key else "") + (lines[0] if lines else type(error).__name__)
 
 

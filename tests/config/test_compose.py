@@ -141,6 +141,11 @@ def test_labels_that_a_model_does_not_have_are_refused():
         compose(["experiment=lra_listops", "model.n_classes=4"])
 
 
+def test_a_classifier_without_labelled_data_says_what_to_choose():
+    with pytest.raises(ConfigError, match="from data.input_dim, .* choose data=... that has one"):
+        compose([*MQAR, "model=lssl_small"])
+
+
 def test_mistakes_end_the_command_with_exit_code_2_before_jax_starts():
     code = (
         "import sys; from seqzoo.cli.main import main; code = main(['train', 'model.d_modle=3']);"
