@@ -29,7 +29,9 @@ call reads if the environment variable PALLAS_KERNELS_TUNED names it.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(modules())}")
+    parser.add_argument(
+        "names", nargs="*", default=[], metavar="NAME", help=f"of {', '.join(modules())}"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer and smaller, for a first look")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         if name not in there:
             raise ConfigError(
-                f"there is no bench '{name}'{suggest(name, there)} There are {', '.join(there)}"
+                f"there is no bench '{name}'{suggest(name, there)}; there are {', '.join(there)}"
             )
     machine = describe_machine()
     if not args.json:
@@ -97,7 +99,7 @@ def run_tune(names: list[str], path: pathlib.Path, *, rounds: int) -> int:
     for name in names:
         if name not in OPERATORS:
             raise ConfigError(
-                f"there is no operator '{name}'{suggest(name, OPERATORS)} There are "
+                f"there is no operator '{name}'{suggest(name, OPERATORS)}; there are "
                 f"{', '.join(OPERATORS)}"
             )
     entries = []

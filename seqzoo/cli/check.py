@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("target", metavar="package.module.Class")
-    parser.add_argument("keywords", nargs="*", metavar="key=value", help="of its constructor")
+    parser.add_argument(
+        "keywords", nargs="*", default=[], metavar="key=value", help="of its constructor"
+    )
     parser.add_argument("--d-model", type=int, default=32, help="width to test at (default 32)")
     parser.add_argument("--only", nargs="+", metavar="PROMISE", help="test these promises alone")
 

@@ -12,7 +12,11 @@ from seqzoo.errors import ConfigError
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the key=value words and --config-dir."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings; docs/keys.md lists them"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings; docs/keys.md lists them",
     )
     parser.add_argument("--config-dir", metavar="DIR", help="your own config groups, beside ours")
 
@@ -47,7 +51,7 @@ def run_path(name: str) -> pathlib.Path:
         raise ConfigError(f"{name}: there is no such folder; 'seqzoo runs' lists the runs here")
     if not (path / "config.yaml").is_file():
         inside = sorted(p.parent for p in path.glob("*/config.yaml") if not p.parent.is_symlink())
-        hint = f"; it holds runs, as {inside[-1]}" if inside else ""
+        hint = f"; it holds runs, as {inside[-1]}" if inside else "; 'seqzoo runs' lists the runs"
         raise ConfigError(f"{name} is no run folder: it has no config.yaml{hint}")
     return path.resolve()
 

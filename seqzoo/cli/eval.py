@@ -28,7 +28,9 @@ SPLITS = ("test", "valid", "train")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="other data or task")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="other data or task"
+    )
     parser.add_argument("--step", default="best", help="best, last, or a number (best)")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument(

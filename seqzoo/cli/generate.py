@@ -66,17 +66,21 @@ def run(args: argparse.Namespace) -> int:
     end = None if args.no_stop else codec.end
     printer = Printer(codec, len(prompts), end=end, shown=args.format == "text")
     printer.begin(prompts)
-    written = generate(
-        loaded.model,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        eos=end,
-        on_tokens=printer.add,
-    )
+    try:
+        written = generate(
+            loaded.model,
+            prompts,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            eos=end,
+            on_tokens=printer.add,
+        )
+    except BaseException:
+        printer.cut()
+        raise
     printer.end()
     read = max(map(len, prompts))
     if args.format == "json":
@@ -166,6 +170,11 @@ class Printer:
             return
         for number, (prompt, text) in enumerate(zip(self._prompts, self.texts, strict=True), 1):
             print(f"--- {number}\n{prompt}{text}")
+
+    def cut(self) -> None:
+        """Ends the line, so that an error begins one of its own."""
+        if self._shown and len(self.texts) == 1:
+            print()
 
     def _show(self, i: int, text: str) -> None:
         self.texts[i] += text

@@ -27,7 +27,7 @@ generate takes text if tokenizer.json lies in the folder (pip install 'seqzoo[hf
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the checkpoint's folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data and task of the run"
+        "overrides", nargs="*", default=[], metavar="key=value", help="data and task of the run"
     )
     parser.add_argument("--name", required=True, help="the run lies in runs/NAME/")
     parser.add_argument(

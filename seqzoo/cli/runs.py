@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from seqzoo.cli.common import print_json, print_table
-from seqzoo.errors import ConfigError
+from seqzoo.errors import ConfigError, suggest
 from seqzoo.train.folder import find_runs, read_json, read_status
 
 EPILOG = """examples:
@@ -18,13 +18,16 @@ A run that says "running" while no process holds it was killed: it is shown as "
 the command that started it goes on with it.
 """
 
+STATES = ("running", "finished", "preempted", "interrupted", "not_finite", "pruned", "failed")
 _STALE_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", nargs="*", metavar="EXPERIMENT", help="only these")
+    parser.add_argument(
+        "experiment", nargs="*", default=[], metavar="EXPERIMENT", help="only these"
+    )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where runs lie (runs)")
-    parser.add_argument("--state", metavar="STATE", help="only runs in this state")
+    parser.add_argument("--state", choices=STATES, help="only runs in this state")
     parser.add_argument("--format", choices=("table", "json"), default="table")
 
 
@@ -33,6 +36,13 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise ConfigError(f"{root}: there is no such folder; 'seqzoo train' makes it")
     rows = [row(path, root) for path in find_runs(root)]
+    there = sorted({one["run"].split("/")[0] for one in rows})
+    for name in args.experiment:
+        if name not in there:
+            raise ConfigError(
+                f"{root} holds no runs of '{name}'{suggest(name, there)}; there are "
+                f"{', '.join(there) or 'none'}"
+            )
     rows = [
         one
         for one in rows

@@ -164,8 +164,9 @@ def test_generate_tokens_of_a_synthetic_task(seqzoo, recall):
     ],
 )
 def test_generate_answers_mistakes(seqzoo, recall, words, text):
-    code, _, err = seqzoo("generate", recall, *words)
+    code, out, err = seqzoo("generate", recall, *words)
     assert code == 2 and text in err, err
+    assert not out or out.endswith("\n")  # of a prompt that was shown before
 
 
 def test_report_of_a_trained_run(seqzoo, recall):

@@ -31,7 +31,11 @@ def test_runs_by_experiment_and_state(seqzoo, write_run, tmp_path):
     )
     assert [row["run"].split("/")[0] for row in rows("two")] == ["two"]
     assert [row["run"].split("/")[0] for row in rows("--state", "finished")] == ["one"]
-    assert "no run" in seqzoo("runs", "three", "--runs", tmp_path)[1]
+    assert "no run" in seqzoo("runs", "two", "--state", "failed", "--runs", tmp_path)[1]
+    code, _, err = seqzoo("runs", "tow", "--runs", tmp_path)
+    assert code == 2 and "no runs of 'tow'; did you mean 'two'?; there are one, two" in err
+    code, _, err = seqzoo("runs", "--state", "finnished", "--runs", tmp_path)
+    assert code == 2 and "'finished'" in err
 
 
 def test_a_killed_run_is_interrupted_not_running(seqzoo, write_run, tmp_path):
