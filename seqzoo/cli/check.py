@@ -14,7 +14,7 @@ HELP = "test a mixer class, yours or ours, against the contract of a mixer"
 EPILOG = """examples:
   seqzoo check seqzoo.mixers.Mamba
   seqzoo check seqzoo.mixers.attention.Attention n_heads=4 n_kv_heads=2
-  seqzoo check mylab.mixers.s4d.S4D d_state=8 --only causal packed_equal_alone
+  seqzoo check mylab.mixers.diagonal.Diagonal d_state=8 --only causal packed_equal_alone
 
 One line per promise. "declined" means that the mixer raised NotImplementedError with a reason.
 The exit code is 1 if a promise is broken. The class is imported as Python does it: install its

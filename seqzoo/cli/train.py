@@ -24,7 +24,7 @@ EPILOG = """examples:
   seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3        six runs, one after the other
   seqzoo train -m launcher=submitit_slurm launcher.partition=gpu optimizer.lr=1e-3,3e-3
   seqzoo train init_from=runs/mqar/RUN@best optimizer.lr=1e-4 'reset=[optimizer]'
-  seqzoo train --config-dir mylab/configs model.pattern='[s4d]'
+  seqzoo train --config-dir mylab/configs model.pattern='[diagonal]'
 
 The run's folder is found by what the run is: the same command again goes on where it stopped.
 Ctrl-C saves at the next step and ends; once more ends at once.
