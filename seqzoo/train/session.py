@@ -78,6 +78,7 @@ class Session:
         self._progress = progress
         self._hooks: list[Hook] = [progress, *hooks] if writes else []
         self._fingerprint = run.data.fingerprint()
+        self._branched_at = -1  # the step that was taken over from another run
         self._evaluated = -1  # the last step that was evaluated
         self._value: float | None = None  # the metric there
         self._saved = (-1, -1)  # the last step that was saved, and what was evaluated then
@@ -117,6 +118,7 @@ class Session:
                 branch, self.run, self._fingerprint
             )
             self.step = int(self.state.step)
+            self._branched_at = self.step
             self.say(f"beginning from step {branch.step} of {branch.path}")
             if changed:
                 self.say(f"warning: its model was another: {'; '.join(changed)}")
@@ -229,6 +231,11 @@ class Session:
             self.best = Best(value, self.step)
         if self.run.trainer.stop_at_target and task.target is not None:
             self.reached = self.reached or sign * value >= sign * task.target
+            if self.reached and self.step == self._branched_at:
+                self.say(
+                    f"warning: the branch begins at its target, {task.metric} {task.target}, and "
+                    "trains nothing; trainer.stop_at_target=false lets it train"
+                )
         self.write_status()
 
     def test(self) -> dict[str, float]:

@@ -107,3 +107,10 @@ def test_batches_of_another_size_go_on_after_the_last_sample(fit, trunk):
     assert "at sample 100 rather than 96" in (branch.path / "train.log").read_text()
     assert position(branch.path, 14) == 100 + 2 * 10
     assert np.isfinite(branch.test["loss"])
+
+
+def test_a_branch_that_begins_at_its_target_says_that_it_trains_nothing(fit, trunk):
+    words = ("trainer.steps=14", "trainer.eval_every=4", "trainer.stop_at_target=true")
+    branch = fit(f"init_from={trunk}@12", *words, "task.target=0")
+    assert branch.step == 12
+    assert "trainer.stop_at_target=false lets it train" in (branch.path / "train.log").read_text()
