@@ -26,7 +26,12 @@ def test_agrees(spec, documents):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", [GROUPED, WIDE], ids=lambda s: s.name)
 def test_agrees_at_more_lengths(spec, dtype, length):
-    testing.check_agrees(chunk_attention, spec, length, dtype=dtype, documents=True, **HOW)
+    # JAX's kernel rounds the gradients of scores to bfloat16, and these scores are +-40: the
+    # gradient of q is up to 1.2e-2 off (README, "On a TPU"), where kernels of ours keep 1e-2.
+    factor = 1.3 if (spec, dtype) == (WIDE, "bfloat16") else 1.0
+    testing.check_agrees(
+        chunk_attention, spec, length, dtype=dtype, documents=True, factor=factor, **HOW
+    )
 
 
 def test_agrees_in_bfloat16():
