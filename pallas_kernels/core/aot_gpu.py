@@ -111,6 +111,18 @@ def prepare(dumps: pathlib.Path) -> None:
     # Or jax looks for a driver and for cuDNN, which are not needed.
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(dumps))
+    # A CUDA that the machine has comes first otherwise, and figures would not be of the wheel.
+    found = _wheel_tools()
+    if found is not None:
+        os.environ["PATH"] = os.pathsep.join([str(found), os.environ.get("PATH", "")])
+
+
+def _wheel_tools() -> pathlib.Path | None:
+    """Where nvidia-cuda-nvcc has ptxas."""
+    for file in importlib.metadata.files("nvidia-cuda-nvcc") or ():
+        if file.name == "ptxas":
+            return pathlib.Path(str(file.locate())).parent
+    return None
 
 
 def stack() -> str:
