@@ -91,8 +91,10 @@ class EMA(nnx.Module):
 
     def rates(self, which: int = 0) -> Rates:
         """What the averages over the past do (0), or those over what follows (1)."""
+        # As wide as the sums: a decay goes into powers of many lengths, which must agree.
+        wide = state_dtype(self.dtype)
         delta, alpha, beta, gamma = (
-            x[...][which] for x in (self.delta, self.alpha, self.beta, self.gamma)
+            x[...][which].astype(wide) for x in (self.delta, self.alpha, self.beta, self.gamma)
         )
         p = jax.nn.sigmoid(delta)
         forgets = jnp.minimum(p * jax.nn.sigmoid(alpha), 1 - _LEAST_DECAY)

@@ -92,7 +92,7 @@ def recurrence(x, rates, h, ids=None, before=0):
 
 @functools.cache
 def in_float64():
-    move = EMA(4, d_state=3, dtype="float64", rngs=nnx.Rngs(0))
+    move = EMA(4, d_state=3, rngs=nnx.Rngs(0))
     rates = jax.tree.map(np.asarray, move.rates())
     rng = np.random.default_rng(0)
     return rates, rng.normal(size=(4, 63, 4)), rng.normal(size=(4, 4, 3))
@@ -206,3 +206,20 @@ def test_both_ways_has_no_stream():
     for call in (lambda: move.init_state(1), lambda: move.step(jnp.zeros((1, 4)), None)):
         with pytest.raises(NotImplementedError, match="looks both ways"):
             call()
+
+
+def test_float64_with_float32_parameters():
+    """Decays go into powers in float64: chunks, and steps, agree to 1e-12."""
+    with jax.enable_x64(True):
+        move = EMA(4, d_state=3, dtype="float64", rngs=nnx.Rngs(0))
+        assert move.delta.dtype == jnp.float32
+
+        @jax.jit
+        def both(x):
+            step = lambda state, x_t: move.step(x_t, state)[::-1]
+            state, y = jax.lax.scan(step, move.init_state(1), jnp.swapaxes(x, 0, 1))
+            return move(x), (jnp.swapaxes(y, 0, 1), state)
+
+        whole, stepped = both(in_float64()[1][:1])
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(stepped), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
