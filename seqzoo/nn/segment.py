@@ -194,8 +194,10 @@ class Segment(nnx.Module):
 
     def opened(self, batch_size: int) -> Carried:
         """At the start of a document."""
-        rows = lambda x: jnp.broadcast_to(x, (batch_size, *x.shape))
-        return self.init_state(batch_size)._replace(now=jax.tree.map(rows, self.memory.weights()))
+        empty = self.init_state(batch_size)
+        # Parameters are float32; a state may be wider.
+        rows = lambda x, state: jnp.broadcast_to(x, state.shape).astype(state.dtype)
+        return empty._replace(now=jax.tree.map(rows, self.memory.weights(), empty.now))
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the memories and the segment's keys and values; and with the conv inputs."""

@@ -33,9 +33,9 @@ def test_a_state_is_as_wide_as_its_sums(name):
             assert set(types(state)) - {"int32"} <= KEPT.get((name, dtype), {wide})
             held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             assert mixer.state_bytes(32)["total"] == held
-    (y, after), (y_t, stepped) = run(state)
-    assert y.dtype == y_t.dtype == "float64"
-    assert types(after) == types(stepped) == types(state)
+    (y, after), (y_t, stepped), (y_new, opened) = run(state)
+    assert y.dtype == y_t.dtype == y_new.dtype == "float64"
+    assert types(after) == types(stepped) == types(opened) == types(state)
 
 
 @pytest.mark.parametrize("name", mixers.__all__)
@@ -71,6 +71,7 @@ def abstract(name, dtype):
         read = lambda v, x, ids, state: (
             nnx.merge(graphdef, v)(x, segment_ids=ids, state=state),
             nnx.merge(graphdef, v).step(x[:, 0], state),
+            nnx.merge(graphdef, v)(x),
         )
         with jax.enable_x64(True):
             return jax.eval_shape(read, variables, x, ids, state)
