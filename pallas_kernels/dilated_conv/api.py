@@ -110,8 +110,9 @@ def dilated_conv(
     fresh = initial_state is None
     sizes["s"] = (taps - 1) * sum(dilations)
     if initial_state is None:
-        zero = jnp.zeros((b,), jnp.int32)
-        initial_state = DilatedConvState(jnp.zeros((b, sizes["s"], e), dtype), zero, zero)
+        # One array each: a state is donated, and no buffer can be given away twice.
+        count, last_id = (jnp.zeros((b,), jnp.int32) for _ in range(2))
+        initial_state = DilatedConvState(jnp.zeros((b, sizes["s"], e), dtype), count, last_id)
     ring, count, last_id = initial_state
     check_shapes("dilated_conv", sizes, initial_state_x=("b s e", ring))
     if count.shape != (b,) or not jnp.issubdtype(count.dtype, jnp.integer):

@@ -160,8 +160,9 @@ def neural_memory(
         rows = lambda tree: jax.tree.map(
             lambda x: jnp.broadcast_to(x, (sizes["b"], *x.shape)), tree
         )
-        none = jnp.zeros((sizes["b"],), jnp.int32)
-        initial_state = NeuralMemoryState(rows(opening), rows(opening), rows(momentum), none, none)
+        # One array each: a state is donated, and no buffer can be given away twice.
+        none = (jnp.zeros((sizes["b"],), jnp.int32) for _ in range(2))
+        initial_state = NeuralMemoryState(rows(opening), rows(opening), rows(momentum), *none)
     *weights, count, last_id = initial_state
     for name, part in zip(("start", "now", "momentum"), weights, strict=True):
         _check_state(sizes, name, opening, part)

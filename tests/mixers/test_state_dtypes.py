@@ -50,7 +50,10 @@ def test_nothing_to_read(name):
         x = jax.ShapeDtypeStruct((b, t, 64), "bfloat16")
         documents = jax.ShapeDtypeStruct((b, t), jnp.int32)
         for ids, before in ((documents, state), (None, state), (documents, None)):
-            y, after = jax.eval_shape(read, variables, x, ids, before)
+            trace = jax.make_jaxpr(read, return_shape=True)
+            program, (y, after) = trace(variables, x, ids, before)
+            kept = program.jaxpr.outvars[1:]
+            assert len(set(map(id, kept))) == len(kept)  # a state is donated: no buffer twice
             assert (y.shape, y.dtype) == (x.shape, x.dtype)
             assert before is None or after == before
 
