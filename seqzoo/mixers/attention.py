@@ -9,6 +9,7 @@ from flax import nnx
 
 from pallas_kernels.core.segments import boundaries
 from seqzoo.nn import inits
+from seqzoo.nn.checks import check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.ring_attention import full_attention
 from seqzoo.nn.rotary import count_positions, rotate
@@ -151,7 +152,9 @@ class Attention(nnx.Module):
         if not self.causal:
             if state is not None:
                 raise NotImplementedError(_NO_STATE)
+            check_call(x, segment_ids, None, AttentionState)
             return self._both_ways(x, segment_ids), None
+        check_call(x, segment_ids, state, AttentionState)
         b, t, _ = x.shape
         whole = state is None
         if whole:

@@ -7,7 +7,7 @@ from flax import nnx
 from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.linear import linear
 
@@ -122,6 +122,7 @@ class BaseConv(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, ShortConvState)
         projected = self.in_proj(x)
         if self.form == "lm":
             u, gate = jnp.split(projected, 2, axis=-1)  # [b t e] each

@@ -8,7 +8,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.taylor_attention import TaylorAttentionState, taylor_attention
 from pallas_kernels.taylor_attention.features import WIDEST, feature_count
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.sharded import sharded
 
@@ -124,6 +124,7 @@ class Based(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, TaylorAttentionState)
         b, t, _ = x.shape
         heads = lambda y: y.reshape(b, t, self.n_heads, y.shape[-1] // self.n_heads)
         y, state = sharded(

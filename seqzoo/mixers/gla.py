@@ -10,7 +10,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.gla import GLAState, gla
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least, head_widths
+from seqzoo.nn.checks import at_least, check_call, head_widths
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
@@ -153,6 +153,7 @@ class GLA(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, GLAMixerState)
         b, t, _ = x.shape
         if state is None:
             state = self.init_state(b)

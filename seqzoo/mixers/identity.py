@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.core.numerics import state_dtype
+from seqzoo.nn.checks import check_call
 
 
 class IdentityState(NamedTuple):
@@ -44,6 +45,7 @@ class Identity(nnx.Module):
         state: IdentityState | None = None,
     ) -> tuple[jax.Array, IdentityState]:
         """Returns `[b t d]` as it is (0 at padding), in `dtype`."""
+        check_call(x, segment_ids, state, IdentityState)
         y = x.astype(self.dtype)
         if segment_ids is not None:
             y = jnp.where((segment_ids > 0)[..., None], y, 0)
@@ -56,7 +58,8 @@ class Identity(nnx.Module):
 
     def step(self, x_t: jax.Array, state: IdentityState) -> tuple[jax.Array, IdentityState]:
         """One token `[b d]`."""
-        return x_t.astype(self.dtype), state
+        y, state = self(x_t[:, None], state=state)
+        return y[:, 0], state
 
     def state_bytes(self, context_length: int) -> dict[str, int]:
         """Nothing is kept."""

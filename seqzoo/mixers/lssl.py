@@ -13,7 +13,7 @@ from pallas_kernels.core.numerics import einsum, state_dtype
 from seqzoo.nn import hippo, inits, krylov
 from seqzoo.nn.activations import activate, check_activation
 from seqzoo.nn.carried import Carried
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import Prepared, param
 from seqzoo.nn.report import report, skip_update
@@ -169,6 +169,7 @@ class LSSL(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, LSSLState)
         if not x.size:  # nothing to read
             state = self.init_state(x.shape[0]) if state is None else state
             return x.astype(self.dtype), state
@@ -200,6 +201,7 @@ class LSSL(nnx.Module):
 
         Discretising costs far more than the rest: `prepared()` does it once for many steps.
         """
+        check_call(x_t[:, None], None, state, LSSLState)
         if hasattr(self, "discrete"):
             A, B = (part[...] for part in self.discrete)
         else:

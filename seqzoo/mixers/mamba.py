@@ -10,7 +10,7 @@ from flax import nnx
 from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.selective_scan import SelectiveScanState, selective_scan
 from pallas_kernels.short_conv import ShortConvState
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
@@ -160,6 +160,7 @@ class Mamba(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, MambaState)
         if state is None:
             state = self.init_state(x.shape[0])
         xs, z = jnp.split(self.in_proj(x), 2, axis=-1)  # [b t e] each

@@ -10,7 +10,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.decay import SoftplusDecay
 from seqzoo.nn.gated_norm import GatedRMSNorm
@@ -175,6 +175,7 @@ class Mamba2(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, Mamba2State)
         b, t, _ = x.shape
         if state is None:
             state = self.init_state(b)

@@ -11,7 +11,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
 from seqzoo.nn import slots as mom_slots
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
@@ -250,6 +250,7 @@ class MoM(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, MoMState)
         b, t, _ = x.shape
         fresh = state is None
         state = self.init_state(b) if state is None else state
@@ -308,6 +309,7 @@ class MoM(nnx.Module):
 
         Memories that it does not go to are the same to the last bit afterwards.
         """
+        check_call(x_t[:, None], None, state, MoMState)
         b, _ = x_t.shape
         visits, weights = self._visits(self._route(x_t))
         j = visits.shape[-1]

@@ -12,7 +12,7 @@ from pallas_kernels.long_conv import LongConvState, long_conv
 from pallas_kernels.long_conv.xla import XlaConfig
 from pallas_kernels.short_conv import ShortConvState
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.conv import ShortConv
 from seqzoo.nn.implicit_filter import ImplicitFilter
 from seqzoo.nn.linear import LayerNorm, linear
@@ -190,6 +190,7 @@ class MonarchMixer(nnx.Module):
         return self._mix(x, segment_ids, state, anew=True)
 
     def _mix(self, x, segment_ids, state, anew: bool):
+        check_call(x, segment_ids, state, MonarchMixerState)
         x = x.astype(self.dtype)
         u = x if self.input_norm is None else self.input_norm(x)
         short, long, residual = (None, None, None) if state is None else state

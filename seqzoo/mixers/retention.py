@@ -9,7 +9,7 @@ from flax import nnx
 from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.simple_gla import SimpleGLAState, simple_gla
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least, head_widths
+from seqzoo.nn.checks import at_least, check_call, head_widths
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import count_positions, rotate
@@ -128,6 +128,7 @@ class Retention(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, RetentionState)
         b, t, _ = x.shape
         if state is None:
             state = self.init_state(b)

@@ -10,7 +10,7 @@ from flax import nnx
 from pallas_kernels.core.numerics import state_dtype
 from seqzoo.nn import diagonal, hippo, inits
 from seqzoo.nn.activations import activate, check_activation
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.param import param
 from seqzoo.nn.state_space import convolution, stream
@@ -137,6 +137,7 @@ class S4D(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, S4DState)
         if not x.size:  # nothing to read
             state = self.init_state(x.shape[0]) if state is None else state
             return x.astype(self.dtype), state
@@ -163,6 +164,7 @@ class S4D(nnx.Module):
 
     def step(self, x_t: jax.Array, state: S4DState) -> tuple[jax.Array, S4DState]:
         """One token `[b d]`: returns `[b d]` and the state after it."""
+        check_call(x_t[:, None], None, state, S4DState)
         step, C = self._modes()
         u = x_t.astype(self.dtype).astype(self._sums)
         y, h = diagonal.advance(step, C, u, state.h)

@@ -9,6 +9,7 @@ from pallas_kernels.core.numerics import state_dtype
 from pallas_kernels.core.segments import boundaries
 from seqzoo.errors import MeshError
 from seqzoo.nn import inits
+from seqzoo.nn.checks import check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.rotary import rotate
 from seqzoo.nn.sharded import sharded
@@ -124,6 +125,7 @@ class SlidingWindowAttention(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, ChunkAttentionState)
         b, t, _ = x.shape
         if state is None:
             state = self.init_state(b)

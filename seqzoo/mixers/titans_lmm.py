@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqzoo.nn.checks import check_call
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.neural_memory import MemoryState, NeuralMemory, memory_heads
@@ -154,6 +155,7 @@ class TitansLMM(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, MemoryState)
         steps = x.shape[1] == 1 and segment_ids is None
         opening, _ = self.memory.opening(state, steps=steps)
         m, state = self.memory(x, segment_ids=segment_ids, state=state, opening=opening)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.core import parts
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.combined import Combined
 from seqzoo.nn.linear import linear
 from seqzoo.nn.neural_memory import memory_heads
@@ -200,6 +200,7 @@ class TitansMAC(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, TitansMACState)
         b, t, _ = x.shape
         alone = state is None and segment_ids is None
         state = self.init_state(b) if state is None else state

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from seqzoo.nn.checks import check_call
 from seqzoo.nn.gated_norm import GatedRMSNorm
 from seqzoo.nn.linear import linear
 from seqzoo.nn.neural_memory import MemoryState, NeuralMemory, memory_heads
@@ -173,6 +174,7 @@ class TitansMAL(nnx.Module):
         Returns:
             `[b t d]` in `dtype` (0 at padding) and the state after the last token.
         """
+        check_call(x, segment_ids, state, TitansMALState)
         memory, attention = (None, None) if state is None else state
         opening, said = self.memory.opening(memory)
         m, memory = self.memory(x, segment_ids=segment_ids, state=memory, opening=opening)

@@ -9,7 +9,7 @@ from flax import nnx
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
 from pallas_kernels.core.numerics import state_dtype
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.linear import NORMS, linear
 from seqzoo.nn.param import param
 from seqzoo.nn.relative_bias import BIASES
@@ -174,6 +174,7 @@ class MegaBlock(nnx.Module):
         """
         if state is not None:
             self._refuse_streams("a state")
+        check_call(x, segment_ids, state, MegaState)
         n = self._before(x)
         if segment_ids is not None:
             n = jnp.where((segment_ids > 0)[..., None], n, 0)
@@ -187,6 +188,7 @@ class MegaBlock(nnx.Module):
     def step(self, x_t: jax.Array, state: MegaState) -> tuple[jax.Array, MegaState]:
         """One token `[b d]`: returns `[b d]` and the state after it."""
         self._refuse_streams("step")
+        check_call(x_t[:, None], None, state, MegaState)
         n = self._before(x_t)
         m, move = self.move.step(n, state.move)
         attend = lambda q, k, v: self._attend(q, k, v, None, state)

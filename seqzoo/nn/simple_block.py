@@ -7,7 +7,7 @@ from flax import nnx
 from pallas_kernels.chunk_attention import ChunkAttentionState, chunk_attention
 from pallas_kernels.core.numerics import state_dtype
 from seqzoo.nn import inits
-from seqzoo.nn.checks import at_least
+from seqzoo.nn.checks import at_least, check_call
 from seqzoo.nn.linear import linear
 from seqzoo.nn.mega_block import ATTENTIONS, MegaState
 from seqzoo.nn.relative_bias import BIASES
@@ -105,6 +105,7 @@ class SimpleBlock(nnx.Module):
         """Maps `[b t d]` to `[b t d]` in `dtype` (0 at padding), with the state after it."""
         if state is not None:
             self._refuse_streams("a state")
+        check_call(x, segment_ids, state, MegaState)
         x = x.astype(self.dtype)
         if segment_ids is not None:
             x = jnp.where((segment_ids > 0)[..., None], x, 0)

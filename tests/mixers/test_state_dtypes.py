@@ -1,5 +1,7 @@
 """What states are kept in: float32 at least, and float64 where a mixer computes in that. And what
-comes of them where there is nothing to read."""
+comes of them where there is nothing to read, and where they do not fit."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +58,44 @@ def test_nothing_to_read(name):
             assert len(set(map(id, kept))) == len(kept)  # a state is donated: no buffer twice
             assert (y.shape, y.dtype) == (x.shape, x.dtype)
             assert before is None or after == before
+
+
+class Other(NamedTuple):
+    """A state of another mixer."""
+
+    h: jax.Array
+
+
+@pytest.mark.parametrize("name", mixers.__all__)
+def test_what_does_not_fit_is_refused(name):
+    """Other ranks, types, rows and states: much of it would broadcast, and give numbers."""
+    graphdef, variables = nnx.split(nnx.eval_shape(lambda: make(name, "float32")))
+    new = lambda v: nnx.merge(graphdef, v).init_state(3, max_length=32)
+    three = jax.eval_shape(new, variables)
+    of = jax.ShapeDtypeStruct
+    x, other = of((2, 5, 64), "float32"), Other(of((2, 64), "float32"))
+    read = lambda x, ids=None, state=None: jax.eval_shape(
+        lambda v, *args: nnx.merge(graphdef, v)(args[0], segment_ids=args[1], state=args[2]),
+        *(variables, x, ids, state),
+    )
+    step = lambda x_t, state: jax.eval_shape(
+        lambda v, *args: nnx.merge(graphdef, v).step(*args), variables, x_t, state
+    )
+    x_t = of((2, 64), "float32")
+    for message, attempt in (
+        (r"x has shape \(5, 64\); it must be \[b t d\]", lambda: read(of((5, 64), "float32"))),
+        ("x has dtype int32; it must be a float", lambda: read(of((2, 5, 64), "int32"))),
+        (r"segment_ids has shape \(1, 5\)", lambda: read(x, of((1, 5), "int32"))),
+        (r"segment_ids has shape \(2, 1\)", lambda: read(x, of((2, 1), "int32"))),
+        ("segment_ids has dtype float32", lambda: read(x, of((2, 5), "float32"))),
+        (r"state has 3 rows and x 2; init_state\(2\)", lambda: read(x, None, three)),
+        (r"state has 3 rows and x 2; init_state\(2\)", lambda: step(x_t, three)),
+        ("state is a Other; this mixer takes the", lambda: read(x, None, other)),
+        ("state is a Other; this mixer takes the", lambda: step(x_t, other)),
+        (r"x has shape \(2, 1, 5, 64\); .* \[b d\] for step", lambda: step(x, three)),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            attempt()
 
 
 def make(name, dtype):
