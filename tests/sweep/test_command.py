@@ -109,12 +109,12 @@ def test_failures_are_listed_at_the_end_and_count_above_the_limit(create, type_,
 
 
 @pytest.fixture
-def start(tmp_path, tiny_words):
+def start(tmp_path, tiny_words, quick_flags):
     """Starts a sweep in processes of its own; what is left of it is killed at the end."""
     started = []
 
     def run(*words: str) -> subprocess.Popen:
-        env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        env = {**os.environ, "XLA_FLAGS": quick_flags}
         command = [sys.executable, "-m", "seqzoo.cli.main", "sweep", *words, *tiny_words]
         with open(tmp_path / "out", "ab") as out:
             started.append(

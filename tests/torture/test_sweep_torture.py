@@ -20,8 +20,8 @@ def torture():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["grid", "tpe"])
-def test_three_kills_of_a_sweep(torture, tmp_path, monkeypatch, sampler):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+def test_three_kills_of_a_sweep(torture, tmp_path, monkeypatch, quick_flags, sampler):
+    monkeypatch.setenv("XLA_FLAGS", quick_flags)
     monkeypatch.setenv("SEQZOO_CACHE", str(tmp_path / "cache"))
     short = (*torture.OVERRIDES, "model=mamba_small", "model.n_layers=1", "trainer.steps=120")
     wrong = torture.torture(

@@ -18,10 +18,9 @@ def torture():
     return module
 
 
-def test_three_kills(torture, tmp_path):
+def test_three_kills(torture, tmp_path, quick_flags):
     short = (*torture.OVERRIDES, "model=mamba_small", "model.n_layers=1", "trainer.steps=300")
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    one = torture.Torture(tmp_path, 1, short, env=quick)
+    one = torture.Torture(tmp_path, 1, short, env={"XLA_FLAGS": quick_flags})
     whole = one.unbroken()
     broken = one.broken(["save", "eval", "compile"])
     assert [kill.resumed_from > 0 for kill in one.kills[:3]] == [False, True, True]

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -131,7 +130,7 @@ def test_rates_and_seeds_share_one_compiled_step(fit):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        jax.jit(lambda x: x + 1)(jnp.float32(1))
+        jax.jit(lambda x: x + 1)(np.float32(1))
         assert len(compiled) == 1  # so this is how a compilation shows
         compiled.clear()
         kept = set(map(id, programs._COMPILED.values()))

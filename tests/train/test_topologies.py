@@ -20,16 +20,14 @@ BATCH = 8
 
 
 @pytest.fixture
-def train(tmp_path, tiny_words):
+def train(tmp_path, tiny_words, quick_flags):
     """Trains in processes of two devices each, up to a step; returns their exit codes."""
 
     def run(processes, *words, stop_at=0, devices=2, slurm=False):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = (
-            f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-        )
+        flags = f"--xla_force_host_platform_device_count={devices} {quick_flags}"
         env = os.environ | {"XLA_FLAGS": flags, "SEQZOO_DISTRIBUTED": "1"}
         if slurm:  # as srun would start a step of one task per node
             env |= {"SLURM_STEP_NUM_TASKS": str(processes), "SLURM_STEP_NODELIST": "127.0.0.1"}
