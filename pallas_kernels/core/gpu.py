@@ -40,9 +40,11 @@ def kernel_call(
     thread_name: str | None = None,
     cluster: tuple[int, ...] = (),
     cluster_names: tuple[str, ...] = (),
+    semantics: plgpu.LoweringSemantics = plgpu.LoweringSemantics.Warpgroup,
     **compiler_params: Any,
 ) -> Callable:
-    """`plgpu.kernel` with Warpgroup semantics, or by interpretation as the config says.
+    """`plgpu.kernel` with semantics that are named (jax's default changed in 0.11), or by
+    interpretation as the config says.
 
     In the body: `jax.lax.axis_index(grid name)`. Read references by `ref[...]`, never by
     plgpu.load; write results from shared memory by hand, for the interpreter knows no other way.
@@ -60,6 +62,8 @@ def kernel_call(
         thread_name: name of their axis.
         cluster: blocks that share what lies in their shared memory.
         cluster_names: names of its axes.
+        semantics: Warpgroup, where the compiler searches for layouts, or, for bodies too large for
+            that search, Lane, where every layout follows from those named in the body.
         **compiler_params: more of plgpu.CompilerParams.
     """
     body = _named(body, name)
@@ -73,9 +77,7 @@ def kernel_call(
         thread_name=thread_name,
         cluster=cluster,
         cluster_names=cluster_names,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, **compiler_params
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, **compiler_params),
         interpret=_interpreter(config.interpret),
     )
 

@@ -29,7 +29,7 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
     Returns:
         Gradients by the carry, by q, k, v, and by alpha, eta, theta `[b h n 3 64]`.
     """
-    plan = plan_of(call, gpu_plan.Room(call.room(0, TOKENS)))
+    plan = plan_of(call, room_of(call))
     new, f32 = jax.ShapeDtypeStruct, jnp.float32
     state, blocks = call.structs(call.b), call.form.blocks
     results = dict(
@@ -53,6 +53,13 @@ def backward(call: Call, kept, tokens, gates, dy, dlast):
         dgamma = jnp.sum(found["dgamma"], axis=3)
         dcarry = tuple(x._replace(gamma=dgamma[:, :, i]) for i, x in enumerate(dcarry))
     return dcarry, found["dtokens"], jnp.sum(found["dgates"], axis=2)
+
+
+def room_of(call: Call) -> gpu_plan.Room:
+    """Of two layers, what a third tile would take holds where the other things lie; and phi is kept
+    longer than a product of numbers, since it takes thirty operations."""
+    tiles = call.room(0, TOKENS)
+    return gpu_plan.Room(tiles, registers=2, near=12) if call.mlp else gpu_plan.Room(tiles)
 
 
 def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
@@ -108,15 +115,16 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     block.fetch(tokens, gates, call.n - 1, 0)
 
     def step(at):
+        at = block.number(at)
+        block.turn(at, plan)
         i, parity = call.n - 1 - at, jax.lax.rem(at, 2)
         pl.when(i > 0)(lambda: block.fetch(tokens, gates, i - 1, 1 - parity))
         (*given, dy), shares = block.fetched(tokens, i, parity)
         before = [block.far(x, i) for x in kept]
         of = gradients()
-        here = (block.b, pl.ds(i * SIZE, SIZE), block.h)
-        outputs = [block.once(ref.at[here]) for ref in results["dtokens"]]
-        shares_to = results["dgates"].at[block.b, block.h, block.j, i]
-        outputs += [gpu_machine.Far(shares_to.at[r], block.registers) for r in range(3)]
+        here = (pl.ds(i * SIZE, SIZE), block.h)
+        outputs = [block.once(ref, *here) for ref in results["dtokens"]]
+        outputs += [block.out(results["dgates"], block.h, block.j, i, r) for r in range(3)]
         gpu_machine.run(
             plan,
             block.registers,
@@ -134,6 +142,5 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     gpu_parts.each(call.n, step)
     if call.gain:
         for i, x in enumerate(gradients()):
-            to = results["dgamma"].at[block.b, block.h, i, block.j]
-            gpu_machine.Far(to, block.registers).store(x.gamma.load())
+            block.out(results["dgamma"], block.h, i, block.j).store(x.gamma.load())
     block.close()

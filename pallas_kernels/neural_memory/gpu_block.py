@@ -1,5 +1,6 @@
 """What a block of threads of neural_memory's GPU kernels has: memory, tokens, its cluster."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -87,10 +88,10 @@ class Call(NamedTuple):
         taken = (
             states * 3 * _PART
             + self.narrow * 2 * tokens * _PART
-            + (24 if self.form.blocks == 1 else 18) * 1024
+            + (18 if self.form.blocks > 1 and states else 24) * 1024
         )
         if self.form.blocks > 1:
-            taken += _WIDE
+            taken += _WIDE * _exchanged(states)
         return (SHARED_MEMORY - taken) // (self.parts * _PART)
 
 
@@ -109,21 +110,31 @@ def scratch(call: Call, plan: Plan, tokens: int, states: int = 0) -> dict[str, A
     lead = (call.form.blocks,) if call.interpret and call.form.blocks > 1 else ()
     copies = 2 * (lead or (1,))[0]
     found: dict[str, Any] = dict(
-        tiles=tile_type(*lead, states * 3 + plan.tiles * call.parts),
+        # Those of tokens lie behind the others: a second array would have addresses of its own.
+        tiles=tile_type(*lead, states * 3 + plan.tiles * call.parts + 2 * tokens * call.narrow),
         vectors=plgpu.SMEM((*lead, max(plan.vectors, 1), SIZE), jnp.float32),
         rows=plgpu.SMEM((*lead, 4, SIZE), jnp.float32),
         gates=plgpu.SMEM((*lead, 2, GATES, SIZE), jnp.float32),
-        tokens=[tile_type(*lead, 2) for _ in range(tokens * call.narrow)],
         zero=plgpu.SMEM((1,), jnp.int32),
         came=plgpu.Barrier(num_arrivals=1 + tokens * call.narrow, num_barriers=copies),
     )
     if call.form.blocks > 1:
+        several = _exchanged(states)
+        shape = (*lead, several, SIZE, SIZE)
         found |= dict(
-            tile=plgpu.SMEM((*lead, SIZE, SIZE), jnp.float32, transforms=() if lead else _FLOAT),
+            tile=plgpu.SMEM(shape, jnp.float32, transforms=() if lead else _FLOAT),
             full=_meeting(call, lead),
-            empty=_meeting(call, lead),
         )
+        if several == 1:
+            found["empty"] = _meeting(call, lead)
     return found
+
+
+def _exchanged(states: int) -> int:
+    """Tiles that the others of a cluster read, in turns: two where there is room beside the
+    weights. Who is told of the next one knows that all have read the one before, so that two need
+    no word of what was read."""
+    return 1 if states else 2
 
 
 _FLOAT = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
@@ -176,6 +187,8 @@ def start(call: Call, body, *, name: str, inputs, results, memory):
         scratch_types=places,
         grid=(call.b, call.h),
         grid_names=("b", "h"),
+        # Every layout is named (gpu_machine.py), so there is nothing to search for.
+        semantics=plgpu.LoweringSemantics.Lane,
         **several,
     )(*given)
     return jax.tree.unflatten(result_tree, found)
@@ -208,40 +221,58 @@ class Block:
 
         def find():
             zero = self.fresh()
-            return tuple(tiles.at[zero + first + i] for i in range(parts))
+            return tuple(tiles.at[zero ^ (first + i)] for i in range(parts))
 
         return Tile(find, self.registers)
 
     def row(self, of: str, at: int) -> Vector:
-        return Vector(lambda: self.mine(self.memory[of]).at[self.fresh() + at], self.registers)
+        return Vector(lambda: self.mine(self.memory[of]).at[self.number(at)], self.registers)
 
     def places(self, plan: Plan, far: Any, states: int) -> Places:
         """Where a plan's values lie; `far` is `[b h j n 64 64]` or None."""
         parts = self.call.parts
         return Places(
             [self.tile(3 * states + i * parts, parts) for i in range(plan.tiles)],
-            lambda at: Far(far.at[self.b, self.h, self.j, self.fresh() + at], self.registers),
+            lambda at: self.out(far, self.h, self.j, number=at),
             lambda at: self.row("vectors", at),
             self.row("rows", 3),
         )
 
     # --- Weights
 
+    def number(self, at: Any) -> Any:
+        """That number, as the compiler does not know it.
+
+        A sum with the 0 would be taken apart again: where each place lies, but for the 0, would be
+        held in registers.
+        """
+        return self.fresh() ^ at
+
+    def out(self, ref: Any, *at: Any, number: int | None = None) -> Far:
+        """What of an array `[b ...]` in device memory belongs to this block's row; the last index
+        may be a number that is known now."""
+
+        def find():
+            last = () if number is None else (self.number(number),)
+            return ref.at[(self.number(self.b), *at, *last)]
+
+        return Far(find, self.registers)
+
+    def once(self, ref: Any, *at: Any) -> Far:
+        """What all blocks of a cluster have, and the first one writes."""
+        when = None if self.blocks == 1 else self.j == 0
+        return dataclasses.replace(self.out(ref, *at), when=when)
+
     def far(self, weights: Weights, *lead: Any) -> Weights:
         """This block's share of weights in device memory, `[b ... h x y]`."""
         columns = pl.ds(self.j * SIZE, SIZE) if self.blocks > 1 else slice(None)
-        at = (self.b, *lead, self.h)
-        take = lambda ref, *of: None if ref is None else Far(ref.at[(*at, *of)], self.registers)
+        at = (*lead, self.h)
         return _weights(
-            take(weights.w_out, slice(None), columns),
-            take(weights.w_in, columns, slice(None)),
+            self.out(weights.w_out, *at, slice(None), columns),
+            None if weights.w_in is None else self.out(weights.w_in, *at, columns, slice(None)),
             None,
-            None if weights.gamma is None else self.once(weights.gamma.at[at]),
+            None if weights.gamma is None else self.once(weights.gamma, *at),
         )
-
-    def once(self, ref: Any) -> Far:
-        """What all blocks of a cluster have, and the first one writes."""
-        return Far(ref, self.registers, None if self.blocks == 1 else self.j == 0)
 
     def states(self) -> tuple[Weights, ...]:
         """Two sets of weights in shared memory."""
@@ -258,13 +289,18 @@ class Block:
 
     # --- Tokens
 
+    def token(self, refs, at: int, parity) -> Any:
+        """Where a tile of array `at` among those of tokens lies."""
+        tiles = self.mine(self.memory["tiles"])
+        return tiles.at[tiles.shape[0] + 2 * (at - len(refs)) + parity]
+
     def fetch(self, refs, gates, i, parity) -> None:
         """Begins to bring block i of tokens `[b t h 64]` and shares `[b h n 4 64]`."""
         came = self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
         rows = pl.ds(i * SIZE, SIZE)
         if self.call.narrow:
-            for ref, place in zip(refs, self.memory["tokens"], strict=True):
-                to = self.mine(place).at[parity]
+            for at, ref in enumerate(refs):
+                to = self.token(refs, at, parity)
                 plgpu.copy_gmem_to_smem(ref.at[self.b, rows, self.h], to, came)
         to = self.mine(self.memory["gates"]).at[parity]
         plgpu.copy_gmem_to_smem(gates.at[self.b, self.h, i], to, came)
@@ -275,28 +311,39 @@ class Block:
         rows = pl.ds(i * SIZE, SIZE)
         gates = self.mine(self.memory["gates"])
 
-        def tile(place) -> Tile:
-            return Tile(lambda: (self.mine(place).at[parity + self.fresh()],), self.registers)
+        def tile(at) -> Tile:
+            return Tile(lambda: (self.token(refs, at, self.number(parity)),), self.registers)
 
         def share(row) -> Vector:
-            return Vector(lambda: gates.at[parity + self.fresh(), row], self.registers)
+            return Vector(lambda: gates.at[self.number(parity), row], self.registers)
 
-        found: list[Any] = [tile(place) for place in self.memory["tokens"]]
+        found: list[Any] = [tile(at) for at in range(len(refs))]
         if not self.call.narrow:
-            found = [Far(ref.at[self.b, rows, self.h], self.registers) for ref in refs]
+            found = [self.out(ref, rows, self.h) for ref in refs]
         return found, [share(row) for row in range(GATES)]
 
     # --- The cluster
 
     def open(self) -> None:
         self.memory["zero"][0] = jnp.int32(0)
-        if self.blocks > 1:
+        if "empty" in self.memory:
             plgpu.barrier_arrive(self.memory["empty"])
+
+    def turn(self, step: Any, plan: Plan) -> None:
+        """At the beginning of a step: the tiles for exchange go on where the last one left off."""
+        count = sum(x.node is not None and x.node.name == "across" for x in plan.steps)
+        self.step, self.exchanged = step * (count % 2), 0
 
     def close(self) -> None:
         """Others may still read what lies here."""
-        if self.blocks > 1:
+        if "empty" in self.memory:
             plgpu.barrier_wait(self.memory["empty"])
+        elif self.blocks > 1:
+            self.meet()
+
+    def meet(self) -> None:
+        plgpu.barrier_arrive(self.memory["full"])
+        plgpu.barrier_wait(self.memory["full"])
 
     def across(self, x: jax.Array, axis: int) -> jax.Array:
         """The sum over the blocks of a cluster, in the same order in each of them."""
@@ -304,17 +351,22 @@ class Block:
             assert axis == 0
             tile = self.across(jax.lax.broadcast_in_dim(x, (SIZE, SIZE), (0,)), 0)
             return jnp.sum(tile, axis=1) * (1 / SIZE)
-        ref = self.memory["tile"]
-        plgpu.barrier_wait(self.memory["empty"])
-        self.mine(ref)[...] = x
-        plgpu.barrier_arrive(self.memory["full"])
-        plgpu.barrier_wait(self.memory["full"])
+        ref, alone = self.memory["tile"], "empty" in self.memory
+        which = 0 if alone else jax.lax.rem(self.number(self.step) + self.exchanged, 2)
+        self.exchanged += 1
+        if alone:
+            plgpu.barrier_wait(self.memory["empty"])
+        self.mine(ref).at[which][...] = x
+        self.meet()
         found: Any = None
         for j in range(self.blocks):
-            peer = ref.at[j] if self.emulated else plgpu.cluster_ref(ref, {"j": jnp.int32(j)})
-            share = self.registers.cast(peer[...])
+            # With a constant, where each thread reads each peer's would be held in registers.
+            at = self.number(j)
+            peer = ref.at[at] if self.emulated else plgpu.cluster_ref(ref, {"j": at})
+            share = self.registers.cast(peer.at[which][...])
             found = share if found is None else found + share
         # One thread of a warpgroup tells the others; all of its warps must have read by then.
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.memory["empty"])
+        if alone:
+            plgpu.barrier_arrive(self.memory["empty"])
         return found

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from pallas_kernels.neural_memory import gpu_tiles
 from pallas_kernels.neural_memory.gpu_phi import activation, slope
 from pallas_kernels.neural_memory.gpu_shares import Mix, mixed
-from pallas_kernels.neural_memory.gpu_tiles import SIZE, dot, indices, over_tokens, total, turned
+from pallas_kernels.neural_memory.gpu_tiles import (
+    SIZE,
+    dot,
+    indices,
+    over_tokens,
+    total,
+    turned,
+    wide,
+)
 from pallas_kernels.neural_memory.memory import TINY, Rule, Weights
 
 
@@ -91,7 +99,7 @@ def _gradients(form: Form, start: Weights, k, v) -> _Found:
         return _Found(inputs, [error], by_gamma)
     hidden = dot("nn", error, start.w_out) * slope(how.activation, before)
     if how.limit != "none":
-        squares = across(form, total(inputs[-1] * inputs[-1])), across(form, total(hidden * hidden))
+        squares = _two_across(form, total(inputs[-1] * inputs[-1]), total(hidden * hidden))
         error = error * _factor(total(error * error) * squares[0], how)
         hidden = hidden * _factor(squares[1] * total(k * k), how)
     return _Found(inputs, [hidden, error], by_gamma)
@@ -163,3 +171,12 @@ def _mean(form: Form, x):
 def across(form: Form, x):
     """The sum over the blocks that share the hidden units."""
     return gpu_tiles.across(form.blocks, x)
+
+
+def _two_across(form: Form, a, b):
+    """Of two columns at once, as two columns of a tile."""
+    if form.blocks == 1:
+        return a, b
+    first, second = (indices()[1] == i for i in range(2))
+    both = across(form, jnp.where(first, wide(a), jnp.where(second, wide(b), 0)))
+    return tuple(total(jnp.where(which, both, 0)) for which in (first, second))

@@ -74,6 +74,9 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
     block.fetch(tokens, gates, 0, 0)
 
     def step(i):
+        # Else every address that depends on it would be counted up in a register of its own.
+        i = block.number(i)
+        block.turn(i, plan)
         parity = jax.lax.rem(i, 2)
         pl.when(i + 1 < call.n)(lambda: block.fetch(tokens, gates, i + 1, 1 - parity))
         given, shares = block.fetched(tokens, i, parity)
@@ -84,7 +87,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         def _():
             move(leaves(block.far(results["last"][0])), leaves(held[0]))
 
-        y = block.once(results["y"].at[block.b, pl.ds(i * SIZE, SIZE), block.h])
+        y = block.once(results["y"], pl.ds(i * SIZE, SIZE), block.h)
         outputs = [y.store, *(x.store for x in leaves(held))]
         gpu_machine.run(
             plan,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.neural_memory.gpu_phi import erf_of, erf_p
 from pallas_kernels.neural_memory.gpu_plan import Plan
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.tpu_trace import Node, bound
@@ -60,11 +61,13 @@ class Registers:
         # Else every mask would be computed before the loop, and take 32 registers in it.
         return found + self.fresh()
 
-    def rounded(self, x: jax.Array) -> jax.Array:
-        """To what bfloat16 holds, in float32; XLA would take a pair of casts for nothing."""
-        if self.interpret:
-            return jax.lax.reduce_precision(x, 8, 7)
-        return x.astype(jnp.bfloat16).astype(jnp.float32)
+    def split(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What bfloat16 holds of it, and what is left."""
+        if self.interpret:  # XLA would take a pair of casts for nothing
+            high = jax.lax.reduce_precision(x, 8, 7)
+            return high.astype(jnp.bfloat16), x - high
+        high = x.astype(jnp.bfloat16)
+        return high, x - high.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +89,12 @@ class Tile:
         return x
 
     def store(self, x: jax.Array) -> None:
-        for number, part in enumerate(self.parts):
-            high = self.registers.rounded(x)
+        parts, found = self.parts, []
+        for _ in parts:  # all before any is written, which is a barrier: they take less room
+            high, x = self.registers.split(x)
+            found.append(high)
+        for part, high in zip(parts, found, strict=True):
             part[...] = high.astype(part.dtype)
-            if number + 1 < len(self.parts):
-                x = x - high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +121,20 @@ class Vector:
 
 @dataclasses.dataclass(frozen=True)
 class Far:
-    """A tile or a row in device memory, in float32 or bfloat16; if `when`, it is written."""
+    """A tile or a row in device memory, in float32 or bfloat16; if `when`, it is written. `find`
+    says where it lies, anew each time."""
 
-    ref: Any
+    find: Callable[[], Any]
     registers: Registers
     when: Any = None
 
     def load(self) -> jax.Array:
-        return self.registers.read(self.ref, 1)
+        return self.registers.read(self.find(), 1)
 
     def store(self, x: jax.Array) -> None:
         def write():
-            self.ref[...] = x.astype(self.ref.dtype)
+            ref = self.find()
+            ref[...] = x.astype(ref.dtype)
 
         write() if self.when is None else pl.when(self.when)(write)
 
@@ -190,6 +196,10 @@ class _Run:
                 self.outputs[step.place](self.held[x])
                 self.loose = True
             elif step.what in ("input", "load", "pull", "read"):
+                if self.plan.is_tile(x) and not self.registers.interpret:
+                    # The compiler would load a few tiles ahead, for which there are no registers.
+                    plgpu.commit_smem()
+                    self.loose = False
                 self.held[x] = self.place(step).load()
             else:
                 self.place(step).store(self.held[x])
@@ -258,6 +268,8 @@ class _Run:
                     jnp.full(shape, x, dtype) if i and jnp.ndim(x) == 0 else x
                     for i, x in enumerate(operands)
                 ]
+            if node.name == erf_p.name:
+                return erf_of(operands[0])
             if node.name == "add_any":
                 return operands[0] + operands[1]
             return node.primitive.bind(*operands, **bound(node))

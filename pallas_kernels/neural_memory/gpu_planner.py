@@ -7,10 +7,13 @@ there are no registers left. Vectors have places of their own.
 
 from typing import NamedTuple
 
+from pallas_kernels.neural_memory.gpu_phi import erf_p
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.tpu_trace import Node
 
 _NEVER = 1 << 30
+# Tiles that a node takes in registers beside its operands and its result.
+_WITHIN = {erf_p.name: 2, "across": 1}
 
 
 class Step(NamedTuple):
@@ -107,7 +110,8 @@ class Planner:
                 self.at_work = []
             else:
                 missing = [x for x in needs if x not in self.registers]
-                self.make_room(1 + sum(map(self.is_tile, missing)), needs)
+                within = _WITHIN.get(node.name, 0)
+                self.make_room(1 + within + sum(map(self.is_tile, missing)), needs)
                 for x in missing:
                     self.load(x)
             self.steps.append(Step("node", node.output, node))
@@ -226,7 +230,11 @@ class Planner:
             if x in self.registers:
                 self.drop(x)
             return
-        vector = not self.is_tile(x) and self.is_elsewhere(x)
+        vector = not self.is_tile(x)
+        if vector and x in self.registers and not self.is_elsewhere(x):
+            if self.next_use(x) <= self.now + 1:
+                return
+            self.store(x, self.vectors, "write")  # a row takes half of what a tile does
         done = self.next_use(x, product=False) == _NEVER and x in self.tiles.of
         if x in self.registers and (vector or done):
             self.drop(x)

@@ -1,4 +1,4 @@
-"""neural_memory as Mosaic GPU kernels for Hopper: linear memories, and two layers on trial.
+"""neural_memory as Mosaic GPU kernels for Hopper: memories of one layer and of two.
 
 A block of threads has a row and a head and goes through its tokens, 64 at a time; the hidden units
 of a memory of two layers are shared by the blocks of a cluster. README.md ("On a GPU") has what
@@ -18,8 +18,6 @@ from pallas_kernels.neural_memory.gpu_chunk import Form
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 from pallas_kernels.neural_memory.memory import Weights
 
-# Written and interpreted; to be served once `make check-gpu` compiles them without spills.
-TWO_LAYERS = False
 _MOST_BLOCKS = 8  # of a cluster that any Hopper starts
 
 
@@ -29,13 +27,13 @@ class PallasGpuConfig(GpuConfig):
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Refuses wide heads, more than one layer, and rows that are several documents."""
+    """Refuses wide heads, more than two layers, two in float32, and rows of several documents."""
     (q, _, v, *_), (opening, _), _, segment_ids = shapes
     if reason := refuses_device(device_kind) or refuses_dtypes(shapes):
         return reason
     if opening.w_hidden is not None:
         layers = 2 + opening.w_hidden.shape[1]
-        return f"the memory has {layers} layers (w_hidden); the kernel serves linear ones"
+        return f"the memory has {layers} layers (w_hidden); the kernel serves one (linear) and two"
     width, most = max(q.shape[3], v.shape[3]), SIZE * _MOST_BLOCKS
     if width > SIZE:
         return f"heads are {width} wide; the kernel serves up to {SIZE}"
@@ -43,8 +41,8 @@ def refuses(shapes, device_kind) -> str | None:
         hidden = opening.w_in.shape[1]
         if hidden > most:
             return f"the memory has {hidden} hidden units; the kernel serves up to {most}"
-        if not TWO_LAYERS:
-            return "two layers (w_in) have not been compiled for Hopper yet; linear ones have"
+        if any(x.dtype != jnp.bfloat16 for x in shapes[0][:3]):
+            return "two layers in float32 would spill registers; the kernel serves them in bfloat16"
     if segment_ids is not None:
         return "rows are several documents (segment_ids); the kernel serves one per row"
     return None
