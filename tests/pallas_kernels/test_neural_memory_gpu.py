@@ -172,6 +172,24 @@ def test_plan_does_what_the_function_does(mlp, gain):
         assert float(jnp.sqrt(jnp.mean((a.x - b) ** 2) / jnp.mean(b**2))) < 1e-5
 
 
+def test_no_vector_waits_in_registers():
+    """A row takes half of what a tile does: one that is wanted later lies in memory until then."""
+    form = gpu_chunk.Form(Rule(64, "gelu", 1e-5, "clip", 1.0, False), 64, 4)
+    call = gpu_block.Call(form, CONFIG, 1, 1, 1, True, True, True)
+    plan = gpu_backward.plan_of(call, gpu_backward.room_of(call))
+    held: set[int] = set()
+    products = 0
+    for step in plan.steps:
+        if step.what == "drop":
+            held.discard(step.value)
+        elif step.what in ("node", "input", "read") and not plan.is_tile(step.value):
+            held.add(step.value)
+        if step.node is not None and step.node.name == "dot_general":
+            products += 1
+            assert len(held) <= 1, held
+    assert products > 0
+
+
 @pytest.mark.parametrize("narrow", [True, False], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_shared_memory_is_enough(narrow, blocks):
