@@ -3,9 +3,11 @@
 Imports no jax, so that commands that only read runs start quickly.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +41,9 @@ class RunFolder:
         self.warnings: list[str] = []
         self.bitwise = True
         self._writes = writes
+        self._made: list[pathlib.Path] = []  # folders that this start made, the innermost first
+        self._aside: pathlib.Path | None = None  # where --force moved what was there
+        self._latest: str | None = None  # what `latest` named before
         self._lock: RunLock | None = None
         self._status: dict[str, Any] = {}
 
@@ -82,9 +87,10 @@ class RunFolder:
         if not folder._writes:
             return folder
         if force and path.exists():
-            _move_aside(path)
+            folder._aside = _move_aside(path)
         if folder.finished():
             return folder
+        folder._made = [one for one in (path, *path.parents) if not one.exists()]
         path.mkdir(parents=True, exist_ok=True)
         folder._lock = RunLock(path)
         try:
@@ -130,7 +136,7 @@ class RunFolder:
         write_text(self.path / "overrides.txt", "".join(f"{line}\n" for line in overrides))
         write_json(self.path / "env" / f"{self.attempt:03d}.json", now)
         self.write_status(state="running")
-        _link_latest(self.path)
+        self._latest = _link_latest(self.path)
         self.log(f"start {self.attempt} on {now['host']}, {now['threads']} CPU threads")
         for warning in self.warnings:
             self.log(f"warning: {warning}")
@@ -166,6 +172,31 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def take_back(self) -> bool:
+        """Leaves everything as it was before the first start of a run that did nothing yet.
+
+        The folder goes, with those above it that were made for it; `latest` names again what it
+        named; what --force moved aside comes back. Returns False, and changes nothing, where the
+        folder was there before this start.
+        """
+        if self._lock is None or self.path not in self._made:
+            return False
+        gone = self.path.with_name(f".{self.path.name}.{os.getpid()}.undone")
+        latest = self.path.parent / "latest"
+        if latest.is_symlink() and os.readlink(latest) == self.path.name:
+            latest.unlink()
+            if self._latest is not None:
+                latest.symlink_to(self._latest)
+        self.path.rename(gone)  # at once: nobody finds half of it
+        self.close()
+        shutil.rmtree(gone, ignore_errors=True)
+        if self._aside is not None:
+            self._aside.rename(self.path)
+        for above in self._made[1:]:
+            with contextlib.suppress(OSError):  # somebody else's run lies there by now
+                above.rmdir()
+        return True
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -335,23 +366,27 @@ def _refuse_changed_data(above: pathlib.Path, config, data_fingerprint: str | No
         )
 
 
-def _move_aside(path: pathlib.Path) -> None:
+def _move_aside(path: pathlib.Path) -> pathlib.Path:
     lock = RunLock(path)  # a run at work is not moved
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(aside)
     lock.release()
+    return aside
 
 
-def _link_latest(path: pathlib.Path) -> None:
-    beside = path.parent / f".latest.{os.getpid()}.tmp"
+def _link_latest(path: pathlib.Path) -> str | None:
+    """Lets `latest` name this folder; returns what it named before."""
+    latest, beside = path.parent / "latest", path.parent / f".latest.{os.getpid()}.tmp"
+    before = os.readlink(latest) if latest.is_symlink() else None
     try:
         beside.unlink(missing_ok=True)
         beside.symlink_to(path.name)
-        os.replace(beside, path.parent / "latest")
+        os.replace(beside, latest)
     except OSError:  # a file system without links: `latest` is a convenience
         beside.unlink(missing_ok=True)
+    return before
 
 
 def _targets(value: Any) -> Iterable[str]:

@@ -11,7 +11,7 @@ import jax
 from omegaconf import DictConfig
 
 from seqzoo.allocator import keep_freed_memory
-from seqzoo.errors import NotFiniteError, Preempted, Pruned, SeqzooError
+from seqzoo.errors import ConfigError, NotFiniteError, Preempted, Pruned, SeqzooError
 from seqzoo.train import branch as branches
 from seqzoo.train import checkpoint, precision, processes, programs
 from seqzoo.train.evaluate import Interrupted
@@ -209,12 +209,18 @@ def known_as(error: BaseException, session: Session | None) -> SeqzooError | Non
 
 
 def leave(folder: RunFolder, session: Session | None, error: BaseException) -> None:
-    """Says in status.json and train.log how the run ended, as far as that still works."""
+    """Says in status.json and train.log how the run ended, as far as that still works.
+
+    A first start that ends by its configuration, before any update, leaves nothing behind.
+    """
     state = next((name for kind, name in _STATES.items() if isinstance(error, kind)), "failed")
     with contextlib.suppress(Exception):
         if session is not None:
             session.close()
+    untouched = session is None or not session.updated
     with contextlib.suppress(OSError):
+        if isinstance(error, ConfigError) and untouched and folder.take_back():
+            return
         folder.log(f"{state}: {error}")
         step = None if session is None else session.step
         folder.write_status(state=state, step=step, error=str(error))

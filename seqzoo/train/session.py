@@ -55,6 +55,7 @@ class Session:
         best: the best evaluation so far; None before the first.
         reached: whether an evaluation reached the target.
         tested: the step whose weights were tested; None before.
+        updated: whether an update was begun by this start.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Session:
         self.best: Best | None = None
         self.reached = False
         self.tested: int | None = None
+        self.updated = False
         self.doing: programs.Program | None = None  # what runs, for the message if memory ends
         writes = processes.first()
         self._progress = progress
@@ -206,6 +208,7 @@ class Session:
             NotFiniteError: an update a few steps ago was not finite.
         """
         self.step += 1
+        self.updated = True
         self._next_sample += self.run.trainer.global_batch_size
         self._pending.append((self.step, shapes, metrics))
         if len(self._pending) > _LAG:

@@ -50,6 +50,17 @@ def test_a_bad_configuration_ends_before_any_work(command, tmp_path, word, said)
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_only_a_traced_step_finds_leaves_nothing_either(command):
+    words = ("trainer.steps=1", "trainer.test_samples=0")
+    assert command(*words)[0] == 0
+    (path,) = find_runs("runs")
+    before = sorted(os.listdir("runs/mqar"))
+    code, _, err = command(*words, "task=classification")
+    assert code == 2 and "task=classification needs rows with label" in err
+    assert sorted(os.listdir("runs/mqar")) == before
+    assert os.readlink("runs/mqar/latest") == path.name
+
+
 def test_a_missing_and_an_empty_file(command, tmp_path):
     text = ("~data.num_kv_pairs", "~data.valid_samples", "~data.test_samples", "data=text",
             "task=next_token", "data.vocab_size=256")  # fmt: skip

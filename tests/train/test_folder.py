@@ -107,6 +107,29 @@ def test_metrics_are_cut_back_and_never_invented(tmp_path):
             folder.rewind_metrics(99)
 
 
+def test_a_start_that_did_nothing_is_taken_back(tmp_path):
+    root = tmp_path / "runs"
+    with opened(root) as folder:
+        assert folder.take_back() and not root.exists()
+    first = RunFolder.open(CONFIG | {"model": {}}, ["a"], root=root)
+    first.close()
+    opened(root).close()
+    with opened(root) as again:  # it was there before
+        assert not again.take_back()
+    with opened(root, force=True) as anew:
+        assert anew.take_back()
+    assert read_status(anew.path)["attempt"] == 2 and len(find_runs(root)) == 2
+    assert os.readlink(first.path.parent / "latest") == anew.path.name
+    with RunFolder.open(CONFIG | {"task": {}}, ["b"], root=root) as third:
+        first.path.parent.joinpath("latest").unlink()
+        first.path.parent.joinpath("latest").symlink_to(first.path.name)  # begun meanwhile
+        assert third.take_back()
+    assert os.readlink(first.path.parent / "latest") == first.path.name
+    assert sorted(path.name for path in first.path.parent.iterdir()) == sorted(
+        ["latest", first.path.name, anew.path.name]
+    )
+
+
 def test_force_does_not_move_a_run_at_work(tmp_path):
     with opened(tmp_path), pytest.raises(LockedError):
         opened(tmp_path, force=True)
