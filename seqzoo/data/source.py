@@ -67,7 +67,9 @@ class Dataset(Protocol):
     One whose rows have few targets may say how many at most, `most_asked: int | None`: logits are
     then computed at those places alone. One whose rows hold answers behind the places that ask for
     them says so, `answers_in_input = True`: a model that looks both ways is then refused. One that
-    hides tokens, whose targets they are, says by which: `mask_token: int`.
+    hides tokens, whose targets they are, says by which: `mask_token: int`; one that asks for the
+    next token everywhere says `asks_everywhere = True`; one with a label per row, `n_classes: int`.
+    Tasks that would ask for something else are then refused.
     """
 
     vocab_size: int

@@ -40,7 +40,7 @@ class StdlibText:
 
     group_names = ()
     bytes_per_token = 1.0
-    answers_in_input = True  # every target is the next token
+    asks_everywhere = True
 
     def __post_init__(self) -> None:
         check_bytes(self.vocab_size, self.seq_len, self.eval_seq_len)

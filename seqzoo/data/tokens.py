@@ -58,7 +58,7 @@ class Tokens:
     seed: int = 0
 
     group_names = ()
-    answers_in_input = True  # every target is the next token
+    asks_everywhere = True
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 1)

@@ -34,6 +34,7 @@ class Classification:
         return "min" if self.metric == "loss" else "max"
 
     def for_data(self, dataset: Dataset) -> Self:
+        task.check_data(dataset, "classification")
         return dataclasses.replace(self, groups=tuple(dataset.group_names))
 
     def sums(

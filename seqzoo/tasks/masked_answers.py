@@ -49,6 +49,7 @@ class MaskedAnswers:
         return "min" if self.metric == "loss" else "max"
 
     def for_data(self, dataset: Dataset) -> Self:
+        task.check_data(dataset, "masked_answers")
         return dataclasses.replace(
             self,
             groups=tuple(dataset.group_names),

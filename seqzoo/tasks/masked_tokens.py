@@ -36,11 +36,12 @@ class MaskedTokens:
         return "max" if self.metric == "accuracy" else "min"
 
     def for_data(self, dataset: Dataset) -> Self:
-        if getattr(dataset, "mask_token", None) is None:
+        fits, _ = task.made_for(dataset) or ("masked_answers", "")
+        if fits != "masked_tokens":
             raise ConfigError(
                 f"task=masked_tokens, but {type(dataset).__name__} hides no tokens: a model that "
                 "looks both ways would read what it is asked for; take data=masked_text or "
-                "masked_stdlib_text, or task=next_token"
+                f"masked_stdlib_text, or task={fits}"
             )
         return self
 

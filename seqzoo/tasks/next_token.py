@@ -40,6 +40,7 @@ class NextToken:
         return "max" if self.metric == "accuracy" else "min"
 
     def for_data(self, dataset: Dataset) -> Self:
+        task.check_data(dataset, "next_token")
         known = self.bytes_per_token or dataset.bytes_per_token
         if self.metric == "bits_per_byte" and not known:
             raise ConfigError(

@@ -139,6 +139,36 @@ def averages(totals: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
     return found
 
 
+def made_for(dataset: Dataset) -> tuple[str, str] | None:
+    """The task that data says it is made for, and why; None = it says nothing.
+
+    Args:
+      dataset: see seqzoo.data.source.Dataset.
+    """
+    if getattr(dataset, "mask_token", None) is not None:
+        return "masked_tokens", "hides tokens, which are what is asked"
+    if getattr(dataset, "n_classes", None) is not None:
+        return "classification", "has a label per row"
+    if getattr(dataset, "asks_everywhere", False):
+        return "next_token", "asks for the next token everywhere"
+    return None
+
+
+def check_data(dataset: Dataset, task: str) -> None:
+    """Refuses data that is made for another task than `task`, a file of configs/task/.
+
+    Raises:
+      ConfigError: names the task that fits.
+    """
+    fits, why = made_for(dataset) or (task, "")
+    if fits != task:
+        default = " (the default)" if task == "masked_answers" else ""
+        raise ConfigError(
+            f"task={task}{default}, but {type(dataset).__name__} {why}: set task={fits}, or take "
+            "other data"
+        )
+
+
 def check_rows(batch: Mapping[str, Any], asked: str, name: str) -> None:
     """Refuses rows of data that another task is made for.
 

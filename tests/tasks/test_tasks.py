@@ -15,13 +15,17 @@ from seqzoo.data import (
     MQAR,
     AssociativeRecall,
     InductionHeads,
+    ListOps,
+    Masked,
     Needles,
     Passkey,
     StdlibText,
 )
 from seqzoo.errors import ConfigError
 from seqzoo.nn.stack import Run
-from seqzoo.tasks import Classification, MaskedAnswers, NextToken
+from seqzoo.tasks import Classification, MaskedAnswers, MaskedTokens, NextToken
+
+HIDDEN = Masked(StdlibText(seq_len=128))
 
 
 @dataclasses.dataclass
@@ -169,7 +173,7 @@ def test_for_data_fills_in_what_the_data_knows_and_tasks_stay_hashable():
     assert task.groups == ("pairs_4",) and hash(task) == hash(filled)
 
 
-@pytest.mark.parametrize("dataset", [Passkey(), Needles(), AssociativeRecall(), StdlibText()])
+@pytest.mark.parametrize("dataset", [Passkey(), Needles(), AssociativeRecall()])
 def test_rows_that_hold_answers_are_not_read_both_ways(dataset):
     block = types.SimpleNamespace(mixer=types.SimpleNamespace(causality="none"))
     stack = types.SimpleNamespace(plan=[Run(0, ("attention",), 1)], runs=[[block]])
@@ -177,6 +181,23 @@ def test_rows_that_hold_answers_are_not_read_both_ways(dataset):
     text = "rows that hold answers, but the mixer attention looks both ways and sees them"
     with pytest.raises(ConfigError, match=text):
         task.sums(types.SimpleNamespace(stack=stack), {})
+
+
+@pytest.mark.parametrize(
+    ("task", "dataset", "said"),
+    [
+        (MaskedAnswers(), StdlibText(), r"\(the default\), but StdlibText .* set task=next_token"),
+        (MaskedAnswers(), HIDDEN, "Masked hides .* set task=masked_tokens"),
+        (MaskedAnswers(), ListOps(), "ListOps has a label per row: set task=classification"),
+        (NextToken(), HIDDEN, "task=next_token, but .*task=masked_tokens"),
+        (NextToken(), ListOps(), "task=next_token, but .* set task=classification"),
+        (Classification(), StdlibText(), "task=classification, but .* set task=next_token"),
+        (MaskedTokens(), ListOps(), "hides no tokens.* or task=classification"),
+    ],
+)
+def test_data_made_for_another_task_is_refused_before_anything_runs(task, dataset, said):
+    with pytest.raises(ConfigError, match=said):
+        task.for_data(dataset)
 
 
 def test_rows_without_answers_are_read_by_any_model():
