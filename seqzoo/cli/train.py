@@ -22,6 +22,7 @@ EPILOG = """examples:
   seqzoo train experiment=text_mamba trainer.steps=2000
   seqzoo train data=text data.path=~/books task=next_token model=mamba_small
   seqzoo train -m optimizer.lr=1e-3,3e-3 trainer.seed=1,2,3        six runs, one after the other
+  seqzoo train -m mixer=mamba,based model.d_model=64               one mixer each, in every layer
   seqzoo train -m launcher=submitit_slurm launcher.partition=gpu optimizer.lr=1e-3,3e-3
   seqzoo train init_from=runs/mqar/RUN@best optimizer.lr=1e-4 'reset=[optimizer]'
   seqzoo train --config-dir mylab/configs model.pattern='[diagonal]'

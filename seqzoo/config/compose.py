@@ -97,12 +97,19 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     """Returns the override lists of a sweep: every combination of ``lr=1e-3,1e-2 seed=1,2``."""
     choices = []
     for override in parse(overrides):
+        key = override.get_key_element()
         if override.is_sweep_override():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            choices.append([spelled_out(key, value) for value in override.sweep_string_iterator()])
+        elif override.key_or_group == "mixer" and not override.is_delete():
+            choices.append([spelled_out(key, override.get_value_element_as_str())])
         else:
             choices.append([override.input_line])
     return [list(words) for words in itertools.product(*choices)]
+
+
+def spelled_out(key: str, value: str) -> str:
+    """One word of one run of several: ``mixer=mamba`` is short for ``model.pattern=[mamba]``."""
+    return f"model.pattern=[{value}]" if key.lstrip("+") == "mixer" else f"{key}={value}"
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -24,7 +24,7 @@ from optuna.distributions import (
 )
 
 from seqzoo.config import paths
-from seqzoo.config.compose import compose
+from seqzoo.config.compose import compose, spelled_out
 from seqzoo.errors import ConfigError, suggest
 from seqzoo.sweep import grammar
 from seqzoo.sweep.grammar import Word
@@ -71,9 +71,7 @@ class Parameter:
 
     def text(self, value: Any) -> str:
         """The word of a trial with this value."""
-        if self.word.setting == "mixer":
-            return f"model.pattern=[{value}]"
-        return f"{self.word.key}={value if isinstance(value, str) else repr(value)}"
+        return spelled_out(self.word.key, value if isinstance(value, str) else repr(value))
 
     def draw(self, rng: np.random.Generator) -> Any:
         """A value at random."""
@@ -319,7 +317,7 @@ def _ends(one: Parameter) -> tuple[Any, ...]:
 
 def _plain(word: Word) -> str:
     if word.setting == "mixer":
-        return f"model.pattern=[{word.override.get_value_element_as_str()}]"
+        return spelled_out(word.setting, word.override.get_value_element_as_str())
     return word.override.input_line or word.text
 
 

@@ -159,6 +159,8 @@ def test_mistakes_end_the_command_with_exit_code_2_before_jax_starts():
 def test_expand():
     jobs = expand(["optimizer.lr=1e-3,1e-2", "trainer.seed=range(2)", "model.pattern=[mamba]"])
     assert len(jobs) == 4 and all(job[2] == "model.pattern=[mamba]" for job in jobs)
+    long = [["model.pattern=[mamba]"], ["model.pattern=[based]"]]
+    assert expand(["mixer=mamba,based"]) == long and expand(["mixer=mamba"]) == long[:1]
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch):
