@@ -7,13 +7,15 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig
 
-from seqzoo.cli.common import add_config_arguments, add_trust_argument
+from seqzoo.cli.common import add_config_arguments, add_trust_argument, print_table
+from seqzoo.cli.runs import row
 from seqzoo.config.compose import compose, expand
 from seqzoo.errors import ConfigError, NotFiniteError, SeqzooError
-from seqzoo.train.folder import apply_threads
+from seqzoo.train.folder import apply_threads, begun, read_status
 
 EPILOG = """examples:
   seqzoo train                                        the default experiment, to its target
@@ -69,19 +71,45 @@ def run(args: argparse.Namespace) -> int:
         if launcher.kind != "local":
             return _submit([words for _, words in jobs], launcher, args)
     worst = 0
-    for number, (config, words) in enumerate(jobs, 1):
-        print(f"run {number} of {len(jobs)}: {' '.join(words)}", flush=True)
-        try:
-            code = _train(config, words, args)
-        except NotFiniteError as error:  # a diverged run is a result; the others go on
-            print(f"error: {error}", file=sys.stderr)
-            code = error.exit_code
-        except SeqzooError as error:
-            if number < len(jobs):
-                print(f"stopped before run {number + 1} of {len(jobs)}", file=sys.stderr)
-            raise error
-        worst = max(worst, code)
+    try:
+        for number, (config, words) in enumerate(jobs, 1):
+            print(f"run {number} of {len(jobs)}: {' '.join(words)}", flush=True)
+            try:
+                code = _train(config, words, args)
+            except NotFiniteError as error:  # a diverged run is a result; the others go on
+                print(f"error: {error}", file=sys.stderr)
+                code = error.exit_code
+            except SeqzooError as error:
+                if number < len(jobs):
+                    print(f"stopped before run {number + 1} of {len(jobs)}", file=sys.stderr)
+                raise error
+            worst = max(worst, code)
+    finally:
+        _show_all(jobs, args.runs)
     return worst
+
+
+def _show_all(jobs: Sequence[tuple[DictConfig, list[str]]], root: str) -> None:
+    """What the runs reached, whatever ended them, and the words in which they differ."""
+    from seqzoo.train import processes
+
+    paths = [begun(config, words, root=root) for config, words in jobs]
+    if len(jobs) == 1 or not any(paths) or not processes.first():
+        return
+    shared = set.intersection(*(set(words) for _, words in jobs))
+    rows: list[dict[str, Any]] = []
+    for path, (_, words) in zip(paths, jobs, strict=True):
+        own = dict(word.partition("=")[::2] for word in words if word not in shared)
+        if path is None:
+            rows.append({"state": "waiting", **own})
+            continue
+        found, tested = row(path, path.parents[1]), read_status(path).get("test") or {}
+        name = found["metric"]
+        reached = {} if name is None else {name: found["value"], "test": tested.get(name)}
+        place = {"run": os.path.relpath(path)}
+        rows.append({"state": found["state"], "step": found["step"], **reached, **own, **place})
+    print()
+    print_table(rows)
 
 
 def _is_launcher(word: str) -> bool:

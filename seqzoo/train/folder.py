@@ -286,6 +286,21 @@ def apply_threads(
     return environment.threads()
 
 
+def begun(
+    config: DictConfig | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    root: str | os.PathLike = "runs",
+) -> pathlib.Path | None:
+    """Returns the folder of this run, the newest where its data changed; None = it did not begin.
+
+    Unlike `RunFolder.locate` it does not need the data.
+    """
+    above = pathlib.Path(root).resolve() / identity.experiment_name(config, overrides)
+    found = [path for path, _ in _first_starts(above, identity.run_hash(config))]
+    return max(found, key=lambda path: (path / "env").stat().st_mtime, default=None)
+
+
 def read_status(path: str | os.PathLike) -> dict[str, Any]:
     """Returns status.json of a run folder, empty where there is none."""
     file = pathlib.Path(path) / "status.json"

@@ -148,6 +148,20 @@ def test_many_runs_one_after_the_other(command):
     states = sorted(read_status(path)["state"] for path in find_runs("other runs"))
     assert states == ["finished", "finished", "not_finite", "not_finite"]
     assert code == 3 and "not finite" in err
+    head, *rows = out.rstrip().splitlines()[-5:]
+    assert head.split() == ["state", "step", "accuracy", "test", "trainer.seed", "optimizer.lr",
+                            "run"]  # fmt: skip
+    assert [line.split()[0] for line in rows] == ["finished", "not_finite"] * 2
+    assert [line.split()[4:6] for line in (rows[0], rows[2])] == [["1", "0.001"], ["2", "0.001"]]
+    assert all(f"  {os.path.relpath(path)}" in out for path in find_runs("other runs"))
+
+
+def test_a_table_of_many_runs_that_were_stopped(command, monkeypatch):
+    _stop_at(monkeypatch, 1)
+    code, out, err = command("-m", "trainer.seed=1,2")
+    assert code == 75 and "stopped before run 2 of 2" in err
+    first, second = out.rstrip().splitlines()[-2:]
+    assert first.split()[:2] == ["preempted", "2"] and second.split() == ["waiting", "2"]
 
 
 @pytest.mark.parametrize(
