@@ -201,7 +201,8 @@ def spread(values: Sequence[float]) -> float:
 def _remarks(rows: Sequence[Row]) -> list[str]:
     found = []
     everyone = [record for row in rows for record in row.records]
-    tokens = {record.tokens for record in everyone if record.status.get("state") == "finished"}
+    finished = [record for record in everyone if record.status.get("state") == "finished"]
+    tokens = {record.tokens for record in finished if record.tokens is not None}
     if len(tokens) > 1:
         found.append(f"NOT MATCHED: tokens read, from {min(tokens):,} to {max(tokens):,}")
     orders = {

@@ -66,11 +66,16 @@ class Record:
         return self.status.get("state") == "not_finite"
 
     @property
-    def tokens(self) -> int:
-        """Tokens that training has read."""
+    def tokens(self) -> int | None:
+        """Tokens that training has read; None = not known."""
+        if "tokens" in self.status:
+            return self.status["tokens"]
+        # Not counted, in runs of before: known where rows have one length, which the data names.
         trainer, data = self.config.get("trainer") or {}, self.config.get("data") or {}
+        if not isinstance(data.get("seq_len"), int):
+            return None
         rows = (self.status.get("step") or 0) * (trainer.get("global_batch_size") or 0)
-        return rows * (data.get("seq_len") or 0)
+        return rows * data["seq_len"]
 
 
 def read(path: pathlib.Path, label: str | None = None) -> Record:

@@ -238,9 +238,8 @@ def _curves(found: Results) -> dict[str, dict[str, list[tuple[float, float, floa
 
 
 def _points(record: Record) -> list[tuple[float, float, float]]:
-    config = record.config
-    rows = (config.get("trainer") or {}).get("global_batch_size") or 0
-    tokens = rows * ((config.get("data") or {}).get("seq_len") or 0)
+    # Of a step; the mean, where rows have several lengths.
+    tokens = (record.tokens or 0) / (record.status.get("step") or 1)
     steps, losses = series(record.metrics).get("train/loss", ([], []))
     took = {line["step"]: line.get("step_seconds") or 0.0 for line in record.timing}
     points, seconds, before = [], 0.0, 0

@@ -36,11 +36,13 @@ class Branch(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What a run begins with: a state, the next sample of its data, and which settings of the model
-    are not the trunk's, though its arrays fit."""
+    """What a run begins with: a state, the next sample of its data, how many tokens its steps have
+    read (None = not known), and which settings of the model are not the trunk's, though its arrays
+    fit."""
 
     state: TrainState
     next_sample: int
+    tokens: int | None
     changed: list[str]
 
 
@@ -103,7 +105,8 @@ def begin(branch: Branch, run: Setup, data_fingerprint: str) -> Beginning:
     next_sample = 0 if "data" in branch.reset else position["next_sample"]
     theirs = restored.meta["config"]["model"]
     changed = sorted(changed_settings(theirs, run.config["model"], "model"))
-    return Beginning(state, next_sample, changed)
+    tokens = restored.meta.get("tokens") if step else 0
+    return Beginning(state, next_sample, tokens, changed)
 
 
 def changed_settings(theirs: Any, ours: Any, key: str) -> Iterator[str]:

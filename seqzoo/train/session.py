@@ -28,7 +28,7 @@ from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.signals import StopRequest
 from seqzoo.train.state import TrainState
 from seqzoo.train.step import SKIPPED, Metrics, train_step
-from seqzoo.train.timing import Pauses, Shapes, Timing, row_length, shapes_of
+from seqzoo.train.timing import Pauses, Shapes, Timing, row_length, shapes_of, tokens_of
 
 # Updates that may be computing before the metrics of the oldest are fetched: the host never waits
 # for the device, and a loss that is not finite is noticed so many steps late (never after a save).
@@ -56,6 +56,7 @@ class Session:
         reached: whether an evaluation reached the target.
         tested: the step whose weights were tested; None before.
         updated: whether an update was begun by this start.
+        tokens: that the updates have read; None = not known, a checkpoint before did not say.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Session:
         self.reached = False
         self.tested: int | None = None
         self.updated = False
+        self.tokens: int | None = 0
         self.doing: programs.Program | None = None  # what runs, for the message if memory ends
         writes = processes.first()
         self._progress = progress
@@ -116,7 +118,7 @@ class Session:
                     "trainer.deterministic=true from the first start"
                 )
         elif branch is not None:
-            self.state, self._next_sample, changed = branches.begin(
+            self.state, self._next_sample, self.tokens, changed = branches.begin(
                 branch, self.run, self._fingerprint
             )
             self.step = int(self.state.step)
@@ -210,6 +212,8 @@ class Session:
         self.step += 1
         self.updated = True
         self._next_sample += self.run.trainer.global_batch_size
+        if self.tokens is not None:
+            self.tokens += tokens_of(shapes)
         self._pending.append((self.step, shapes, metrics))
         if len(self._pending) > _LAG:
             self._look()
@@ -279,6 +283,7 @@ class Session:
         self.folder.phase("save", self.step)
         meta = {
             "data": {"next_sample": self._next_sample, "fingerprint": self._fingerprint},
+            "tokens": self.tokens,
             "metrics_bytes": self._log.n_bytes(),
             "metric": {"name": self.run.task.metric, "mode": self.run.task.mode},
             "log": self._log.memory,
@@ -308,7 +313,7 @@ class Session:
         task, best = self.run.task, self.best
         value = None if best is None else best.value
         metric = {"name": task.metric, "value": value, "target": task.target}
-        self.folder.write_status(step=self.step, metric=metric, **more)
+        self.folder.write_status(step=self.step, tokens=self.tokens, metric=metric, **more)
         self._status_at = time.monotonic()
 
     def wait(self) -> None:
@@ -334,7 +339,7 @@ class Session:
                 self.say(f"warning: {hook.name or type(hook).__name__} did not close: {error}")
 
     def _remember(self, meta: dict[str, Any]) -> None:
-        self._next_sample = meta["data"]["next_sample"]
+        self._next_sample, self.tokens = meta["data"]["next_sample"], meta.get("tokens")
         self._evaluated, self._value = meta["evaluated"]
         self.best = None if meta["best"] is None else Best(*meta["best"])
         self.reached = meta["reached"]

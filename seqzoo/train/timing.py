@@ -84,7 +84,7 @@ class Timing:
         """
         now = time.perf_counter()
         seconds = max(now - self._since - (self._pauses.seconds - self._paused), 1e-9)
-        tokens = sum(n * _tokens(shapes) for shapes, n in self._updates.items())
+        tokens = sum(n * tokens_of(shapes) for shapes, n in self._updates.items())
         flops = sum(n * update_flops(self._run, shapes) for shapes, n in self._updates.items())
         values = {
             "seconds": round(now - self._began, 3),
@@ -156,7 +156,8 @@ def _measured_peak(n: int = 1024) -> float:
     return 2.0 * n**3 / best
 
 
-def _tokens(shapes: Shapes) -> int:
+def tokens_of(shapes: Shapes) -> int:
+    """Tokens in a batch of these shapes, or vectors where it holds `inputs`."""
     found = {name: shape for name, shape, _ in shapes}
     return int(np.prod(found["tokens"] if "tokens" in found else found["inputs"][:-1]))
 

@@ -30,6 +30,7 @@ def test_a_branch_goes_on_where_the_trunk_was(fit, trunk):
     assert position(branch.path, 16) == position(longer.path, 16) == 16 * 8
     steps = [line["step"] for line in read_metrics(branch.path)]
     assert min(steps) == 8 and read_status(branch.path)["attempt"] == 1
+    assert read_status(branch.path)["tokens"] == read_status(longer.path)["tokens"] == 16 * 8 * 16
 
 
 def test_a_trunk_is_named_by_a_path_from_here(fit, trunk, monkeypatch):
@@ -61,6 +62,7 @@ def test_everything_may_be_left_behind(fit, trunk):
     lines = [line for line in read_metrics(branch.path) if "train/loss" in line]
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert position(branch.path, 12) == 12 * 8
+    assert read_status(branch.path)["tokens"] == 12 * 8 * 16
     first = [line for line in read_metrics(trunk) if "train/loss" in line][0]
     assert lines[0]["train/param_norm"] != first["train/param_norm"]
 

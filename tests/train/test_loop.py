@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from seqzoo.errors import ConfigError, LockedError, NotFiniteError, Preempted
+from seqzoo.eval import records
 from seqzoo.eval.records import read_lines
 from seqzoo.train import checkpoint
 from seqzoo.train.folder import RunFolder, read_metrics, read_status
@@ -43,6 +44,17 @@ def test_a_run_leaves_what_the_page_says(fit):
     assert (path.parent / "latest").resolve() == path
     words = str(result)
     assert "target 0.5" in words and "seqzoo eval" in words and str(path.name) in words
+
+
+def test_tokens_are_counted_where_rows_have_several_lengths(fit, stop_at):
+    words = ("~data.seq_len", "~data.num_kv_pairs", "~data.valid_samples", "~data.test_samples",
+             "data=mqar_based", "data.train=[[16,2,16],[24,2,16]]", "data.test=[[16,2,8]]",
+             "data.block=8", "trainer.steps=4", "trainer.test_samples=0")  # fmt: skip
+    stop_at(1, *words)
+    path = fit(*words).path
+    status = read_status(path)
+    assert (status["attempt"], status["step"], status["tokens"]) == (2, 4, 2 * 8 * (16 + 24))
+    assert records.read(path).tokens == 640
 
 
 def test_a_finished_run_answers_and_does_nothing(fit, monkeypatch):
