@@ -1,6 +1,7 @@
 """What every Mosaic GPU kernel shares: the call itself, devices and their limits."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ except ImportError:  # jax 0.10 has it, under a private name
 WARPGROUP = 128  # threads that work as one
 SHARED_MEMORY = 232_448  # bytes that a block may have on Hopper
 REGISTERS = 255  # per thread, at most
+MOST_BLOCKS = 65_535  # along every axis of CUDA's grid but x, which ends at 2**31 - 1
 # Those with wgmma, by jax's device kind. Blackwell has another matrix unit.
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
 
@@ -55,7 +57,8 @@ def kernel_call(
         name: in profiles and dumps, "<op>_forward", "<op>_backward", ...
         config: of the form.
         out_type: jax.ShapeDtypeStructs of the results.
-        grid: blocks of threads.
+        grid: blocks of threads. The last axis goes by first, unless another one is too long for
+            any place but that.
         grid_names: names of its axes.
         scratch_types: plgpu.SMEM(...), plgpu.Barrier(...), ...
         num_threads: warpgroups of a block; None = 1.
@@ -67,6 +70,7 @@ def kernel_call(
         **compiler_params: more of plgpu.CompilerParams.
     """
     body = _named(body, name)
+    grid, grid_names = startable(grid, grid_names)
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -80,6 +84,34 @@ def kernel_call(
         compiler_params=plgpu.CompilerParams(lowering_semantics=semantics, **compiler_params),
         interpret=_interpreter(config.interpret),
     )
+
+
+def startable(
+    grid: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """A grid and its names in an order in which CUDA starts it: theirs, if it does.
+
+    jax puts the last axis to x, the one before to y, and all others together to z. More blocks than
+    a place has are found when the kernel is started, not when it is compiled.
+
+    Raises:
+        ValueError: there is no such order.
+    """
+    if _starts(grid):
+        return grid, names
+    order = sorted(range(len(grid)), key=grid.__getitem__)
+    sizes, ordered = tuple(grid[i] for i in order), tuple(names[i] for i in order)
+    if not _starts(sizes):
+        sizes_of = ", ".join(f"{name} {size:,}" for name, size in zip(names, grid, strict=True))
+        raise ValueError(
+            f"the grid has {sizes_of}; beside its longest axis a GPU counts to {MOST_BLOCKS:,}. "
+            "Fewer rows of the batch at a time help, or implementation='xla'"
+        )
+    return sizes, ordered
+
+
+def _starts(grid: tuple[int, ...]) -> bool:
+    return all(math.prod(part) <= MOST_BLOCKS for part in (grid[-2:-1], grid[:-2]))
 
 
 def _named(body: Callable, name: str) -> Callable:
