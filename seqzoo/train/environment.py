@@ -13,7 +13,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -49,7 +49,7 @@ def describe(targets: Iterable[str] = ()) -> dict[str, Any]:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns one sentence for each thing that changed and may change the numbers."""
-    found = []
+    found = logged_changes(before, now.get("logged", {}))
     for name, hashed in now.get("code", {}).items():
         earlier = before.get("code", {}).get(name)
         if earlier is not None and earlier != hashed:
@@ -67,6 +67,16 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before.get("python", "").split(".")[:2] != now["python"].split(".")[:2]:
         found.append(f"Python was {before.get('python')}, is {now['python']}")
     return found
+
+
+def logged_changes(before: Mapping[str, Any], logged: Mapping[str, Any]) -> list[str]:
+    """Returns one sentence for each setting of the log that is not as in the record `before`."""
+    earlier = before.get("logged") or {}
+    return [
+        f"{name} was {_yaml(earlier[name])}, is {_yaml(value)}"
+        for name, value in logged.items()
+        if name in earlier and earlier[name] != value
+    ]
 
 
 def threads() -> int:
@@ -176,6 +186,10 @@ def devices() -> dict[str, Any] | None:
         "count": len(found),
         "processes": jax.process_count(),
     }
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _commits(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -126,6 +126,7 @@ class RunFolder:
         now["command_hash"] = identity.run_hash(config)
         now["data_fingerprint"] = data_fingerprint
         now["layout"] = dict(layout or {})
+        now["logged"] = identity.logged(container)
         if records:
             self._notice_changes(read_json(records[0]), read_json(records[-1]), now, strict)
         self._status = read_status(self.path)
@@ -216,6 +217,12 @@ class RunFolder:
         commit = (record.get("git") or {}).get("commit")
         at = f"commit {commit[:10]}" if commit else f"seqzoo {_version(record)}"
         return f"finished on {status.get('time')} at {at}; --force runs it again"
+
+    def noticed(self, config: DictConfig | Mapping[str, Any]) -> list[str]:
+        """Returns what a finished run logged otherwise than this configuration asks, in words."""
+        records = sorted((self.path / "env").glob("[0-9]*.json"))
+        last = read_json(records[-1]) if records else {}
+        return environment.logged_changes(last, identity.logged(config))
 
     def write_status(
         self,

@@ -140,7 +140,7 @@ class _Place(NamedTuple):
     def before(self) -> Outcome | None:
         """How it ended before; None = it did not."""
         if self.folder.finished():
-            return finished_before(self.folder)
+            return finished_before(self.folder, self.job.config)
         status = read_status(self.folder.path)
         if status.get("state") == "not_finite":
             return NotFiniteError(status.get("error", "it was not finite"))

@@ -27,6 +27,9 @@ _TRAINER_KEYS = ("steps", "global_batch_size", "seed", "ema_decay", "precision",
 # A run that may stop at its target ends when an evaluation says so: then evaluating is identity.
 _STOPPING_KEYS = ("stop_at_target", "eval_every", "eval_samples")
 
+# What metrics.jsonl holds, and from which rows; no identity otherwise, but a change is noticed.
+_LOGGED_KEYS = ("eval_every", "eval_samples", "test_samples", "log_every")
+
 _HASH_LENGTH = 10
 _NAME_BYTES = 100
 
@@ -72,6 +75,12 @@ def identity(
         kept["init_from"] = str(container["init_from"]).rstrip("/").rsplit("/", 1)[-1]
         kept["reset"] = sorted(container.get("reset") or [])
     return kept
+
+
+def logged(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings whose change under a run changes what the lines of its log mean."""
+    trainer = plain(config).get("trainer") or {}
+    return {f"trainer.{name}": trainer[name] for name in _LOGGED_KEYS if name in trainer}
 
 
 def run_hash(config: DictConfig | Mapping[str, Any], data_fingerprint: str | None = None) -> str:

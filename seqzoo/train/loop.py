@@ -68,7 +68,7 @@ def train(
     fingerprint = data.fingerprint()
     place = RunFolder.locate(config, overrides, root=root, data_fingerprint=fingerprint)
     if not force and place.finished():
-        return finished_before(place)
+        return finished_before(place, config)
     check_values(config)
     processes.start()
     with StopRequest() as stop:  # after processes.start, which would take our handlers away
@@ -82,7 +82,7 @@ def train(
             run, overrides, root, fingerprint=fingerprint, force=force, strict=strict
         ) as folder:
             if folder.finished():  # by somebody else, a moment ago
-                return finished_before(folder)
+                return finished_before(folder, config)
             progress = Progress(
                 run.logger.progress, steps=run.trainer.steps, metric=run.task.metric, log=folder.log
             )

@@ -93,8 +93,8 @@ def _quoted(path: pathlib.Path) -> str:
     return shlex.quote(os.path.relpath(path))
 
 
-def finished_before(folder: RunFolder) -> Result:
-    """The result of a run that was finished when it was asked for."""
+def finished_before(folder: RunFolder, config: Mapping[str, Any]) -> Result:
+    """The result of a run that was finished when it was asked for with this configuration."""
     status: Mapping[str, Any] = read_status(folder.path)
     metric = status.get("metric") or {}
     return Result(
@@ -105,7 +105,9 @@ def finished_before(folder: RunFolder) -> Result:
         target=metric.get("target"),
         test=status.get("test") or {},
         path=folder.path,
-        message=folder.finished() or "",
+        message="\n".join(
+            [folder.finished() or "", *(f"warning: {w}" for w in folder.noticed(config))]
+        ),
         next=(f"seqzoo eval {_quoted(folder.path)}",),
     )
 

@@ -87,6 +87,18 @@ def test_strict_refuses_what_else_changed(tmp_path):
         assert folder.warnings[0].startswith("jax was 0.0.1, is")
 
 
+def test_other_rows_to_evaluate_on_are_noticed(tmp_path):
+    """They are no identity, and lines of one metrics.jsonl would not compare."""
+    few, all_ = ({**CONFIG, "trainer": {"eval_samples": n, "save_every": n}} for n in (100, None))
+    RunFolder.open(few, root=tmp_path).close()
+    with pytest.raises(ConfigError, match="--strict: trainer.eval_samples was 100, is null"):
+        RunFolder.open(all_, root=tmp_path, strict=True)
+    with RunFolder.open(all_, root=tmp_path) as folder:
+        assert folder.warnings == ["trainer.eval_samples was 100, is null since the last start"]
+    with RunFolder.open(all_, root=tmp_path) as folder:
+        assert folder.attempt == 3 and not folder.warnings
+
+
 def test_status_is_whole_and_adds_up(tmp_path):
     with opened(tmp_path) as folder:
         folder.write_status(step=5, metric={"name": "loss", "value": 1.0, "target": None})

@@ -63,6 +63,8 @@ def test_a_finished_run_answers_and_does_nothing(fit, monkeypatch):
     monkeypatch.setattr(Session, "advance", lambda self: pytest.fail("it trained again"))
     again = fit()
     assert again.status == "finished before" and "--force" in str(again)
+    assert "warning" not in str(again)
+    assert "warning: trainer.test_samples was null, is 8" in str(fit("trainer.test_samples=8"))
     assert before == {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
 
 
