@@ -134,7 +134,10 @@ class TCN(nnx.Module):
         v = self.v[...]
         if self.g is None:
             return v
-        return self.g[...][:, None] * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+        square = jnp.sum(v * v, axis=1, keepdims=True)
+        # Taps that are all 0 have no direction: they stay 0, and their gradient is finite.
+        size = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+        return self.g[...][:, None] * v / size
 
     def __call__(
         self, x: jax.Array, *, segment_ids: jax.Array | None = None, state: Any = None

@@ -112,6 +112,21 @@ def test_weight_norm():
     np.testing.assert_allclose(move.weight, 2 * before, rtol=1e-6)
 
 
+def test_taps_without_a_direction():
+    """A channel whose taps are all 0: it has 0 for its taps, and finite gradients."""
+    stack = dict(kernel_size=3, dilation_growth=2, n_levels=2, preset="linear")
+    network = TCN(4, **stack, rngs=RNGS())
+    before = network.weight
+    network.v[...] = network.v[...].at[1, :, 2].set(0.0)
+    expected = np.asarray(before).copy()
+    expected[1, :, 2] = 0
+    np.testing.assert_array_equal(network.weight, expected)
+    x = jax.random.normal(jax.random.key(1), (1, 9, 4))
+    grads = nnx.grad(lambda network: jnp.sum(network(x)[0]))(network)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
+    assert np.any(grads.v[...][1, :, 2] != 0)  # so it can get one
+
+
 def test_parameter_count():
     d, levels, taps = 8, 3, 5
     count = lambda **more: sum(
