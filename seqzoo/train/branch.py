@@ -15,6 +15,7 @@ import numpy as np
 from seqzoo.config.signature import with_defaults
 from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.train import checkpoint, manifest
+from seqzoo.train.folder import RunFolder
 from seqzoo.train.identity import EXECUTION_KEYS
 from seqzoo.train.setup import Setup, initial_state
 from seqzoo.train.state import TrainState
@@ -46,8 +47,13 @@ class Beginning(NamedTuple):
     changed: list[str]
 
 
-def find(config: Mapping[str, Any]) -> Branch | None:
+def find(config: Mapping[str, Any], step: int | None = None) -> Branch | None:
     """Reads init_from and reset and finds the step that they mean.
+
+    Args:
+        config: plain.
+        step: where the run began at its first start, for one that must begin again: @best may
+            mean another step of the trunk by now. None = this is the first start.
 
     Raises:
         ConfigError: there is no such run or step, or reset names something else.
@@ -55,21 +61,53 @@ def find(config: Mapping[str, Any]) -> Branch | None:
     text, reset = config.get("init_from"), reset_of(config)
     if not text:
         return None
-    name, at, step = str(text).rpartition("@")
-    name, step = (name, step) if at else (step, "last")
+    name, at, word = str(text).rpartition("@")
+    name, word = (name, word) if at else (word, "last")
     path = pathlib.Path(name)
     if path.is_symlink():
         raise ConfigError(
             f"init_from={text}: '{path.name}' moves from run to run, and the same command must "
-            f"begin at the same place; write init_from={path.resolve()}@{step}"
+            f"begin at the same place; write init_from={path.resolve()}@{word}"
         )
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"init_from={text}: {name} is no run folder with checkpoints")
     try:
-        found = checkpoint.find_step(path / "checkpoints", step)
+        found = checkpoint.find_step(path / "checkpoints", word if step is None else step)
     except CheckpointError as error:
-        raise ConfigError(f"init_from={text}: {error}") from error
+        before = "" if step is None else f" was step {step} at the first start, and"
+        raise ConfigError(f"init_from={text}:{before} {error}") from error
     return Branch(path, int(found.name), reset)
+
+
+def of(folder: RunFolder, config: Mapping[str, Any], *, fresh: bool = False) -> Branch | None:
+    """Where a run begins, by its folder; None = at its own start, or at a checkpoint of its own.
+
+    Args:
+        folder: of the run, open or not.
+        config: plain.
+        fresh: the run begins anew: what lies in the folder is not looked at.
+
+    Raises:
+        ConfigError: as `find`.
+    """
+    if not fresh and checkpoint.list_steps(folder.checkpoints):
+        return None
+    return find(config, None if fresh else folder.branch_step)
+
+
+def moved(folder: RunFolder, config: Mapping[str, Any]) -> list[str]:
+    """What to say where init_from=RUN@best means another step by now than at the first start."""
+    begun = folder.branch_step
+    try:
+        now = None if begun is None else find(config)
+    except ConfigError:  # the trunk is gone: it is needed no more
+        return []
+    if now is None or now.step == begun:
+        return []
+    return [
+        f"init_from={config['init_from']} was step {begun} when this run began and is step "
+        f"{now.step} now; this run stays with {begun}, init_from={now.path}@{now.step} is another"
+    ]
 
 
 def begin(branch: Branch, run: Setup, data_fingerprint: str) -> Beginning:

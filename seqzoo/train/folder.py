@@ -58,6 +58,7 @@ class RunFolder:
         strict: bool = False,
         data_fingerprint: str | None = None,
         layout: Mapping[str, Any] | None = None,
+        branch_step: int | None = None,
         process_index: int = 0,
     ) -> "RunFolder":
         """Finds the folder of this run, or makes it, and takes hold of it.
@@ -72,6 +73,7 @@ class RunFolder:
           strict: refuse to go on when code or versions changed since the last start.
           data_fingerprint: what the data says of itself, a part of the identity.
           layout: how the work is cut (mesh, microbatches): changes rounding, not the run.
+          branch_step: the step of another run that this one begins from; the first start counts.
           process_index: only process 0 of a run writes and locks.
 
         Raises:
@@ -94,7 +96,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         folder._lock = RunLock(path)
         try:
-            folder._start(config, overrides, data_fingerprint, layout, strict=strict)
+            folder._start(config, overrides, data_fingerprint, layout, branch_step, strict=strict)
         except BaseException:
             folder.close()
             raise
@@ -117,7 +119,9 @@ class RunFolder:
             path = above / identity.run_name(config, overrides, data_fingerprint)
         return cls(path, run_hash, writes=False)
 
-    def _start(self, config, overrides, data_fingerprint, layout, *, strict: bool) -> None:
+    def _start(
+        self, config, overrides, data_fingerprint, layout, branch_step, *, strict: bool
+    ) -> None:
         container = identity.plain(config)
         records = sorted((self.path / "env").glob("[0-9]*.json"))
         self.attempt = len(records) + 1
@@ -127,6 +131,7 @@ class RunFolder:
         now["data_fingerprint"] = data_fingerprint
         now["layout"] = dict(layout or {})
         now["logged"] = identity.logged(container)
+        now["branch_step"] = self.branch_step if records else branch_step
         if records:
             self._notice_changes(read_json(records[0]), read_json(records[-1]), now, strict)
         self._status = read_status(self.path)
@@ -206,6 +211,11 @@ class RunFolder:
     @property
     def metrics_path(self) -> pathlib.Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def branch_step(self) -> int | None:
+        """The step of another run from which the first start of this one began."""
+        return read_json(self.path / "env" / "001.json").get("branch_step")
 
     def finished(self) -> str | None:
         """Returns ``"finished on DATE at commit X; --force runs it again"`` for a finished run."""

@@ -20,7 +20,7 @@ from seqzoo.allocator import keep_freed_memory
 from seqzoo.data.source import Batch, Split
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted
 from seqzoo.train import branch as branches
-from seqzoo.train import checkpoint, loop, precision, processes, programs, stacked
+from seqzoo.train import loop, precision, processes, programs, stacked
 from seqzoo.train.evaluate_group import evaluate_group
 from seqzoo.train.feed import Feed
 from seqzoo.train.folder import RunFolder, read_status
@@ -107,11 +107,17 @@ def train_group(
             group.say(f"warning: {warning}")
         for one, run in zip(due, runs, strict=True):
             layout = {"group": f"{name}, {len(jobs)} by {by}", "place": one.number}
+            branch = branches.of(one.folder, run.config)
             folder = loop.open_folder(
-                run, one.job.overrides, root, fingerprint=one.fingerprint, layout=layout
+                run,
+                one.job.overrides,
+                root,
+                fingerprint=one.fingerprint,
+                branch=branch,
+                layout=layout,
             )
             stack.callback(folder.close)
-            group.add(one.number, one.job, run, folder)
+            group.add(one.number, one.job, run, folder, branch)
         for number, reached in group.train().items():
             outcomes[number] = reached
     for outcome in outcomes:
@@ -258,13 +264,19 @@ class Group:
             kind, steps=run.trainer.steps, metric=run.task.metric, log=lambda text: None
         ).say
 
-    def add(self, place: int, job: Job, run: Setup, folder: RunFolder) -> None:
+    def add(
+        self,
+        place: int,
+        job: Job,
+        run: Setup,
+        folder: RunFolder,
+        branch: branches.Branch | None = None,
+    ) -> None:
         """Takes a run in, at the step that it has come to."""
         member = Member(self, place, job, run, folder)
         self._members[place] = member
         self._loops[place] = loop.fit(member)
-        saved = checkpoint.list_steps(folder.checkpoints)
-        self._try(member, member.begin, None if saved else branches.find(run.config))
+        self._try(member, member.begin, branch)
 
     def train(self) -> dict[int, Outcome]:
         """Trains all to their ends."""

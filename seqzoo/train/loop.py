@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from seqzoo.allocator import keep_freed_memory
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted, Pruned, SeqzooError
 from seqzoo.train import branch as branches
-from seqzoo.train import checkpoint, precision, processes, programs
+from seqzoo.train import precision, processes, programs
 from seqzoo.train.evaluate import Interrupted
 from seqzoo.train.folder import RunFolder
 from seqzoo.train.hooks import Hook, make_hooks
@@ -76,10 +76,15 @@ def train(
         programs.use_disk_cache()
         run = setup(config, data=data)
         check_data(run)
-        saved = not force and checkpoint.list_steps(place.checkpoints)
-        branch = None if saved else branches.find(config)
+        branch = branches.of(place, config, fresh=force)
         with open_folder(
-            run, overrides, root, fingerprint=fingerprint, force=force, strict=strict
+            run,
+            overrides,
+            root,
+            fingerprint=fingerprint,
+            force=force,
+            strict=strict,
+            branch=branch,
         ) as folder:
             if folder.finished():  # by somebody else, a moment ago
                 return finished_before(folder, config)
@@ -161,6 +166,7 @@ def open_folder(
     fingerprint: str,
     force: bool = False,
     strict: bool = False,
+    branch: branches.Branch | None = None,
     layout: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Opens the run folder, process 0 before the others; `layout` is what changes rounding."""
@@ -179,6 +185,7 @@ def open_folder(
                 "microbatches": run.spec.grad_accum_steps,
                 **(layout or {}),
             },
+            branch_step=None if branch is None else branch.step,
             process_index=jax.process_index(),
         )
     except OSError as error:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from seqzoo.train import branch as branches
 from seqzoo.train.folder import RunFolder, read_status
 from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup
@@ -96,6 +97,7 @@ def _quoted(path: pathlib.Path) -> str:
 def finished_before(folder: RunFolder, config: Mapping[str, Any]) -> Result:
     """The result of a run that was finished when it was asked for with this configuration."""
     status: Mapping[str, Any] = read_status(folder.path)
+    noticed = [*folder.noticed(config), *branches.moved(folder, config)]
     metric = status.get("metric") or {}
     return Result(
         status="finished before",
@@ -105,9 +107,7 @@ def finished_before(folder: RunFolder, config: Mapping[str, Any]) -> Result:
         target=metric.get("target"),
         test=status.get("test") or {},
         path=folder.path,
-        message="\n".join(
-            [folder.finished() or "", *(f"warning: {w}" for w in folder.noticed(config))]
-        ),
+        message="\n".join([folder.finished() or "", *(f"warning: {text}" for text in noticed)]),
         next=(f"seqzoo eval {_quoted(folder.path)}",),
     )
 

@@ -102,11 +102,12 @@ class Session:
     def begin(self, branch: branches.Branch | None) -> None:
         """Goes on from the newest whole checkpoint, else from the branch, else from the start."""
         restored = self._checkpoints.restore(self.run.state)
-        for text in self._checkpoints.damaged:
+        for text in (*branches.moved(self.folder, self.run.config), *self._checkpoints.damaged):
             self.say(f"warning: {text}")
         if restored is None and self._checkpoints.damaged:
             self.say("warning: no checkpoint is whole; beginning anew")
-            branch = branches.find(self.run.config)  # not asked for while checkpoints were there
+            # Not asked for while checkpoints were there.
+            branch = branches.find(self.run.config, self.folder.branch_step)
         if restored is not None:
             self.step, self.state = restored.step, restored.state
             self._remember(restored.meta)

@@ -1,13 +1,17 @@
 """Runs that begin from a step of another one, and what they leave behind."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from seqzoo.errors import ConfigError
-from seqzoo.train import checkpoint
+from seqzoo.train import checkpoint, manifest
 from seqzoo.train.branch import changed_settings
 from seqzoo.train.folder import read_metrics, read_status, write_json
 from seqzoo.train.identity import plain
+from seqzoo.train.session import Session
 
 
 @pytest.fixture
@@ -73,6 +77,29 @@ def test_it_is_found_again_and_needs_the_trunk_no_more(fit, trunk, stop_at, run_
     trunk.rename(trunk.with_name("moved"))
     result = fit(*words)
     assert result.step == 16 and read_status(result.path)["attempt"] == 2
+
+
+def test_a_best_step_that_moves_is_noticed_and_not_followed(fit, trunk, monkeypatch):
+    best = checkpoint.find_step(trunk / "checkpoints", "best")
+    words = (f"init_from={trunk}@best", "reset=[schedule]")
+    with monkeypatch.context() as patch, pytest.raises(OSError):  # before anything is saved
+        patch.setattr(Session, "advance", _broken)
+        fit(*words)
+    document = json.loads((best / "meta" / "metadata").read_text())
+    document["content"]["metric"] = None  # the best is another one now
+    (best / "meta" / "metadata").write_text(json.dumps(manifest.seal(document["content"])))
+    other = checkpoint.find_step(trunk / "checkpoints", "best")
+    branch = fit(*words)
+    log = (branch.path / "train.log").read_text()
+    assert other != best and log.count(f"beginning from step {best.name}") == 2
+    said = f"@best was step {best.name} when this run began and is step {other.name} now"
+    assert said in log and said in str(fit(*words))
+    shutil.rmtree(trunk)
+    assert said not in str(fit(*words))
+
+
+def _broken(session):
+    raise OSError("the machine is gone")
 
 
 def test_weights_are_those_of_the_step(fit, trunk):
