@@ -22,7 +22,15 @@ import zipfile
 from pallas_kernels.core import gpu_table, kernel_command
 from pallas_kernels.core.on_gpu import page, result
 from pallas_kernels.core.on_gpu.result import Result
-from pallas_kernels.core.on_gpu.work import PHASES, SHARES, USUAL, names_of, work
+from pallas_kernels.core.on_gpu.work import (
+    LONGER,
+    PHASES,
+    SHARES,
+    USUAL,
+    names_of,
+    operator_of,
+    work,
+)
 
 EPILOG = """examples:
   python -m pallas_kernels.gpu_report                   everything, under 8 minutes, into docs/gpu/
@@ -90,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, by interpretation")
     one.add_argument("--output", type=pathlib.Path, metavar="FOLDER", help="docs/gpu")
     one.add_argument("--seconds", type=float, default=460, help="for everything (460)")
-    one.add_argument("--jobs", type=int, default=3, help="processes of numerics at a time (3)")
+    one.add_argument("--jobs", type=int, default=6, help="processes of numerics at a time (6)")
     one.add_argument("--peers", type=pathlib.Path, help="a folder or wheels with fla-core")
     now = time.time_ns() % 2**31
     one.add_argument("--seed", type=int, default=now, help="of the inputs (the time)")
@@ -159,12 +167,13 @@ class Report:
         """Of a table that is there, what this report does not measure anew."""
         path = self.output / f"{self.name}.csv"
         if (self.args.only or self.args.names) and path.exists():
-            anew = [(phase, name) for phase in phases for name in names_of(phase, self.names)]
+            names = lambda phase: map(operator_of, names_of(phase, self.names))
+            anew = [(phase, name) for phase in phases for name in names(phase)]
             old = result.read(path)
             self.rows = [r for r in old if not {(r.phase, r.operator), (r.phase, "")} & {*anew}]
 
     def _phase(self, phase: str, later: tuple[str, ...]) -> None:
-        names = names_of(phase, self.names)
+        names = names_of(phase, self.names, whole=self.args.dry_run)
         jobs = self.args.jobs if phase == "numerics" else 1
         rest = lambda: self.args.seconds - (time.perf_counter() - self.began)
         for_later = rest() * (1 - SHARES[phase] / sum(SHARES[x] for x in later))
@@ -174,10 +183,13 @@ class Report:
             # Numerics take what they need, others a fair part of their phase's share.
             fair = rest() if phase == "numerics" else (rest() - for_later) / max(1, left[0])
             # The interpreter takes its time.
-            limit = min(PHASES[phase] * (4 if self.args.dry_run else 1), fair, rest())
+            more = 4 if self.args.dry_run else LONGER.get(operator_of(name), 1)
+            limit = min(PHASES[phase] * more, fair, rest())
             left[0] -= 1
             if limit < 5:
-                self._add(Result(phase, name or phase, status="skipped: no time was left"))
+                self._add(
+                    Result(phase, operator_of(name) or phase, status="skipped: no time was left")
+                )
             else:
                 self._process(phase, name, limit, self._add)
 
@@ -232,7 +244,7 @@ class Report:
             noise.seek(0)
             last = last_words(noise.read())
         why = f"TOO LONG: {limit:.0f} s were over" if late.is_set() else f"CRASHED: {last or code}"
-        add(Result(phase, name or phase, status=f"{why} (at {doing})"))
+        add(Result(phase, operator_of(name) or phase, status=f"{why} (at {doing})"))
 
     def _environment(self, phase: str) -> dict[str, str]:
         own = dict(os.environ)

@@ -440,6 +440,21 @@ def test_floors_figures_and_the_page_of_a_report(tmp_path):
     assert "&lt;x&gt;" in bars.svg("t", [("<x>", 0.5)], 1.0)
 
 
+def test_processes_that_share_the_numerics_of_an_operator(one_operator, monkeypatch):
+    """Each case is one process's."""
+    monkeypatch.setattr(numerics.kernel_check, "specs_of", lambda *args, **how: [])
+    monkeypatch.setattr(numerics, "_one", lambda op, spec, length, dtype, given, how, wide: dtype)
+    asked = lambda part, parts: [*numerics.check(one_operator, numerics.How(3, False, part, parts))]
+    whole = asked(0, 1)
+    assert whole[1::2] == ["float32", "bfloat16"]
+    assert [*asked(0, 3), *asked(1, 3), *asked(2, 3)] == whole
+    monkeypatch.setattr(work, "PARTS", dict(slow=2))
+    names = work.names_of("numerics", ["gla", "slow"])
+    assert names == ["slow/0", "slow/1", "gla"]
+    assert [*map(work.operator_of, names)] == ["slow", "slow", "gla"]
+    assert work.names_of("numerics", ["gla", "slow"], whole=True) == ["gla", "slow"]
+
+
 def test_a_process_that_breaks_or_hangs_costs_its_rows_alone(tmp_path, monkeypatch, capsys):
     args = gpu_report.parser().parse_args(["--dry-run", "--output", str(tmp_path)])
     report = gpu_report.Report(args, ["gla"])

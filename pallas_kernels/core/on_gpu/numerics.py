@@ -41,10 +41,13 @@ class How(NamedTuple):
     Attributes:
         seed: of the inputs.
         dry: interpreted on a CPU, at the smallest shapes.
+        part, parts: which of how many processes that share an operator's cases this is.
     """
 
     seed: int
     dry: bool
+    part: int = 0
+    parts: int = 1
 
 
 def config_of(op: Any, how: How) -> Any:
@@ -100,15 +103,17 @@ def check(op: Any, how: How) -> Iterator[Result | str]:
         return
     primary = kernel_check.specs_of(op, primary=True, tags=TAGS)
     wide = [s for s in kernel_check.specs_of(op, tags=TAGS) if s.name.endswith("_f32")]
+    cases = []
     for spec in (*primary[:1], *wide[:1]):
         length, dtype = spec.sizes["t"], kernel_check.dtype_of(spec)
         for given in (BARE, DOCUMENTS) if op.axes.state and spec in primary else (BARE,):
-            yield f"{spec.name}, {GIVEN[given]}"
-            yield _one(op, spec, length, dtype, given, how, wide="xla")
+            cases.append((spec, length, dtype, given, "xla"))
     for spec in small:
         for dtype in ("float32", "bfloat16"):
-            yield f"{spec.name}, {dtype}"
-            yield _one(op, spec, 130, dtype, DOCUMENTS, how)
+            cases.append((spec, 130, dtype, DOCUMENTS, "reference"))
+    for spec, length, dtype, given, oracle_form in cases[how.part :: how.parts]:
+        yield f"{spec.name}, {dtype}, {GIVEN[given]}"
+        yield _one(op, spec, length, dtype, given, how, wide=oracle_form)
 
 
 def _one(

@@ -23,15 +23,31 @@ MODELS = (
 )
 BY_OPERATOR = ("numerics", "times")
 BY_PEER = ("peers", "ours")
+# Of operators whose kernels take most of a minute each to compile: processes that share the cases
+# of numerics, and how many times as long as another's one may take.
+PARTS = {"neural_memory": 6}
+LONGER = {"neural_memory": 2.0}
 
 
-def names_of(phase: str, names: list[str]) -> list[str]:
-    """The processes of a phase, of operators in the order of a report; one has no name."""
+def names_of(phase: str, names: list[str], *, whole: bool = False) -> list[str]:
+    """The processes of a phase, of operators in the order of a report; one has no name.
+
+    Those of numerics that share an operator are "operator/part", and come first: they take longest.
+    With `whole` none is shared.
+    """
     if phase == "models":
         return list(MODELS)
     if phase in BY_PEER:
         return [name for name in names if name in shapes.PEERS]
+    if phase == "numerics" and not whole:
+        shared = [f"{name}/{i}" for name in names if name in PARTS for i in range(PARTS[name])]
+        return shared + [name for name in names if name not in PARTS]
     return names if phase in BY_OPERATOR else [""]
+
+
+def operator_of(name: str) -> str:
+    """The operator that a process of `names_of` is about."""
+    return name.partition("/")[0]
 
 
 def work(phase: str, name: str, *, seed: int, dry: bool, folder: pathlib.Path) -> int:
@@ -52,7 +68,8 @@ def _findings(
         return
     from pallas_kernels.core.on_gpu import lines, numerics, times
 
-    how = numerics.How(seed, dry)
+    name, _, part = name.partition("/")
+    how = numerics.How(seed, dry, int(part or 0), PARTS[name] if part else 1)
     if phase == "device":
         yield _device()
     elif phase == "rates":
