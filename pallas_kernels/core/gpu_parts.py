@@ -62,8 +62,8 @@ def only(there: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if there is None else lax.select(there, x, jnp.zeros_like(x))
 
 
-def each(count: int, do: Callable[[Any], None]) -> None:
-    """Does something for 0 ... count - 1, in a loop."""
+def each(count: Any, do: Callable[[Any], None]) -> None:
+    """Does something for 0 ... count - 1, in a loop; count may be known only when it runs."""
 
     def one(i, carry):
         do(i)

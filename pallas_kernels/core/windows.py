@@ -91,20 +91,48 @@ def over_windows(
         The last carry and y, arrays `[b t ...]`, 0 where there is no token. Differentiable in
         params, carry and inputs.
     """
-    t = place.shape[1]
-    order = None
-    if valid is not None:
-        order = jnp.argsort(~valid, axis=1, stable=True)
-        inverse = jnp.argsort(order, axis=1)
-        inputs = tuple(_permuted(x, order, inverse) for x in inputs)
-        place = jnp.take_along_axis(place, order, axis=1)
-    room = max(2, int(_ROOM * -(-t // (window * span))))
+    front = to_front(place, valid)
+    inputs, place = tuple(map(front.gather, inputs)), front.gather(place)
+    room = room_for(place.shape[1], window * span)
     form = Form(rule, how, window, room, span, kept, regained)
-    size = jnp.full(place.shape[:1], t) if valid is None else jnp.sum(valid, axis=1)
-    carry, y = _over_windows(form, params, carry, inputs, _windows(place, size, window))
-    if order is not None:
-        y = jax.tree.map(lambda x: _permuted(x, inverse, order), y)
-    return carry, y
+    carry, y = _over_windows(form, params, carry, inputs, _windows(place, front.size, window))
+    return carry, jax.tree.map(front.scatter, y)
+
+
+def room_for(tokens: int, window: int) -> int:
+    """Windows for which there is room: a quarter more than a row of one document has."""
+    return max(2, int(_ROOM * -(-tokens // window)))
+
+
+class Front(NamedTuple):
+    """How the tokens of each row are brought together at its front.
+
+    Attributes:
+        size: int32 `[b]`, tokens of each row.
+        order: `[b t]`, where each one stood; None = there already.
+        inverse: `[b t]`, where each one goes.
+    """
+
+    size: jax.Array
+    order: jax.Array | None
+    inverse: jax.Array | None
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """`[b t ...]`, tokens in front."""
+        return x if self.order is None else _permuted(x, self.order, self.inverse)
+
+    def scatter(self, x: jax.Array) -> jax.Array:
+        """`[b t ...]`, tokens where they were."""
+        return x if self.order is None else _permuted(x, self.inverse, self.order)
+
+
+def to_front(place: jax.Array, valid: jax.Array | None) -> Front:
+    """Where the tokens of rows `[b t]` go; `valid` is where there is one, None = everywhere."""
+    b, t = place.shape
+    if valid is None:
+        return Front(jnp.full((b,), t, jnp.int32), None, None)
+    order = jnp.argsort(~valid, axis=1, stable=True)
+    return Front(jnp.sum(valid, axis=1, dtype=jnp.int32), order, jnp.argsort(order, axis=1))
 
 
 def _windows(place: jax.Array, size: jax.Array, window: int) -> Windows:

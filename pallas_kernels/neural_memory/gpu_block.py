@@ -1,6 +1,7 @@
 """What a block of threads of neural_memory's GPU kernels has: memory, tokens, its cluster."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,20 @@ _WIDE = SIZE * SIZE * 4
 GATES = 4  # alpha, eta, theta, what counts
 
 
+class Cuts(NamedTuple):
+    """Where the blocks of tokens of rows lie that are not one document from its start; int32.
+
+    Attributes:
+        places: the first row of each, `[b n]`.
+        begins: 1 where a document begins, `[b n]`.
+        count: blocks of each row, `[b]`.
+    """
+
+    places: Any
+    begins: Any
+    count: Any
+
+
 class Call(NamedTuple):
     """What of a call is static; sizes are those of the arrays that the kernels get.
 
@@ -35,7 +50,7 @@ class Call(NamedTuple):
         form: of what is traced.
         config: of the kernels.
         b, h: rows, heads.
-        n: blocks of tokens, of 64 each.
+        n: blocks of tokens, of 64 each; or windows of a row for which there is room.
         narrow: whether q, k and v are bfloat16.
         mlp, gain: whether there are w_in, gamma.
     """
@@ -199,6 +214,7 @@ class Block:
 
     def __init__(self, call: Call, memory: dict[str, Any]):
         self.call, self.memory = call, memory
+        self.cuts: Cuts | None = None
         self.registers = Registers(call.interpret, self.fresh)
         self.b, self.h = (jax.lax.axis_index(x) for x in "bh")
         self.blocks = call.form.blocks
@@ -249,12 +265,13 @@ class Block:
         return self.fresh() ^ at
 
     def out(self, ref: Any, *at: Any, number: int | None = None) -> Far:
-        """What of an array `[b ...]` in device memory belongs to this block's row; the last index
-        may be a number that is known now."""
+        """What of an array `[b ...]` in device memory belongs to this block's row; an index may be
+        a function that finds it anew, and the last one a number that is known now."""
 
         def find():
             last = () if number is None else (self.number(number),)
-            return ref.at[(self.number(self.b), *at, *last)]
+            found = (x() if callable(x) else x for x in at)
+            return ref.at[(self.number(self.b), *found, *last)]
 
         return Far(find, self.registers)
 
@@ -263,10 +280,18 @@ class Block:
         when = None if self.blocks == 1 else self.j == 0
         return dataclasses.replace(self.out(ref, *at), when=when)
 
-    def far(self, weights: Weights, *lead: Any) -> Weights:
-        """This block's share of weights in device memory, `[b ... h x y]`."""
-        columns = pl.ds(self.j * SIZE, SIZE) if self.blocks > 1 else slice(None)
-        at = (*lead, self.h)
+    def far(self, weights: Weights, *lead: Any, rarely: bool = False) -> Weights:
+        """This block's share of weights in device memory, `[b ... h x y]`.
+
+        What is looked at `rarely`, in a branch of a loop, has all of its place found there: the
+        compiler would find the head's before the loop, and keep it through all turns.
+        """
+        again = self.number if rarely else lambda x: x
+        h = lambda: again(self.h)
+        columns: Any = slice(None)
+        if self.blocks > 1:
+            columns = lambda: pl.ds(again(self.j) * SIZE, SIZE)
+        at = (*lead, h)
         return _weights(
             self.out(weights.w_out, *at, slice(None), columns),
             None if weights.w_in is None else self.out(weights.w_in, *at, columns, slice(None)),
@@ -289,6 +314,22 @@ class Block:
 
     # --- Tokens
 
+    @property
+    def count(self) -> Any:
+        """Blocks of tokens of this block's row."""
+        return self.call.n if self.cuts is None else self.cuts.count[self.number(self.b)]
+
+    def rows(self, i) -> Any:
+        """Where block i of tokens lies."""
+        if self.cuts is None:
+            return pl.ds(i * SIZE, SIZE)
+        return pl.ds(self.cuts.places[self.number(self.b), i], SIZE)
+
+    def when_begins(self, i, do: Callable[[], None]) -> None:
+        """Does something where a document begins with block i."""
+        if self.cuts is not None:
+            pl.when(self.cuts.begins[self.number(self.b), i] > 0)(do)
+
     def token(self, refs, at: int, parity) -> Any:
         """Where a tile of array `at` among those of tokens lies."""
         tiles = self.mine(self.memory["tiles"])
@@ -297,7 +338,7 @@ class Block:
     def fetch(self, refs, gates, i, parity) -> None:
         """Begins to bring block i of tokens `[b t h 64]` and shares `[b h n 4 64]`."""
         came = self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
-        rows = pl.ds(i * SIZE, SIZE)
+        rows = self.rows(i)
         if self.call.narrow:
             for at, ref in enumerate(refs):
                 to = self.token(refs, at, parity)
@@ -308,7 +349,6 @@ class Block:
     def fetched(self, refs, i, parity) -> tuple[list[Any], list[Vector]]:
         """Waits for them: where tokens and shares lie."""
         plgpu.barrier_wait(self.memory["came"].at[2 * self.j + parity if self.emulated else parity])
-        rows = pl.ds(i * SIZE, SIZE)
         gates = self.mine(self.memory["gates"])
 
         def tile(at) -> Tile:
@@ -319,7 +359,7 @@ class Block:
 
         found: list[Any] = [tile(at) for at in range(len(refs))]
         if not self.call.narrow:
-            found = [self.out(ref, rows, self.h) for ref in refs]
+            found = [self.out(ref, lambda: self.rows(i), self.h) for ref in refs]
         return found, [share(row) for row in range(GATES)]
 
     # --- The cluster

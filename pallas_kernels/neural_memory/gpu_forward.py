@@ -8,33 +8,44 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core import gpu_parts
 from pallas_kernels.neural_memory import gpu_block, gpu_chunk, gpu_machine, gpu_plan
-from pallas_kernels.neural_memory.gpu_block import Block, Call
+from pallas_kernels.neural_memory.gpu_block import Block, Call, Cuts
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 
 TOKENS = 3  # q, k, v
 
 
-def forward(call: Call, carry, tokens, gates, *, keep: bool):
+def forward(
+    call: Call,
+    carry,
+    tokens,
+    gates,
+    *,
+    keep: bool,
+    opening=None,
+    cuts: Cuts | None = None,
+):
     """Reads and writes all tokens.
 
     Args:
         call: what is static.
-        carry: weights now and momentum, `[b h x y]`.
+        carry: weights now and momentum, `[b h x y]`; with cuts, weights at the chunk's start
+            before these.
         tokens: q, k, v `[b t h 64]`.
         gates: alpha, eta, theta and what counts, `[b h n 4 64]`.
         keep: whether what the backward pass needs is wanted.
+        opening: with cuts, weights and momentum that documents begin with, `[h x y]`.
+        cuts: where blocks lie; None = one behind the other, all of a document.
 
     Returns:
-        y `[b t h 64]`, the last (start, now, momentum), and the carry before each block,
-        `[b n h x y]`, if it is to be kept.
+        y `[b t h 64]`, the last (start, now, momentum), and weights and momentum before each
+        block, `[b n 2 h x y]`, if they are to be kept.
     """
     plan = _plan(call)
     new, f32 = jax.ShapeDtypeStruct, jnp.float32
-    state, many = call.structs(call.b), call.structs(call.b, call.n)
     results = dict(
         y=new(tokens[2].shape, tokens[2].dtype),
-        last=(state, state, state),
-        kept=(many, many) if keep else None,
+        last=call.structs(call.b, 3),
+        kept=kept_structs(call) if keep else None,
         far=new((call.b, call.h, call.form.blocks, plan.far, SIZE, SIZE), f32)
         if plan.far
         else None,
@@ -43,11 +54,26 @@ def forward(call: Call, carry, tokens, gates, *, keep: bool):
         call,
         functools.partial(_body, plan),
         name="neural_memory_forward",
-        inputs=(carry, tokens, gates),
+        inputs=(stacked(carry), opening and stacked(_of_rows(call, opening)), cuts, tokens, gates),
         results=results,
         memory=gpu_block.scratch(call, plan, TOKENS, states=_states(call)),
     )
-    return found["y"], found["last"], found["kept"]
+    last = tuple(jax.tree.map(lambda x, i=i: x[:, i], found["last"]) for i in range(3))
+    return found["y"], last, found["kept"]
+
+
+def kept_structs(call: Call):
+    return call.structs(call.b, call.n, 2)
+
+
+def stacked(several):
+    """Several sets of weights `[b ...]` as one `[b s ...]`: the compiler keeps where each array
+    begins in registers, of which there are too few for all of them."""
+    return jax.tree.map(lambda *x: jnp.stack(x, axis=1), *several)
+
+
+def _of_rows(call: Call, weights):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (call.b, *x.shape)), weights)
 
 
 def _states(call: Call) -> int:
@@ -60,34 +86,46 @@ def _plan(call: Call) -> gpu_plan.Plan:
 
     count = 2 * len(jax.tree.leaves(call.weights))
     ready = [True] * count + [call.narrow] * TOKENS + [True] * gpu_block.GATES
-    room = gpu_plan.Room(call.room(_states(call), TOKENS))
+    # A third tile in registers would spill where tiles have three parts.
+    tiles, registers = call.room(_states(call), TOKENS), 2 if call.mlp and not call.narrow else 3
+    room = gpu_plan.Room(tiles, registers)
     weights = call.weights
     return gpu_plan.plan(rule, ready, [None, *range(count)], room, weights, weights, call.tokens)
 
 
 def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
-    carry, tokens, gates = inputs
+    carry, opening, block.cuts, tokens, gates = inputs
     call, leaves = block.call, jax.tree.leaves
     block.open()
+    count = block.count
     held = block.states()
-    move(leaves(held), leaves([block.far(x) for x in carry]))
-    block.fetch(tokens, gates, 0, 0)
+    far = lambda sets, *at: leaves(block.far(sets, *at))
+    both = lambda sets, first, *at: [*far(sets, *at, first), *far(sets, *at, first + 1)]
+    move(leaves(held), both(carry, 0 if block.cuts is None else 1))
+    if block.cuts is None:
+        block.fetch(tokens, gates, 0, 0)
+    else:  # a row may have no block
+        move(far(results["last"], 0), far(carry, 0))
+        pl.when(count > 0)(lambda: block.fetch(tokens, gates, 0, 0))
 
-    def step(i):
-        # Else every address that depends on it would be counted up in a register of its own.
-        i = block.number(i)
+    def step(at):
+        # Else every address that depends on it would be counted up in a register of its own. What
+        # is done in some turns only hangs on the number itself, or the count of bytes would not
+        # know in which.
+        i = block.number(at)
         block.turn(i, plan)
         parity = jax.lax.rem(i, 2)
-        pl.when(i + 1 < call.n)(lambda: block.fetch(tokens, gates, i + 1, 1 - parity))
+        pl.when(at + 1 < count)(lambda: block.fetch(tokens, gates, i + 1, 1 - parity))
+        block.when_begins(i, lambda: move(leaves(held), both(opening, 0)))
         given, shares = block.fetched(tokens, i, parity)
         if results["kept"] is not None:
-            move(leaves([block.far(x, i) for x in results["kept"]]), leaves(held))
+            move(both(results["kept"], 0, i), leaves(held))
 
-        @pl.when(i + 1 == call.n)
+        @pl.when(at + 1 == count)
         def _():
-            move(leaves(block.far(results["last"][0])), leaves(held[0]))
+            move(far(results["last"], 0), leaves(held[0]))
 
-        y = block.once(results["y"], pl.ds(i * SIZE, SIZE), block.h)
+        y = block.once(results["y"], lambda: block.rows(i), block.h)
         outputs = [y.store, *(x.store for x in leaves(held))]
         gpu_machine.run(
             plan,
@@ -98,8 +136,8 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
             block.across,
         )
 
-    gpu_parts.each(call.n, step)
-    move(leaves([block.far(x) for x in results["last"][1:]]), leaves(held))
+    gpu_parts.each(count, step)
+    move(both(results["last"], 1), leaves(held))
     block.close()
 
 

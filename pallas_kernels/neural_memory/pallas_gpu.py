@@ -11,24 +11,36 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core import windows
 from pallas_kernels.core.gpu import GpuConfig, refuses_device, refuses_dtypes
-from pallas_kernels.neural_memory import gpu_backward, gpu_forward
+from pallas_kernels.neural_memory import gpu_backward, gpu_forward, gpu_windows
 from pallas_kernels.neural_memory.gpu_block import Call
 from pallas_kernels.neural_memory.gpu_chunk import Form
+from pallas_kernels.neural_memory.gpu_layouts import cut, fill, filled
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
-from pallas_kernels.neural_memory.memory import Weights
 
 _MOST_BLOCKS = 8  # of a cluster that any Hopper starts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PallasGpuConfig(GpuConfig):
-    """How the work is cut: by sizes alone."""
+    """How the work is cut.
+
+    Attributes:
+        windows: chunks of documents per row that there is room for, where rows are not one document
+            each; rows of more take xla. 0 = a quarter more than one document has.
+    """
+
+    windows: int = 0
+
+    def __post_init__(self):
+        if self.windows < 0:
+            raise ValueError(f"windows is {self.windows}; it must be at least 1, or 0 for a choice")
 
 
 def refuses(shapes, device_kind) -> str | None:
-    """Refuses wide heads, more than two layers, two in float32, and rows of several documents."""
-    (q, _, v, *_), (opening, _), _, segment_ids = shapes
+    """Refuses wide heads, more than two layers, and with jax 0.10 two in float32."""
+    (q, _, v, *_), (opening, _), *_ = shapes
     if reason := refuses_device(device_kind) or refuses_dtypes(shapes):
         return reason
     if opening.w_hidden is not None:
@@ -41,19 +53,20 @@ def refuses(shapes, device_kind) -> str | None:
         hidden = opening.w_in.shape[1]
         if hidden > most:
             return f"the memory has {hidden} hidden units; the kernel serves up to {most}"
-        if any(x.dtype != jnp.bfloat16 for x in shapes[0][:3]):
-            return "two layers in float32 would spill registers; the kernel serves them in bfloat16"
-    if segment_ids is not None:
-        return "rows are several documents (segment_ids); the kernel serves one per row"
+        wide = any(x.dtype != jnp.bfloat16 for x in shapes[0][:3])
+        if wide and jax.__version_info__ < (0, 11):
+            return f"two layers in float32 take jax 0.11; jax {jax.__version__} spills registers"
     return None
 
 
 def refuses_options(shapes, device_kind, *, how, fresh, still) -> str | None:
-    """Refuses long chunks, and streams."""
-    del shapes, device_kind, still
+    """Refuses long chunks, and single tokens of streams."""
+    del device_kind, still
     if how.chunk > SIZE:
         return f"chunk is {how.chunk}; the kernel serves up to {SIZE}"
-    return None if fresh else "a state came with the call; the kernel begins with documents only"
+    if not fresh and shapes[0][0].shape[1] == 1:
+        return "one token of a stream is one row of a tile of 64, which xla's step does"
+    return None
 
 
 def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
@@ -63,13 +76,13 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
         tokens: q, k, v, alpha, eta, theta.
         opening: weights and momentum `[h ...]` that documents begin with.
         state: weights at the chunk's start, now, and the momentum, `[b h ...]`; count, last_id.
-        segment_ids: None.
+        segment_ids: int32 `[b t]` or None.
         how: static settings.
         fresh: whether the state is an opening one, nothing read.
         still: whether its momentum is 0 besides.
         config: PallasGpuConfig or None.
     """
-    del opening, segment_ids, fresh, still
+    del still
     _, now, momentum, count, last_id = state
     (q, k, v), shares = tokens[:3], tokens[3:]
     (b, t, h, _), width, dtype = q.shape, v.shape[3], v.dtype
@@ -78,9 +91,10 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
     if not narrow:
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    config = PallasGpuConfig.of(config, dict(b=b, t=t, h=h))
     call = Call(
         form=Form(how, width, blocks),
-        config=PallasGpuConfig.of(config, dict(b=b, t=t, h=h)),
+        config=config,
         b=b,
         h=h,
         n=-(-t // how.chunk),
@@ -88,11 +102,16 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
         mlp=hidden > 0,
         gain=now.gamma is not None,
     )
-    laid_out = tuple(_filled(x, blocks * SIZE) for x in (now, momentum))
+    if segment_ids is not None or not fresh:
+        call = call._replace(n=config.windows or windows.room_for(t, how.chunk))
+        tokens = (q, k, v, *shares)
+        y, state = gpu_windows.run(call, opening, state, tokens, segment_ids, fresh=fresh)
+        return y.astype(dtype), state
+    laid_out = tuple(filled(x, blocks * SIZE) for x in (now, momentum))
     y, last = _memory(call, laid_out, _blocks(call, q, k, v), _gates(call, shares))
     y = y.reshape(b, call.n, SIZE, h, SIZE)[:, :, : how.chunk, :, :width]
     y = y.reshape(b, -1, h, width)[:, :t].astype(dtype)
-    return y, (*(_cut(x, now) for x in last), count + t, last_id)
+    return y, (*(cut(x, now) for x in last), count + t, last_id)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,8 +129,8 @@ def _forward(call, carry, tokens, gates):
 def _backward(call, residuals, cotangents):
     kept, tokens, gates = residuals
     dy, dlast = cotangents
-    dcarry, dtokens, dgates = gpu_backward.backward(call, kept, tokens, gates, dy, dlast)
-    return dcarry, dtokens, jnp.pad(dgates, [(0, 0)] * 3 + [(0, 1), (0, 0)])
+    found = gpu_backward.backward(call, kept, tokens, gates, dy, dlast)
+    return found.dcarry, found.dtokens, jnp.pad(found.dgates, [(0, 0)] * 3 + [(0, 1), (0, 0)])
 
 
 _memory.defvjp(_forward, _backward)
@@ -120,31 +139,13 @@ _memory.defvjp(_forward, _backward)
 # --- Layouts ------------------------------------------------------------------------------------
 
 
-def _fill(x: jax.Array, *sizes: int) -> jax.Array:
-    """Zeros behind the last axes, up to these sizes."""
-    last = x.ndim - len(sizes)
-    more = [(0, 0 if i < last else sizes[i - last] - n) for i, n in enumerate(x.shape)]
-    return jnp.pad(x, more) if any(n for _, n in more) else x
-
-
-def _filled(weights: Weights, hidden: int) -> Weights:
-    w_in = None if weights.w_in is None else _fill(weights.w_in, hidden, SIZE)
-    gamma = None if weights.gamma is None else _fill(weights.gamma, SIZE)
-    return Weights(_fill(weights.w_out, SIZE, hidden), w_in, None, gamma)
-
-
-def _cut(weights: Weights, like: Weights) -> Weights:
-    take = lambda x, y: x[tuple(slice(n) for n in y.shape)]
-    return jax.tree.map(take, weights, like)
-
-
 def _blocks(call: Call, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """`[b t h x]` as blocks of 64 tokens, filled up, in a row: `[b n*64 h 64]`."""
 
     def one(x):
         chunk = call.form.how.chunk
-        x = _fill(x, call.n * chunk, call.h, SIZE)
-        x = _fill(x.reshape(call.b, call.n, chunk, call.h, SIZE), SIZE, call.h, SIZE)
+        x = fill(x, call.n * chunk, call.h, SIZE)
+        x = fill(x.reshape(call.b, call.n, chunk, call.h, SIZE), SIZE, call.h, SIZE)
         return x.reshape(call.b, call.n * SIZE, call.h, SIZE)
 
     return tuple(map(one, arrays))
@@ -155,5 +156,5 @@ def _gates(call: Call, shares) -> jax.Array:
     one = jnp.ones(shares[0].shape, jnp.float32)
     rows = jnp.stack([*(x.astype(jnp.float32) for x in shares), one], axis=1)
     chunk = call.form.how.chunk
-    rows = _fill(rows, call.n * chunk, call.h).reshape(call.b, 4, call.n, chunk, call.h)
-    return jnp.transpose(_fill(rows, SIZE, call.h), (0, 4, 2, 1, 3))
+    rows = fill(rows, call.n * chunk, call.h).reshape(call.b, 4, call.n, chunk, call.h)
+    return jnp.transpose(fill(rows, SIZE, call.h), (0, 4, 2, 1, 3))

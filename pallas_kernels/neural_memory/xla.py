@@ -56,9 +56,9 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
     """
     del still
     *carry, count, last_id = state
-    config = XlaConfig.of(config, dict(chunk=how.chunk), dispatch.device_kind(config))
     t = tokens[0].shape[1]
     if fresh and segment_ids is None:
+        span = _span(how, config)
         carry, y = parts.over_parts(
             dual.one_document,
             how,
@@ -67,26 +67,47 @@ def run(tokens, opening, state, segment_ids, *, how, fresh, still, config):
             tokens,
             parts.Parts(None, None),
             block=how.chunk if t > 1 else 1,
-            span=config.span,
+            span=span,
             kept=_without_start,
             regained=_with_start,
         )
         return y, (*carry, count + t, last_id)
     place, valid, count, last_id = parts.places(segment_ids, count, last_id, t)
-    call = (dual.any_documents, how, opening, tuple(carry), tokens)
     if t == 1:
-        carry, y = parts.over_parts(*call, parts.cut(place, valid, 1, how.chunk), block=1)
+        cut = parts.cut(place, valid, 1, how.chunk)
+        call = (dual.any_documents, how, opening, tuple(carry), tokens)
+        carry, y = parts.over_parts(*call, cut, block=1)
     else:
-        carry, y = windows.over_windows(
-            *call,
-            place,
-            valid,
-            window=how.chunk,
-            span=config.span,
-            kept=_without_start,
-            regained=_with_start,
-        )
+        carry, y = any_documents(how, opening, tuple(carry), tokens, place, valid, config=config)
     return y, (*carry, count, last_id)
+
+
+def any_documents(how, opening, carry, tokens, place, valid, *, config=None):
+    """Reads rows in which documents begin anywhere: the carry and y, 0 where there is no token.
+
+    Args:
+        how, opening, tokens, config: see `run`.
+        carry: start, now, momentum.
+        place: int32 `[b t]`, tokens of its document before each one.
+        valid: bool `[b t]`, where there is a token; None = everywhere.
+    """
+    return windows.over_windows(
+        dual.any_documents,
+        how,
+        opening,
+        carry,
+        tokens,
+        place,
+        valid,
+        window=how.chunk,
+        span=_span(how, config),
+        kept=_without_start,
+        regained=_with_start,
+    )
+
+
+def _span(how, config) -> int:
+    return XlaConfig.of(config, dict(chunk=how.chunk), dispatch.device_kind(config)).span
 
 
 def _without_start(carry):
