@@ -128,20 +128,22 @@ def _body(q, k, v, dy, starts, dends, gates, dq, dk, sums, *, how: How, halves: 
         rows[BY_STATE] = by_state
         of_query = how.scale * down(of[START]) * of_query
         rows[BY_START] = total(of_query * tokens(zero()))
+        dq_sum = dq_sum + of_query
         of_end = down(of[END]) * of_end
         rows[BY_END] = total(of_end * tokens(zero() + 1))
+        dk_sum = dk_sum + of_end
         factor[...] = bfloat16(how.scale * by_pairs * parts.faded(of, zero()))
         plgpu.commit_smem()
         # The same rounded factor in both, so that pairs on one side of a token cancel in its sum.
         dq_pairs = parts.product(how, factor, keys.at[zero() + 1])
         seen = total(dq_pairs * tokens(zero()))
-        dq_sum = dq_sum + of_query + dq_pairs
+        dq_sum = dq_sum + dq_pairs
         dk_pairs = parts.product(how, Turned(factor), keys.at[zero()])
         rows[BY_PAIRS] = seen - total(dk_pairs * tokens(zero() + 1))
         plgpu.commit_smem()
         head = group * shared + turn
         plgpu.copy_smem_to_gmem(rows, sums.at[row, head, chunk, halves * place + half])
-        return dq_sum, dk_sum + of_end + dk_pairs
+        return dq_sum, dk_sum + dk_pairs
 
     plgpu.barrier_wait(scratch["first"])
     nothing = parts.nothing(how)
