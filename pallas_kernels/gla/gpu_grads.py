@@ -157,9 +157,12 @@ def _body(count: int, halves: int, how: How, *given, **scratch):
     plgpu.commit_smem()
     dg_sum = decays.summed(how, decays.upto(turned=True), [beside, level_s])
     dg_sum = dg_sum + decays.summed(how, decays.beyond(turned=True), [end_s])
-    of_keys(dg, half)[...] = dg_sum + parts.across(through_s[half])
+    # Found anew: the first column, found before the loops, would be spilled.
+    column = (halves * (place + zero()) + half) * BLOCK
+    there = lambda ref: parts.tokens_at(ref, row, chunk, head, column, BLOCK)
+    there(dg)[...] = dg_sum + parts.across(through_s[half])
     for x, x_s, ref in zip((dq_sum, take()), (beside, level_s), (dq, dk), strict=True):
         x_s[...] = bfloat16(x)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_s, of_keys(ref, half))
+        plgpu.copy_smem_to_gmem(x_s, there(ref))
     plgpu.wait_smem_to_gmem(0)
