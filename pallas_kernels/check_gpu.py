@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pallas_kernels.core import gpu_table, kernel_command
+from pallas_kernels.core import gpu_table, kernel_command, kernel_table
 from pallas_kernels.core.gpu_table import GpuRow
 
 EPILOG = """examples:
@@ -19,6 +19,7 @@ EPILOG = """examples:
   python -m pallas_kernels.check_gpu selective_scan --full   every call of one operator
   python -m pallas_kernels.check_gpu --check                 breaks where a figure got worse
   python -m pallas_kernels.check_gpu --full --write          writes docs/kernels_gpu.csv, kernels.md
+  python -m pallas_kernels.check_gpu gla --count             counts the table's bytes anew, no more
 
 No GPU and no driver is needed, but four wheels (jax's CUDA plugin, ptxas, libdevice), which need
 not be in the environment: `make check-gpu` keeps them in build/ and puts them on PYTHONPATH for
@@ -47,7 +48,9 @@ COMMAND = kernel_command.Command(
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses, runs, reports; gives the exit code."""
-    args = kernel_command.parser(COMMAND).parse_args(arguments)
+    one = kernel_command.parser(COMMAND)
+    one.add_argument("--count", action="store_true", help="the table's bytes anew, uncompiled")
+    args = one.parse_args(arguments)
     from pallas_kernels.core import aot_gpu
 
     missing = aot_gpu.missing()
@@ -60,7 +63,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     if args.worker:
         return kernel_command.work(args, lambda op, dumps: check(op, args, dumps))
-    return kernel_command.run(COMMAND, args)
+    return count(args) if args.count else kernel_command.run(COMMAND, args)
+
+
+def count(args: argparse.Namespace) -> int:
+    """Counts what the kernels of the table move anew, and writes it."""
+    import jax
+
+    from pallas_kernels import OPERATORS
+    from pallas_kernels.core import aot_gpu, gpu_check
+
+    jax.config.update("jax_platforms", "cpu")
+    rows, stack = kernel_table.read(args.table, GpuRow), aot_gpu.stack()
+    for name in args.names or operators():
+        op: Any = OPERATORS[name]
+        mine = [r for r in rows if (r.stack, r.operator) == (stack, name)]
+        rows = kernel_table.merged(rows, gpu_check.recounted(op, mine), whole=False)
+    kernel_table.write(args.table, rows, GpuRow)
+    page = args.table.with_name("kernels.md")
+    gpu_table.write(page, rows)
+    print(f"wrote {args.table} and {page}")
+    return 0
 
 
 def operators() -> list[str]:

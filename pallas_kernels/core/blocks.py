@@ -23,6 +23,7 @@ class Kernel(NamedTuple):
         read: bytes from memory.
         written: bytes to memory.
         times: how often it runs (in a loop).
+        body: of a GPU kernel its equation in the jaxpr (core/second_cache.py follows it again).
     """
 
     name: str
@@ -30,6 +31,7 @@ class Kernel(NamedTuple):
     read: float
     written: float
     times: int = 1
+    body: Any = None
 
     @property
     def bytes(self) -> float:

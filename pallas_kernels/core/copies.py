@@ -7,7 +7,8 @@ through the body, so that a branch on a loop's index is taken as often as it is;
 the block's place in the grid, blocks are walked one by one (of many, a sample). Of loops that are
 too long to follow, the first and last turns are, and some in the middle for the rest.
 
-What another block reads again counts again, whether or not it is still in the second-level cache.
+What another block reads again counts again, whether or not it is still in the second-level cache:
+core/second_cache.py tells what of it goes through device memory.
 """
 
 import math
@@ -23,7 +24,7 @@ from pallas_kernels.core.blocks import Kernel
 _MOST_BLOCKS = 48  # walked one by one
 _MOST_STEPS = 60_000  # equations of a walk
 _ENDS, _MIDDLE = 2, 8  # turns of a long loop that are followed, at each end and in the middle
-_ARITHMETIC: dict[str, Callable] = {
+ARITHMETIC: dict[str, Callable] = {
     **dict(add=operator.add, sub=operator.sub, mul=operator.mul, max=max, min=min),
     **dict(lt=operator.lt, le=operator.le, gt=operator.gt, ge=operator.ge),
     **{"eq": operator.eq, "ne": operator.ne, "and": operator.and_, "or": operator.or_},
@@ -38,7 +39,7 @@ _ARITHMETIC: dict[str, Callable] = {
     "shift_right_logical": operator.rshift,
     "shift_right_arithmetic": operator.rshift,
 }
-_SAME = ("copy", "squeeze", "reshape", "broadcast_in_dim", "stop_gradient", "pvary")
+SAME = ("copy", "squeeze", "reshape", "broadcast_in_dim", "stop_gradient", "pvary")
 
 
 class UnknownBody(ValueError):
@@ -76,7 +77,7 @@ def of_call(equation: Any) -> Kernel:
                 if getattr(mesh, "thread_name", None):
                     known[mesh.thread_name] = thread
                 walk = _Walk(known, dict(zip(names, sizes, strict=True)), sampled)
-                walk.run(jaxpr, [None] * len(_open(jaxpr).invars))
+                walk.run(jaxpr, [None] * len(opened(jaxpr).invars))
                 read, written = read + walk.read, written + walk.written
                 unsure, steps[0] = unsure or walk.unsure, max(walk.steps, 1)
         return read, written, unsure
@@ -88,7 +89,7 @@ def of_call(equation: Any) -> Kernel:
         cells = _cells(sizes, max(3, min(_MOST_BLOCKS, _MOST_STEPS // (threads * steps[0]))))
         read, written, _ = walked(cells)
         share = blocks / len(cells)
-    return Kernel(name, sizes or (1,), read * share, written * share)
+    return Kernel(name, sizes or (1,), read * share, written * share, body=equation)
 
 
 def _cells(sizes: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
@@ -114,11 +115,11 @@ class _Walk:
 
     def run(self, jaxpr: Any, given: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
         """Walks a jaxpr with what is known of its arguments; gives what is known of its results."""
-        consts = consts or [_whole(x) for x in getattr(jaxpr, "consts", ())]
-        jaxpr = _open(jaxpr)
+        consts = consts or [whole(x) for x in getattr(jaxpr, "consts", ())]
+        jaxpr = opened(jaxpr)
         known = dict(zip(jaxpr.constvars, consts, strict=False))
         known.update(zip(jaxpr.invars, given, strict=True))
-        value = lambda v: _whole(v.val) if hasattr(v, "val") else known.get(v)
+        value = lambda v: whole(v.val) if hasattr(v, "val") else known.get(v)
         for equation in self._of_use(jaxpr):
             self.steps += 1
             if self.steps > _MOST_STEPS:
@@ -131,14 +132,14 @@ class _Walk:
     def _of_use(self, jaxpr: Any) -> list:
         """The equations that move something or make whole numbers."""
         if id(jaxpr) not in self._useful:
-            kept = [e for e in jaxpr.eqns if _moves(e) or _is_scalar(e)]
+            kept = [e for e in jaxpr.eqns if _moves(e) or is_scalar(e)]
             self._useful[id(jaxpr)] = kept
         return self._useful[id(jaxpr)]
 
     def _inside_moves(self, jaxpr: Any) -> bool:
-        key = id(_open(jaxpr))
+        key = id(opened(jaxpr))
         if key not in self._moving:
-            self._moving[key] = any(map(_moves, _open(jaxpr).eqns))
+            self._moving[key] = any(map(_moves, opened(jaxpr).eqns))
         return self._moving[key]
 
     def _equation(self, equation: Any, given: list[Any]) -> list[Any] | None:
@@ -159,16 +160,16 @@ class _Walk:
         elif name == "while":
             return self._while(params, given)
         elif name == "run_scoped":  # what it closes over comes as arguments of the equation
-            inner = _open(params["jaxpr"])
+            inner = opened(params["jaxpr"])
             return self.run(inner, [None] * len(inner.invars), given)
         else:
             inside = [x for x in map(_jaxpr, params.values()) if x is not None]
-            if len(inside) == 1 and len(_open(inside[0]).invars) == len(given):
+            if len(inside) == 1 and len(opened(inside[0]).invars) == len(given):
                 return self.run(inside[0], given)
             for one in inside:
-                self.run(one, [None] * len(_open(one).invars))
+                self.run(one, [None] * len(opened(one).invars))
             if not inside:
-                return _computed(name, equation, given)
+                return computed(name, equation, given)
         return None
 
     def _cluster(self, axes: Any) -> int:
@@ -176,7 +177,7 @@ class _Walk:
         return math.prod(self.sizes.get(name, 1) for name in names)
 
     def _reference(self, name: str, equation: Any) -> None:
-        if not _in_memory(equation.invars[0].aval):
+        if not in_memory(equation.invars[0].aval):
             return
         if name in ("get", "load", "masked_load"):
             self.read += _bytes(equation.outvars[0].aval)
@@ -201,13 +202,9 @@ class _Walk:
 
     def _scan(self, params: dict, given: list[Any]) -> list[Any] | None:
         inner, length = params["jaxpr"], params["length"]
-        if "num_consts" in params:
-            same, carried = params["num_consts"], params["num_carry"]
-        else:  # jax 0.11
-            groups = params["ft_in"].unpack()
-            same, carried = len(groups[0]), len(groups[1])
+        same, carried = scan_groups(params)
         consts, carry = given[:same], given[same : same + carried]
-        slices = len(_open(inner).invars) - same - carried
+        slices = len(opened(inner).invars) - same - carried
         if length > 64 and not self._inside_moves(inner):
             return None
 
@@ -256,24 +253,41 @@ def _moves(equation: Any) -> bool:
     if name in ("copy_gmem_to_smem", "copy_smem_to_gmem"):
         return True
     if name in ("get", "swap", "addupdate", "masked_load", "masked_swap", "load"):
-        return _in_memory(equation.invars[0].aval)
+        return in_memory(equation.invars[0].aval)
+    return any(any(map(_moves, opened(inner).eqns)) for inner in inside(equation))
+
+
+def inside(equation: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    found = []
     for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             inner = _jaxpr(one)
-            if inner is not None and any(map(_moves, _open(inner).eqns)):
-                return True
-    return False
+            found += [] if inner is None else [inner]
+    return found
 
 
-def _is_scalar(equation: Any) -> bool:
+def scan_groups(params: dict) -> tuple[int, int]:
+    """How many arguments of a scan stay the same, and how many are carried on."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    groups = params["ft_in"].unpack()  # jax 0.11
+    return len(groups[0]), len(groups[1])
+
+
+def is_scalar(equation: Any) -> bool:
+    """Whether it makes single whole numbers or conditions."""
     return bool(equation.outvars) and all(
-        getattr(v.aval, "shape", None) == ()
-        and (np.issubdtype(v.aval.dtype, np.integer) or v.aval.dtype == np.bool_)
-        for v in equation.outvars
+        getattr(v.aval, "shape", None) == () and is_whole(v.aval) for v in equation.outvars
     )
 
 
-def _computed(name: str, equation: Any, given: list[Any]) -> list[Any] | None:
+def is_whole(aval: Any) -> bool:
+    """Whether an array's numbers are whole ones or conditions."""
+    return np.issubdtype(aval.dtype, np.integer) or aval.dtype == np.bool_
+
+
+def computed(name: str, equation: Any, given: list[Any]) -> list[Any] | None:
     if any(x is None for x in given) or not given:
         # An "and" with one that is false, an "or" with one that is true.
         if name == "and" and any(x is False for x in given):
@@ -281,10 +295,10 @@ def _computed(name: str, equation: Any, given: list[Any]) -> list[Any] | None:
         return [True] if name == "or" and any(x is True for x in given) else None
     if name == "convert_element_type":
         return [bool(given[0]) if equation.params["new_dtype"] == np.bool_ else int(given[0])]
-    if name in _SAME:
+    if name in SAME:
         return [given[0]]
-    if name in _ARITHMETIC:
-        return [_ARITHMETIC[name](*given)]
+    if name in ARITHMETIC:
+        return [ARITHMETIC[name](*given)]
     return None
 
 
@@ -299,7 +313,7 @@ def _side(equation: Any, operand: int, tree: Any) -> float:
     return float(math.prod(int(n) for n in shape)) * aval.dtype.itemsize
 
 
-def _in_memory(aval: Any) -> bool:
+def in_memory(aval: Any) -> bool:
     return "gmem" in str(getattr(aval, "memory_space", "")).lower()
 
 
@@ -308,14 +322,14 @@ def _bytes(aval: Any) -> float:
 
 
 def _jaxpr(value: Any) -> Any:
-    return value if hasattr(_open(value), "eqns") else None
+    return value if hasattr(opened(value), "eqns") else None
 
 
-def _open(jaxpr: Any) -> Any:
+def opened(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def _whole(x: Any) -> Any:
+def whole(x: Any) -> Any:
     """A scalar whole number as Python's, else None."""
     if isinstance(x, bool | np.bool_):
         return bool(x)

@@ -38,7 +38,7 @@ class GpuRow(NamedTuple):
         shared: bytes of shared memory per block.
         serial: kernels in which ptxas makes every wgmma wait for the one before.
         blocks: of threads.
-        bytes: through device memory, by the copies in the body; of a pass with XLA's own around.
+        bytes: that blocks ask for, by the copies in the body; of a pass with XLA's own around.
         around: of which by XLA's passes.
         minimum: that the pass moves at least.
         saved: of what the forward pass keeps for the backward one.
@@ -46,6 +46,7 @@ class GpuRow(NamedTuple):
         peak: memory for arguments, results and temporaries.
         xla_temp: of the portable form.
         xla_peak: of the portable form.
+        hbm: of bytes what goes through device memory (core/second_cache.py).
         seconds: to compile (not compared, not stored).
     """
 
@@ -71,6 +72,7 @@ class GpuRow(NamedTuple):
     peak: int | None = None
     xla_temp: int | None = None
     xla_peak: int | None = None
+    hbm: int | None = None
     seconds: float | None = None
 
     @property
@@ -101,11 +103,16 @@ def wrong(rows: Iterable[GpuRow]) -> list[str]:
     return told
 
 
+def through(row: GpuRow) -> float | None:
+    """Bytes through device memory by the least that the pass moves; asked for where not known."""
+    return row.hbm / row.minimum if row.hbm and row.minimum else ratio(row)
+
+
 def beside_the_goals(rows: Iterable[GpuRow]) -> list[str]:
     """What compiles and yet misses a figure of the issue; it breaks nothing."""
     told = []
     for row in rows:
-        moved = ratio(row) if not row.kernel else None
+        moved = through(row) if not row.kernel else None
         if row.status.startswith("refused") and not row.part.startswith("documents"):
             told.append(f"{row.name}: {row.status}")
         if row.status == FORWARD_ONLY:
@@ -127,10 +134,13 @@ def line(row: GpuRow) -> str:
         text = f"    {row.kernel:<44} {number(row.registers):>4} registers"
         text += f"  spilled {number(row.spilled)}  shared {number(row.shared):>7}"
         text += f"  blocks {number(row.blocks)}" if row.blocks else ""
-        return text + (f"  bytes {mib(row.bytes)}" if row.bytes else "")
+        text += f"  bytes {mib(row.bytes)}" if row.bytes else ""
+        return text + (f"  hbm {mib(row.hbm)}" if row.hbm else "")
     parts = [f"{row.name:<72}"]
     if row.minimum:
         parts.append(f"bytes x{times(ratio(row))} (around {mib(row.around)})")
+    if row.minimum and row.hbm:
+        parts.append(f"hbm x{times(through(row))}")
     parts.append(f"temp {mib(row.temp)}")
     if row.xla_peak and row.peak:
         parts.append(f"peak {mib(row.peak)}, xla {mib(row.xla_peak)}")
@@ -144,8 +154,8 @@ def write(path: pathlib.Path, rows: Iterable[GpuRow]) -> None:
 
 
 _HEAD = (
-    "| call | pass | kernel | registers | spilled | shared | blocks | bytes by least | bytes | "
-    "saved | temp | peak | xla peak |"
+    "| call | pass | kernel | registers | spilled | shared | blocks | hbm by least | hbm | "
+    "bytes by least | bytes | saved | temp | peak | xla peak |"
 )
 
 
@@ -154,7 +164,7 @@ def markdown(rows: Iterable[GpuRow]) -> str:
     rows = sorted(rows, key=lambda row: row.key)
     parts = []
     for stack, device in sorted({(row.stack, row.device) for row in rows if row.part != "-"}):
-        parts += [f"### {device}, {stack}", "", _HEAD, "|---|---|---|" + "---:|" * 10]
+        parts += [f"### {device}, {stack}", "", _HEAD, "|---|---|---|" + "---:|" * 12]
         before: tuple[str, str] | None = None
         for row in (row for row in rows if (row.stack, row.device) == (stack, device)):
             call = (row.operator, row.call)
@@ -167,10 +177,12 @@ def markdown(rows: Iterable[GpuRow]) -> str:
 def _cells(row: GpuRow, call: str) -> str:
     head = f"| {call} | {'' if row.kernel else part_of(row)} | {row.kernel} |"
     if not compiles(row):
-        return f"{head} {row.status.replace('|', '/')} |" + " |" * 9
+        return f"{head} {row.status.replace('|', '/')} |" + " |" * 11
     whole = not row.kernel
     cells = (
         *(number(row.registers), number(row.spilled), number(row.shared), number(row.blocks)),
+        times(through(row)) if whole and row.hbm else "",
+        mib(row.hbm),
         times(ratio(row)) if whole else "",
         *(mib(row.bytes), mib(row.saved), mib(row.temp), mib(row.peak), mib(row.xla_peak)),
     )

@@ -118,13 +118,9 @@ def check(
     """
     kind, form = device.device_kind, target.form
     blank = target.blank(stack, op.__name__, spec.name, dtype_of(spec), kind)
-    arrays = tuple(arguments(op, spec).values())
-    forward = functools.partial(_y, op, spec, form)
-    y = jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
+    arrays, y = tuple(arguments(op, spec).values()), _result(op, spec)
     try:
-        with dispatch.compiling_for(kind):
-            traced = trace_passes(forward, arrays)
-        passes = count_passes(*traced, arrays, y, platform=target.platform)
+        passes = counted(op, spec, target, kind)
     except Exception as error:  # a refusal, or a kernel that cannot be traced, is the finding
         yield blank._replace(part="forward", status=_short(error))
         return
@@ -178,6 +174,12 @@ def _flat_y(op: Callable, spec: ArgSpec, implementation: str, *arrays: jax.Array
     return y.reshape(_flat(y).shape)
 
 
+def _result(op: Callable, spec: ArgSpec) -> Any:
+    """Shape and dtype of y."""
+    arrays = arguments(op, spec).values()
+    return jax.eval_shape(functools.partial(_y, op, spec, "xla"), *arrays)
+
+
 class Pass(NamedTuple):
     """The kernels of a pass, the least that it could move, and what is saved for it."""
 
@@ -188,6 +190,18 @@ class Pass(NamedTuple):
     @property
     def bytes(self) -> float:
         return sum(one.bytes for one in self.kernels)
+
+
+def counted(op: Callable, spec: ArgSpec, target: Target, kind: str) -> dict[str, Pass]:
+    """Both passes of a call, traced and not compiled.
+
+    Raises:
+        NotImplementedError: the form refuses the call.
+    """
+    arrays = tuple(arguments(op, spec).values())
+    with dispatch.compiling_for(kind):
+        traced = trace_passes(functools.partial(_y, op, spec, target.form), arrays)
+    return count_passes(*traced, arrays, _result(op, spec), platform=target.platform)
 
 
 def trace_passes(forward: Callable, arrays: tuple) -> tuple[Any, Any]:

@@ -79,6 +79,7 @@ class Row(NamedTuple):
 _ALLOWED = {
     "vmem": (1.03, 65_536),
     "bytes": (1.02, 0),
+    "hbm": (1.02, 0),
     "temp": (1.05, 1_048_576),
     "fills": (1.05, 8),
     "spills": (1.05, 8),

@@ -156,9 +156,12 @@ ROW = GpuRow(
     saved=0,
     temp=8 * 2**20,
     peak=30 * 2**20,
+    hbm=90 * 2**20,
     seconds=1.5,
 )
-CODE = ROW._replace(kernel="toy_forward", blocks=12, minimum=None, bytes=100 * 2**20)
+CODE = ROW._replace(
+    kernel="toy_forward", blocks=12, minimum=None, bytes=100 * 2**20, hbm=70 * 2**20
+)
 
 
 def test_what_may_not_be_and_what_got_worse():
@@ -184,14 +187,21 @@ def test_what_may_not_be_and_what_got_worse():
     assert "spilled 0 -> 16" in kernel_table.regressions([less], [documents])[0]
     (text,) = kernel_table.regressions([CODE], [CODE._replace(registers=130)])
     assert text == "toy real forward, toy_forward on h200: registers 90 -> 130"
+    (text,) = kernel_table.regressions([ROW], [ROW._replace(hbm=95 * 2**20)])
+    assert text == "toy real forward on h200: hbm 94,371,840 -> 99,614,720"
+    assert kernel_table.regressions([ROW._replace(hbm=None)], [ROW]) == []
     (text,) = kernel_table.regressions([], [ROW._replace(call="-", status="NOT WRITTEN: no")])
     assert text == "toy: NOT WRITTEN: no"
 
 
 def test_goals_that_are_missed_are_told():
     assert gpu_table.beside_the_goals([ROW, CODE]) == []
-    far = [ROW._replace(bytes=140 * 2**20), CODE._replace(serial=1)]
+    asked = ROW._replace(bytes=140 * 2**20)  # more than goes through device memory
+    assert gpu_table.beside_the_goals([asked]) == []
+    old = asked._replace(hbm=None)  # of a table without that column
+    far = [ROW._replace(hbm=150 * 2**20), old, CODE._replace(serial=1)]
     assert [text.split(": ")[1] for text in gpu_table.beside_the_goals(far)] == [
+        "1.50x the least bytes (at most 1.3)",
         "1.40x the least bytes (at most 1.3)",
         "ptxas makes its wgmma wait for one another (C7510)",
     ]
@@ -204,13 +214,16 @@ def test_the_table_and_the_page(tmp_path):
         ROW._replace(seconds=None),
         CODE._replace(seconds=None),
     ]
+    older = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(older))
+    assert kernel_table.read(path, GpuRow)[0] == ROW._replace(seconds=None, hbm=None)
     other = f"{kernel_report.BEGIN}\nTPU\n{kernel_report.END}\n"
     md.write_text(f"{other}{gpu_table.BEGIN}\nold\n{gpu_table.END}\nafter\n")
     gpu_table.write(md, [ROW, CODE, ROW._replace(part="backward", status="refused: a|b")])
     text = md.read_text()
     assert text.startswith(other) and text.endswith("after\n") and "old" not in text
-    assert "|  |  | toy_forward | 90 | 0 | 65,536 | 12 |  | 100 MiB |" in text
-    assert "| forward |  | 90 | 0 | 65,536 |  | 1.20 | 120 MiB |" in text
+    assert "|  |  | toy_forward | 90 | 0 | 65,536 | 12 |  | 70 MiB |  | 100 MiB |" in text
+    assert "| forward |  | 90 | 0 | 65,536 |  | 0.90 | 90 MiB | 1.20 | 120 MiB |" in text
     assert "refused: a/b" in text
     lengths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(lengths) == 1
