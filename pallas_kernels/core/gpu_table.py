@@ -5,11 +5,21 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from pallas_kernels.core import kernel_report
-from pallas_kernels.core.kernel_report import MOST_BYTES, mib, number, part_of, ratio, times
+from pallas_kernels.core.kernel_report import (
+    MOST_BYTES,
+    largest,
+    mib,
+    number,
+    part_of,
+    percent,
+    ratio,
+    times,
+)
 from pallas_kernels.core.kernel_table import FORWARD_ONLY, compiles
 
 PATH = "docs/kernels_gpu.csv"  # in a checkout
 BEGIN, END = "<!-- begin: written by check_gpu -->", "<!-- end of check_gpu -->"
+PASSES = ("forward", "backward")
 SHARED_MEMORY = 232_448  # bytes that a block may have on Hopper
 # Those that must have a kernel; the others may leave their calls to xla.
 SEVEN = (
@@ -159,10 +169,42 @@ _HEAD = (
 )
 
 
+def summary(rows: Iterable[GpuRow]) -> str:
+    """The worst figures of each operator, over every call and stack."""
+    head = "| operator | hbm by least: forward, backward | bytes by least: forward, backward | "
+    parts = [
+        f"{head}spilled: one document, documents | of the shared memory | refused |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    rows = [row for row in rows if row.part != "-"]
+    for name in sorted({row.operator for row in rows}):
+        own = [row for row in rows if row.operator == name]
+        passes = [row for row in own if not row.kernel and compiles(row)]
+        documents = [row for row in passes if row.part.startswith("documents")]
+        worst = lambda of, part, passes=passes: largest(of(r) for r in passes if r.part == part)
+        both = lambda of, worst=worst: ", ".join(times(worst(of, x)) for x in PASSES)
+        single = (row.spilled for row in passes if row.part in PASSES)
+        spilled = [number(largest(x)) for x in (single, (row.spilled for row in documents))]
+        shared = largest(row.shared for row in passes)
+        refused = sorted({r.call for r in own if r.status.startswith("refused")})
+        cells = (
+            *(both(through), both(ratio), ", ".join(x or "-" for x in spilled)),
+            percent(shared and shared / SHARED_MEMORY),
+            ", ".join(refused),
+        )
+        parts.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(parts)
+
+
 def markdown(rows: Iterable[GpuRow]) -> str:
-    """One table per stack and device."""
+    """What was aimed at, then one table per stack and device."""
     rows = sorted(rows, key=lambda row: row.key)
-    parts = []
+    aims = (
+        f"Aimed at: no spills, and at most {MOST_BYTES} times the least bytes through device "
+        "memory. The worst anywhere below, over calls and stacks; *refused*: calls of which a pass "
+        "(or the one with documents) is left to xla on some stack:"
+    )
+    parts = [aims, "", summary(rows), ""]
     for stack, device in sorted({(row.stack, row.device) for row in rows if row.part != "-"}):
         parts += [f"### {device}, {stack}", "", _HEAD, "|---|---|---|" + "---:|" * 12]
         before: tuple[str, str] | None = None

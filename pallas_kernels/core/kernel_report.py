@@ -102,16 +102,17 @@ def summary(rows: Iterable[Row]) -> str:
         ]
         peaks = [row.peak / row.xla_peak for row in mine if row.peak and row.xla_peak]
         cells = (
-            times(_largest(map(ratio, mine))),
-            percent(_largest(map(share, mine))),
-            ", ".join(number(_largest(found)) or "-" for found in spills),
+            times(largest(map(ratio, mine))),
+            percent(largest(map(share, mine))),
+            ", ".join(number(largest(found)) or "-" for found in spills),
             times(max(peaks, default=None)) if name in LONG_CALLS else "",
         )
         parts.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(parts)
 
 
-def _largest(values: Iterable[Any]) -> Any:
+def largest(values: Iterable[Any]) -> Any:
+    """Of those that are known; None if none is."""
     return max((x for x in values if x is not None), default=None)
 
 
