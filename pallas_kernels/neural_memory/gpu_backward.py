@@ -40,10 +40,10 @@ def backward(call: Call, kept, tokens, gates, dy, dlast, *, cuts: Cuts | None = 
         call: what is static.
         kept: weights and momentum before each block, where a document begins those that it begins
             with, `[b n 2 h x y]`.
-        tokens, gates: as there; but with cuts, a block's own tokens may lie in other rows of it.
+        tokens, gates: as there.
         dy: of y.
         dlast: of the last (start, now, momentum).
-        cuts: where blocks lie.
+        cuts: as there.
     """
     plan = plan_of(call, room_of(call))
     new, f32 = jax.ShapeDtypeStruct, jnp.float32
@@ -172,7 +172,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         (*given, dy), shares = block.fetched(tokens, i, parity)
         before = [block.far(kept, i, which) for which in range(2)]
         of = gradients()
-        here = (lambda: block.rows(i), block.h)
+        here = (pl.ds(i * SIZE, SIZE), block.h)
         outputs = [block.once(ref, *here) for ref in results["dtokens"]]
         outputs += [block.out(results["dgates"], block.h, block.j, i, r) for r in range(3)]
         gpu_machine.run(

@@ -30,15 +30,13 @@ GATES = 4  # alpha, eta, theta, what counts
 
 
 class Cuts(NamedTuple):
-    """Where the blocks of tokens of rows lie that are not one document from its start; int32.
+    """What is known of the blocks of tokens of rows that are not one document each; int32.
 
     Attributes:
-        places: the first row of each, `[b n]`.
         begins: 1 where a document begins, `[b n]`.
         count: blocks of each row, `[b]`.
     """
 
-    places: Any
     begins: Any
     count: Any
 
@@ -319,12 +317,6 @@ class Block:
         """Blocks of tokens of this block's row."""
         return self.call.n if self.cuts is None else self.cuts.count[self.number(self.b)]
 
-    def rows(self, i) -> Any:
-        """Where block i of tokens lies."""
-        if self.cuts is None:
-            return pl.ds(i * SIZE, SIZE)
-        return pl.ds(self.cuts.places[self.number(self.b), i], SIZE)
-
     def when_begins(self, i, do: Callable[[], None]) -> None:
         """Does something where a document begins with block i."""
         if self.cuts is not None:
@@ -338,7 +330,7 @@ class Block:
     def fetch(self, refs, gates, i, parity) -> None:
         """Begins to bring block i of tokens `[b t h 64]` and shares `[b h n 4 64]`."""
         came = self.memory["came"].at[2 * self.j + parity if self.emulated else parity]
-        rows = self.rows(i)
+        rows = pl.ds(i * SIZE, SIZE)
         if self.call.narrow:
             for at, ref in enumerate(refs):
                 to = self.token(refs, at, parity)
@@ -349,6 +341,7 @@ class Block:
     def fetched(self, refs, i, parity) -> tuple[list[Any], list[Vector]]:
         """Waits for them: where tokens and shares lie."""
         plgpu.barrier_wait(self.memory["came"].at[2 * self.j + parity if self.emulated else parity])
+        rows = pl.ds(i * SIZE, SIZE)
         gates = self.mine(self.memory["gates"])
 
         def tile(at) -> Tile:
@@ -359,7 +352,7 @@ class Block:
 
         found: list[Any] = [tile(at) for at in range(len(refs))]
         if not self.call.narrow:
-            found = [self.out(ref, lambda: self.rows(i), self.h) for ref in refs]
+            found = [self.out(ref, rows, self.h) for ref in refs]
         return found, [share(row) for row in range(GATES)]
 
     # --- The cluster

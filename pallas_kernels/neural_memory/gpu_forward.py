@@ -34,7 +34,7 @@ def forward(
         gates: alpha, eta, theta and what counts, `[b h n 4 64]`.
         keep: whether what the backward pass needs is wanted.
         opening: with cuts, weights and momentum that documents begin with, `[h x y]`.
-        cuts: where blocks lie; None = one behind the other, all of a document.
+        cuts: where documents begin; None = with the first block, and it goes through all of them.
 
     Returns:
         y `[b t h 64]`, the last (start, now, momentum), and weights and momentum before each
@@ -125,7 +125,7 @@ def _body(plan: gpu_plan.Plan, block: Block, inputs, results):
         def _():
             move(far(results["last"], 0), leaves(held[0]))
 
-        y = block.once(results["y"], lambda: block.rows(i), block.h)
+        y = block.once(results["y"], pl.ds(i * SIZE, SIZE), block.h)
         outputs = [y.store, *(x.store for x in leaves(held))]
         gpu_machine.run(
             plan,

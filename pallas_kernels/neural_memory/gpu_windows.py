@@ -1,15 +1,13 @@
 """Packed documents and streams for the GPU kernels of neural_memory: chunks wherever they lie.
 
 A window is a chunk of one document: its first token is at a multiple of the chunk from where the
-document begins. A block of threads goes through the windows of a row, each at a place of its own
-that a table tells, and takes the weights that documents begin with where one does. A stream may
-come with a chunk that is open, whose gradients are taken at weights of their own: its last tokens
-are dual.py's, before the kernel. There is room for a quarter more windows than a row of one
-document has; where a row has more (documents far shorter than four chunks), the xla form does all
-of the call.
-
-A tile has the rows behind a window as well, or in the backward pass those before it. They come out
-as 0, and are written over by the window to which they belong, which comes later.
+document begins. XLA brings each to a tile of its own: the kernels cannot copy it from where it is,
+for a copy into tiles of 8 rows begins at a multiple of 8 (TMA counts tiles, then rows in them). A
+block of threads goes through the windows of a row, and takes the weights that documents begin with
+where one does. A stream may come with a chunk that is open, whose gradients are taken at weights of
+their own: its last tokens are dual.py's, before the kernel. There is room for a quarter more
+windows than a row of one document has; where a row has more (documents far shorter than four
+chunks), the xla form does all of the call.
 """
 
 import functools
@@ -111,17 +109,17 @@ def _memory(call: Call, opening, carry, tokens, rows: Rows):
 def _forward(call: Call, opening, carry, tokens, rows: Rows, *, keep: bool = True):
     def kernel(opening, carry, tokens):
         given = _filled(call, opening), _filled(call, carry)
-        at = rows.starts[:, :-1]
         y, last, kept = gpu_forward.forward(
             call,
             given[1],
-            _padded(rows, tokens[:3]),
-            _gates(call, tokens[3:], rows, at),
+            _filled_tiles(rows, tokens[:3]),
+            _gates(call, tokens[3:], rows),
             keep=keep,
             opening=given[0],
-            cuts=_cuts(rows, SIZE + at),
+            cuts=_cuts(rows),
         )
-        return _unpadded(rows, y, tokens[2]), tuple(map(cut, last, carry)), kept
+        (y,) = _of_tiles(call, rows, (y,), tokens[2:3])
+        return y, tuple(map(cut, last, carry)), kept
 
     def portable(opening, carry, tokens):
         y, last = _portable(call, opening, carry, tokens, rows)
@@ -136,30 +134,28 @@ def _backward(call: Call, residuals, cotangents):
     kept, *given, rows = residuals
 
     def kernel(opening, carry, tokens, dy, dlast):
-        # The last rows of a tile are the window's: those before it are written over.
-        at = rows.starts[:, 1:]
-        *padded, dy = _padded(rows, (*tokens[:3], dy))
+        *tiled, dy = _filled_tiles(rows, (*tokens[:3], dy))
         found = gpu_backward.backward(
             call,
             kept,
-            tuple(padded),
-            _gates(call, tokens[3:], rows, at - SIZE),
+            tuple(tiled),
+            _gates(call, tokens[3:], rows),
             dy,
             _filled(call, dlast),
-            cuts=_cuts(rows, at),
+            cuts=_cuts(rows),
         )
         dnow, dmomentum = found.dcarry
         none = rows.n_windows == 0
         dstart = jax.tree.map(lambda x: x * none.reshape(-1, *[1] * (x.ndim - 1)), dlast[0])
         dopening = jax.tree.map(lambda x: jnp.sum(x, axis=0), found.dopening)
-        dtokens = [
-            *(_unpadded(rows, dx, x) for dx, x in zip(found.dtokens, tokens[:3], strict=True)),
-            *_shares(call, found.dgates, rows),
-        ]
+        dtokens = (
+            *_of_tiles(call, rows, found.dtokens, tokens[:3]),
+            *_shares(call, found.dgates, tokens[3:], rows),
+        )
         return (
             tuple(map(cut, dopening, opening)),
             (dstart, cut(dnow, carry[1]), cut(dmomentum, carry[2])),
-            tuple(dx.astype(x.dtype) for dx, x in zip(dtokens, tokens, strict=True)),
+            dtokens,
         )
 
     def portable(opening, carry, tokens, *cotangents):
@@ -197,59 +193,57 @@ def _filled(call: Call, carry):
     return tuple(filled(x, call.form.blocks * SIZE) for x in carry)
 
 
-def _cuts(rows: Rows, places: jax.Array) -> Cuts:
+def _cuts(rows: Rows) -> Cuts:
     first = jnp.minimum(rows.starts[:, :-1], rows.place.shape[1] - 1)
     begins = jnp.take_along_axis(rows.place, first, axis=1) == 0
-    return Cuts(places, begins.astype(jnp.int32), rows.n_windows)
+    return Cuts(begins.astype(jnp.int32), rows.n_windows)
 
 
-def _padded(rows: Rows, arrays) -> tuple[jax.Array, ...]:
-    """`[b t h x]` with a tile of zeros before it and behind it, and columns up to a tile's."""
-    inside = _inside(rows)[..., None, None]  # a tile holds others' rows, too: no nan of padding
-
-    def one(x):
-        x = fill(jnp.where(inside, x, 0), SIZE)
-        return jnp.pad(x, [(0, 0), (SIZE, SIZE), (0, 0), (0, 0)])
-
-    return tuple(map(one, arrays))
-
-
-def _unpadded(rows: Rows, x: jax.Array, like: jax.Array) -> jax.Array:
-    """What was written of windows, as `like`; 0 elsewhere."""
-    x = x[:, SIZE:-SIZE, :, : like.shape[3]].astype(like.dtype)
-    return jnp.where(_inside(rows)[..., None, None], x, 0)
-
-
-def _gates(call: Call, shares, rows: Rows, places: jax.Array) -> jax.Array:
-    """alpha, eta, theta and 1 for the tokens of each window, as `[b h n 4 64]`.
-
-    Args:
-        call: what is static.
-        shares: alpha, eta, theta `[b t h]`.
-        rows: where windows lie.
-        places: of the token that is the first row of each window's tile, `[b n]`.
-    """
-    at = places[..., None] + jnp.arange(SIZE)
-    starts = rows.starts[..., None]
-    own = (at >= starts[:, :-1]) & (at < starts[:, 1:])
-    at = jnp.clip(at, 0, rows.place.shape[1] - 1).reshape(call.b, -1)
+def _tiled(rows: Rows, arrays) -> list[jax.Array]:
+    """`[b t ...]` with each window at the front of a tile, and 0 behind it: `[b n*64 ...]`."""
+    (b, t), at = rows.place.shape, rows.starts[:, :-1, None] + jnp.arange(SIZE)
+    own = (at < rows.starts[:, 1:, None]).reshape(b, -1)
+    at = jnp.minimum(at, t - 1).reshape(b, -1)
 
     def one(x):
-        x = jnp.take_along_axis(x.astype(jnp.float32), at[..., None], axis=1)
-        return jnp.where(own[..., None], x.reshape(*own.shape, call.h), 0)
+        wide = lambda of: of.reshape(b, -1, *[1] * (x.ndim - 2))
+        # What is not the window's may be nan of padding.
+        return jnp.where(wide(own), jnp.take_along_axis(x, wide(at), axis=1), 0)
 
-    ones = jnp.broadcast_to(own[..., None].astype(jnp.float32), (*own.shape, call.h))
-    return jnp.transpose(jnp.stack([*map(one, shares), ones], axis=2), (0, 4, 1, 2, 3))
+    return [one(x) for x in arrays]
 
 
-def _shares(call: Call, dgates: jax.Array, rows: Rows) -> list[jax.Array]:
-    """Gradients by alpha, eta, theta `[b t h]` of those by the rows of tiles, `[b h n 3 64]`."""
-    (b, t), n = rows.place.shape, call.n
-    inside = _inside(rows)
+def _filled_tiles(rows: Rows, arrays) -> tuple[jax.Array, ...]:
+    return tuple(fill(x, SIZE) for x in _tiled(rows, arrays))
+
+
+def _of_tiles(call: Call, rows: Rows, arrays, likes) -> tuple[jax.Array, ...]:
+    """The way back, as `likes`; 0 at tokens of no window."""
+    (b, t), inside = rows.place.shape, _inside(rows)
     window = jnp.cumsum(_begins(call, rows.place) & inside, axis=1, dtype=jnp.int32) - 1
-    window = jnp.clip(window, 0, n - 1)
-    end = jnp.take_along_axis(rows.starts, window + 1, axis=1)
-    row = jnp.clip(SIZE + jnp.arange(t) - end, 0, SIZE - 1)
-    at, inside = (window * SIZE + row)[..., None], inside[..., None]
-    each = jnp.transpose(dgates, (3, 0, 2, 4, 1)).reshape(3, b, n * SIZE, call.h)
-    return [jnp.where(inside, jnp.take_along_axis(x, at, axis=1), 0) for x in each]
+    window = jnp.clip(window, 0, call.n - 1)
+    row = jnp.arange(t, dtype=jnp.int32) - jnp.take_along_axis(rows.starts, window, axis=1)
+    at = window * SIZE + jnp.clip(row, 0, SIZE - 1)
+
+    def one(x, like):
+        more = [1] * (x.ndim - 2)
+        x = jnp.take_along_axis(x, at.reshape(b, t, *more), axis=1)
+        x = jnp.where(inside.reshape(b, t, *more), x, 0)
+        return x[..., : like.shape[-1]].astype(like.dtype)
+
+    return tuple(map(one, arrays, likes))
+
+
+def _gates(call: Call, shares, rows: Rows) -> jax.Array:
+    """alpha, eta, theta and 1 for the tokens of each window, as `[b h n 4 64]`."""
+    shares = (*(x.astype(jnp.float32) for x in shares), jnp.ones(shares[0].shape, jnp.float32))
+    tiles = jnp.stack(_tiled(rows, shares), axis=1).reshape(
+        call.b, len(shares), call.n, SIZE, call.h
+    )
+    return jnp.transpose(tiles, (0, 4, 2, 1, 3))
+
+
+def _shares(call: Call, dgates: jax.Array, shares, rows: Rows) -> tuple[jax.Array, ...]:
+    """Gradients by alpha, eta, theta `[b t h]` of those by the rows of tiles, `[b h n 3 64]`."""
+    each = jnp.transpose(dgates, (3, 0, 2, 4, 1)).reshape(3, call.b, call.n * SIZE, call.h)
+    return _of_tiles(call, rows, each, shares)
