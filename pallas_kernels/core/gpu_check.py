@@ -101,14 +101,13 @@ def recounted(op: Callable, rows: Iterable[GpuRow]) -> list[GpuRow]:
     rows = list(rows)
     found = {row.key: row for row in rows}
     for spec in kernel_check.specs_of(op, tags=GPU.tags):
-        for device, part in sorted({(r.device, r.part) for r in rows if r.call == spec.name}):
-            mine = [r for r in rows if (r.call, r.device, r.part) == (spec.name, device, part)]
-            if part not in ("forward", "backward") or not all(map(compiles, mine)):
-                continue
+        ours = [r for r in rows if r.call == spec.name and compiles(r)]
+        for device in sorted({r.device for r in ours}):
             kind = str(aot_gpu.DEVICES[device]["name"])
-            one = kernel_check.counted(op, spec, GPU, kind)[part]
-            whole = next(r for r in mine if not r.kernel)
-            whole = whole._replace(minimum=int(one.least), saved=int(one.saved))
-            kernels = [r for r in mine if r.kernel]
-            found |= {r.key: r for r in with_bytes(whole, kernels, one.kernels)}
+            for part, one in kernel_check.counted(op, spec, GPU, kind).items():
+                mine = [r for r in ours if (r.device, r.part) == (device, part)]
+                for whole in (r for r in mine if not r.kernel):
+                    whole = whole._replace(minimum=int(one.least), saved=int(one.saved))
+                    kernels = [r for r in mine if r.kernel]
+                    found |= {r.key: r for r in with_bytes(whole, kernels, one.kernels)}
     return list(found.values())

@@ -1,12 +1,23 @@
 """What goes through device memory, by hand: blocks that share, scratch, order, hidden numbers."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core import copies, gpu, gpu_check, second_cache, touches
+from pallas_kernels import check_gpu
+from pallas_kernels.core import (
+    aot_gpu,
+    copies,
+    gpu,
+    gpu_check,
+    kernel_table,
+    second_cache,
+    touches,
+)
 from pallas_kernels.core.gpu_table import GpuRow, through
 from pallas_kernels.core.traffic import traffic
 
@@ -232,3 +243,19 @@ def test_rows_of_a_pass_and_of_its_kernels():
     # A kernel that the program has not, or documents, which nobody counts.
     assert gpu_check.with_bytes(row, [], counted)[0].hbm is None
     assert gpu_check.with_bytes(row, [kernel], ()) == [row, kernel]
+
+
+def test_rows_of_the_table_are_counted_anew_without_compiling(monkeypatch, tmp_path):
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    rows = kernel_table.read(docs / "kernels_gpu.csv", GpuRow)
+    stack = min(row.stack for row in rows)
+    rows = [r for r in rows if (r.stack, r.operator) == (stack, "short_conv")]
+    blank = [r._replace(bytes=None, hbm=None, minimum=None, blocks=None) for r in rows]
+    assert sum(r.hbm is not None for r in rows) == 12  # three calls, two passes, one kernel each
+    path = tmp_path / "kernels_gpu.csv"
+    kernel_table.write(path, blank, GpuRow)
+    (tmp_path / "kernels.md").write_text((docs / "kernels.md").read_text())
+    monkeypatch.setattr(aot_gpu, "missing", lambda: None)
+    monkeypatch.setattr(aot_gpu, "stack", lambda: stack)
+    assert check_gpu.main(["short_conv", "--count", "--table", str(path)]) == 0
+    assert kernel_table.read(path, GpuRow) == rows
