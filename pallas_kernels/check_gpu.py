@@ -1,7 +1,7 @@
 """`python -m pallas_kernels.check_gpu`: compiles every kernel for GPUs that need not be there.
 
-Exit codes: 0 all is well, 1 something does not compile, spills registers, is not written, or got
-worse than the committed table, 2 a bad argument, 3 the CUDA wheels are not installed.
+Exit codes: 0 all is well, 1 something does not compile, spills registers, copies within a tile, is
+not written, or got worse than the committed table, 2 a bad argument, 3 no CUDA wheels installed.
 """
 
 import argparse

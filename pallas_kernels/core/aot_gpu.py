@@ -21,7 +21,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.core import cubin, dispatch, hlo
+from pallas_kernels.core import copy_starts, cubin, dispatch, hlo
 
 # What jax needs to know of a device to compile for it: NVIDIA's data sheets. With
 # ACCELERATED_FEATURES it is sm_90a, which has the warpgroups' matrix unit.
@@ -151,13 +151,18 @@ def compile_for(
         function: of the arguments.
         *arguments: ShapeDtypeStructs without shardings.
         dumps: the folder that `prepare` was given; what lies in it is deleted.
+
+    Raises:
+        MisplacedCopy: a kernel's copy may begin within a tile (core/copy_starts.py).
     """
     here = SingleDeviceSharding(device)
     jitted = jax.jit(function, in_shardings=here, out_shardings=here)
     cubin.clear(dumps)
     began = time.perf_counter()
     with dispatch.compiling_for(device.device_kind):
-        compiled = jitted.lower(*arguments).compile()
+        with copy_starts.checked():
+            lowered = jitted.lower(*arguments)
+        compiled = lowered.compile()
     seconds = time.perf_counter() - began
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
