@@ -23,7 +23,7 @@ from seqzoo.data.source import Dataset
 from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.tasks.task import Task
 from seqzoo.train import checkpoint
-from seqzoo.train.folder import read_metrics
+from seqzoo.train.run_files import read_metrics
 from seqzoo.train.setup import Setup, setup
 from seqzoo.train.state import Structure, merge, structure_of
 

@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core import gpu_parts
 from pallas_kernels.neural_memory import gpu_block, gpu_chunk, gpu_machine, gpu_plan
-from pallas_kernels.neural_memory.gpu_block import Block, Call, Cuts
+from pallas_kernels.neural_memory.gpu_block import Block
+from pallas_kernels.neural_memory.gpu_call import GATES, Call, Cuts
 from pallas_kernels.neural_memory.gpu_chunk import Tokens
 from pallas_kernels.neural_memory.gpu_forward import stacked
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
@@ -103,7 +104,7 @@ def plan_of(call: Call, room: gpu_plan.Room) -> gpu_plan.Plan:
     of_weights = [False] * (2 * each) + [
         x.shape[0] == 1 for x in jax.tree.leaves((weights, weights))
     ]
-    ready = [*of_weights, *[call.narrow] * 3, *[True] * gpu_block.GATES, call.narrow, True]
+    ready = [*of_weights, *[call.narrow] * 3, *[True] * GATES, call.narrow, True]
     over = [2 * each + i for i in range(2 * each)] + [None] * 6
     given = (weights, weights, weights, weights, call.tokens, call.tokens.q, call.tokens.own)
     return gpu_plan.plan(rule, ready, over, room, *given)

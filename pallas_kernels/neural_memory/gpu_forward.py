@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.core import gpu_parts
 from pallas_kernels.neural_memory import gpu_block, gpu_chunk, gpu_machine, gpu_plan
-from pallas_kernels.neural_memory.gpu_block import Block, Call, Cuts
+from pallas_kernels.neural_memory.gpu_block import Block
+from pallas_kernels.neural_memory.gpu_call import GATES, Call, Cuts
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 
 TOKENS = 3  # q, k, v
@@ -85,7 +86,7 @@ def _plan(call: Call) -> gpu_plan.Plan:
         return gpu_chunk.read_and_write(call.form, now, now, momentum, tokens)
 
     count = 2 * len(jax.tree.leaves(call.weights))
-    ready = [True] * count + [call.narrow] * TOKENS + [True] * gpu_block.GATES
+    ready = [True] * count + [call.narrow] * TOKENS + [True] * GATES
     # A third tile in registers would spill where tiles have three parts.
     tiles, registers = call.room(_states(call), TOKENS), 2 if call.mlp and not call.narrow else 3
     room = gpu_plan.Room(tiles, registers)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.core import parts, windows
 from pallas_kernels.neural_memory import dual, gpu_backward, gpu_forward, xla
-from pallas_kernels.neural_memory.gpu_block import Call, Cuts
+from pallas_kernels.neural_memory.gpu_call import Call, Cuts
 from pallas_kernels.neural_memory.gpu_layouts import cut, fill, filled
 from pallas_kernels.neural_memory.gpu_tiles import SIZE
 

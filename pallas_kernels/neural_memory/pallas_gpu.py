@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.core import windows
 from pallas_kernels.core.gpu import GpuConfig, refuses_device, refuses_dtypes
 from pallas_kernels.neural_memory import gpu_backward, gpu_forward, gpu_windows
-from pallas_kernels.neural_memory.gpu_block import Call
+from pallas_kernels.neural_memory.gpu_call import Call
 from pallas_kernels.neural_memory.gpu_chunk import Form
 from pallas_kernels.neural_memory.gpu_layouts import cut, fill, filled
 from pallas_kernels.neural_memory.gpu_tiles import SIZE

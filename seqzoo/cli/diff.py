@@ -7,7 +7,7 @@ from typing import Any
 
 from seqzoo.cli.common import cell, flat, print_json, print_table, run_path
 from seqzoo.config.trust import read_plain
-from seqzoo.train.folder import read_json, read_metrics, read_status
+from seqzoo.train.run_files import read_json, read_metrics, read_status
 
 EPILOG = """examples:
   seqzoo diff runs/mqar/latest runs/mqar/lr_3e-3-0123456789

@@ -82,7 +82,7 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 def not_learned(loaded, metric: str | None) -> str | None:
     """What must be said of a figure on other data when the run's own was not learned."""
     from seqzoo.eval.compare import LEARNED, learned
-    from seqzoo.train.folder import read_status
+    from seqzoo.train.run_files import read_status
 
     value = (read_status(loaded.path).get("metric") or {}).get("value")
     if value is None or learned(metric or "", value):

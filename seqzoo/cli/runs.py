@@ -7,7 +7,7 @@ from typing import Any
 
 from seqzoo.cli.common import print_json, print_table
 from seqzoo.errors import ConfigError, suggest
-from seqzoo.train.folder import find_runs, read_json, read_status
+from seqzoo.train.run_files import find_runs, read_json, read_status
 
 EPILOG = """examples:
   seqzoo runs                          every run under runs/

@@ -15,7 +15,8 @@ from seqzoo.cli.common import add_config_arguments, add_trust_argument, print_ta
 from seqzoo.cli.runs import row
 from seqzoo.config.compose import compose, expand
 from seqzoo.errors import ConfigError, NotFiniteError, SeqzooError
-from seqzoo.train.folder import apply_threads, begun, read_status
+from seqzoo.train.folder import apply_threads, begun
+from seqzoo.train.run_files import read_status
 
 EPILOG = """examples:
   seqzoo train                                        the default experiment, to its target

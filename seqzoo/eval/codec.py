@@ -5,7 +5,7 @@ import pathlib
 from typing import Protocol
 
 from seqzoo.errors import ConfigError
-from seqzoo.train.folder import read_json
+from seqzoo.train.run_files import read_json
 
 
 class Codec(Protocol):

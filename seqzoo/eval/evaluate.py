@@ -16,7 +16,7 @@ from seqzoo.errors import ConfigError
 from seqzoo.load import Run
 from seqzoo.train import environment
 from seqzoo.train.evaluate import evaluate
-from seqzoo.train.folder import write_json
+from seqzoo.train.run_files import write_json
 from seqzoo.train.setup import setup
 
 # What an evaluation may change: the rest is what was trained.

@@ -16,7 +16,7 @@ from seqzoo.config.compose import compose
 from seqzoo.errors import NotFiniteError, SeqzooError
 from seqzoo.eval.compare import LEARNED, interval, mode_of
 from seqzoo.train import loop
-from seqzoo.train.folder import read_metrics
+from seqzoo.train.run_files import read_metrics
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 STEP = 3.0  # of the grid, beyond its edges

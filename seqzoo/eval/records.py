@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from seqzoo.config.trust import read_plain
-from seqzoo.train.folder import read_json, read_metrics, read_status
+from seqzoo.train.run_files import read_json, read_metrics, read_status
 
 Series = tuple[list[int], list[float]]
 

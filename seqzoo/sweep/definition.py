@@ -15,8 +15,8 @@ from seqzoo.errors import ConfigError, suggest
 from seqzoo.sweep import storage
 from seqzoo.sweep.settings import LauncherSettings, Settings, SweepSettings
 from seqzoo.sweep.space import Space
-from seqzoo.train.folder import read_json, write_json
 from seqzoo.train.identity import experiment_name, plain
+from seqzoo.train.run_files import read_json, write_json
 
 FILE = "study.json"
 # Settings that may change under a study: they say how much and where, not what.

@@ -7,8 +7,8 @@ import socket
 import time
 
 from seqzoo.errors import LockedError
-from seqzoo.train.folder import read_json
 from seqzoo.train.lock import RunLock
+from seqzoo.train.run_files import read_json
 
 _FRESH_SECONDS = 60.0  # a lock that moved so lately has a living holder
 

@@ -28,8 +28,8 @@ from seqzoo.sweep.definition import Definition
 from seqzoo.sweep.rows import Row, row_of
 from seqzoo.sweep.settings import Settings
 from seqzoo.sweep.space import Space
-from seqzoo.train.folder import read_status
 from seqzoo.train.lock import RunLock
+from seqzoo.train.run_files import read_status
 
 _DEFINITION, _STOP = "definition", "stop"
 # A trial whose worker died so often at the same step would kill workers for ever.

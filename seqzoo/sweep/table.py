@@ -14,7 +14,7 @@ from rich.text import Text
 from seqzoo.sweep.rows import Row
 from seqzoo.sweep.storage import AWAY, StorageError
 from seqzoo.sweep.study import Study
-from seqzoo.train.folder import read_status
+from seqzoo.train.run_files import read_status
 
 _STATES = ("running", "interrupted", "waiting", "finished", "pruned", "diverged", "failed")
 _COLOURS = {

@@ -15,11 +15,12 @@ from seqzoo.sweep.claim import Claimed
 from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Study
 from seqzoo.train import loop
-from seqzoo.train.folder import RunFolder, read_metrics, read_status
+from seqzoo.train.folder import RunFolder
 from seqzoo.train.hooks import Hook
 from seqzoo.train.hooks.hook import Values
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result
+from seqzoo.train.run_files import read_metrics, read_status
 from seqzoo.train.setup import build_data
 
 

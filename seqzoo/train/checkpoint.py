@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from seqzoo.errors import CheckpointError
 from seqzoo.train import manifest, processes
-from seqzoo.train.folder import write_text
+from seqzoo.train.run_files import write_text
 
 _LOG = logging.getLogger(__name__)
 

@@ -23,11 +23,12 @@ from seqzoo.train import branch as branches
 from seqzoo.train import loop, precision, processes, programs, stacked
 from seqzoo.train.evaluate_group import evaluate_group
 from seqzoo.train.feed import Feed
-from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.folder import RunFolder
 from seqzoo.train.hooks import Hook, make_hooks
 from seqzoo.train.hooks.progress import Progress
 from seqzoo.train.identity import plain
 from seqzoo.train.result import Result, finished_before
+from seqzoo.train.run_files import read_status
 from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup, build_data, check_data, setup
 from seqzoo.train.signals import StopRequest

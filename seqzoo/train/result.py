@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqzoo.train import branch as branches
-from seqzoo.train.folder import RunFolder, read_status
+from seqzoo.train.folder import RunFolder
+from seqzoo.train.run_files import read_status
 from seqzoo.train.session import Session
 from seqzoo.train.setup import Setup
 

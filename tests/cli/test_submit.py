@@ -14,7 +14,7 @@ from seqzoo.cli.main import main
 from seqzoo.cli.submit import Command, parameters
 from seqzoo.errors import SeqzooError
 from seqzoo.sweep.settings import LauncherSettings
-from seqzoo.train.folder import find_runs, read_status
+from seqzoo.train.run_files import find_runs, read_status
 
 RATES = ("-m", "optimizer.lr=1e-3,1e-2")
 

@@ -14,7 +14,7 @@ from pallas_kernels.core import testing
 from pallas_kernels.core.gpu import SHARED_MEMORY
 from pallas_kernels.neural_memory import (
     gpu_backward,
-    gpu_block,
+    gpu_call,
     gpu_chunk,
     gpu_machine,
     gpu_plan,
@@ -76,7 +76,7 @@ def test_windows_of_rows():
     """Chunks of 16 wherever documents begin; an open one belongs to no window."""
     place = jnp.asarray([[*range(5, 20), *range(18), 0, 1, 2, 0, 0, 0, 0], range(40)])
     form = gpu_chunk.Form(Rule(16, "gelu", 1e-5, "none", 1.0, False), 64, 1)
-    call = gpu_block.Call(form, CONFIG, 2, 1, 5, True, False, False)
+    call = gpu_call.Call(form, CONFIG, 2, 1, 5, True, False, False)
     rows = gpu_windows.rows_of(call, place, jnp.asarray([36, 40]))
     np.testing.assert_array_equal(rows.n_windows, [4, 3])
     np.testing.assert_array_equal(rows.starts, [[11, 15, 31, 33, 36, 36], [0, 16, 32, 40, 40, 40]])
@@ -204,7 +204,7 @@ def test_plan_does_what_the_function_does(mlp, gain):
     """The gradients of a block, step by step as the kernel does them, against jax.vjp's."""
     how = Rule(64, "gelu", 1e-5, "clip", 1.0, False)
     form = gpu_chunk.Form(how, 64, 1)
-    call = gpu_block.Call(form, CONFIG, 1, 1, 1, False, mlp, gain)
+    call = gpu_call.Call(form, CONFIG, 1, 1, 1, False, mlp, gain)
     plan = gpu_backward.plan_of(call, gpu_plan.Room(tiles=3))
     assert plan.tiles <= 3
     rng = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def test_plan_does_what_the_function_does(mlp, gain):
 def test_no_vector_waits_in_registers():
     """A row takes half of what a tile does: one that is wanted later lies in memory until then."""
     form = gpu_chunk.Form(Rule(64, "gelu", 1e-5, "clip", 1.0, False), 64, 4)
-    call = gpu_block.Call(form, CONFIG, 1, 1, 1, True, True, True)
+    call = gpu_call.Call(form, CONFIG, 1, 1, 1, True, True, True)
     plan = gpu_backward.plan_of(call, gpu_backward.room_of(call))
     held: set[int] = set()
     products = 0
@@ -266,7 +266,7 @@ def test_no_vector_waits_in_registers():
 def test_shared_memory_is_enough(narrow, blocks):
     """Even in the forward pass, where weights and momentum stay on chip."""
     form = gpu_chunk.Form(Rule(64, "gelu", 1e-5, "clip", 1.0, False), 64, blocks)
-    call = gpu_block.Call(form, CONFIG, 1, 1, 1, narrow, blocks > 1, True)
+    call = gpu_call.Call(form, CONFIG, 1, 1, 1, narrow, blocks > 1, True)
     assert call.room(4 if blocks > 1 else 2, 3) >= 3
     assert call.room(0, 4) >= 3
     assert call.room(0, 0) * call.parts * 8192 <= SHARED_MEMORY

@@ -16,7 +16,7 @@ from seqzoo.sweep.settings import split
 from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import group as train_groups
-from seqzoo.train.folder import read_status
+from seqzoo.train.run_files import read_status
 
 GROUP = ("sweep=grid", "sweep.vectorize=[trainer.seed,optimizer.lr]")
 

@@ -18,7 +18,7 @@ from seqzoo.sweep.results import results
 from seqzoo.sweep.storage import StorageError
 from seqzoo.sweep.study import Stopped, Study
 from seqzoo.train import loop
-from seqzoo.train.folder import read_json, read_metrics, read_status
+from seqzoo.train.run_files import read_json, read_metrics, read_status
 from seqzoo.train.session import Session
 
 

@@ -9,8 +9,8 @@ import pytest
 from seqzoo.errors import ConfigError
 from seqzoo.train import checkpoint, manifest
 from seqzoo.train.branch import changed_settings
-from seqzoo.train.folder import read_metrics, read_status, write_json
 from seqzoo.train.identity import plain
+from seqzoo.train.run_files import read_metrics, read_status, write_json
 from seqzoo.train.session import Session
 
 

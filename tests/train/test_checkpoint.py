@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from seqzoo.errors import CheckpointError
 from seqzoo.train import checkpoint
 from seqzoo.train.checkpoint import Checkpointer
-from seqzoo.train.folder import read_metrics
+from seqzoo.train.run_files import read_metrics
 
 META = {"metric": {"name": "accuracy", "mode": "max"}, "position": 40}
 

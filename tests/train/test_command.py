@@ -8,7 +8,7 @@ import pytest
 
 from seqzoo.cli.main import main
 from seqzoo.train import programs
-from seqzoo.train.folder import find_runs, read_status
+from seqzoo.train.run_files import find_runs, read_status
 from seqzoo.train.session import Session
 
 

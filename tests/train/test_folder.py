@@ -12,8 +12,9 @@ import pytest
 
 from seqzoo.errors import CheckpointError, ConfigError, DataError, LockedError
 from seqzoo.train import environment
-from seqzoo.train.folder import RunFolder, apply_threads, find_runs, read_metrics, read_status
+from seqzoo.train.folder import RunFolder, apply_threads
 from seqzoo.train.lock import RunLock
+from seqzoo.train.run_files import find_runs, read_metrics, read_status
 from seqzoo.train.signals import StopRequest
 
 CONFIG = {"data": {"_target_": "seqzoo.data.mqar.MQAR"}, "optimizer": {"lr": 1e-3}}

@@ -10,8 +10,8 @@ import pytest
 
 import seqzoo
 from seqzoo.errors import ConfigError, NotFiniteError, Preempted, SeqzooError
-from seqzoo.train.folder import read_metrics, read_status
 from seqzoo.train.group import Group, Job, train_group
+from seqzoo.train.run_files import read_metrics, read_status
 from seqzoo.train.session import Session
 
 # Always three places, so that tests share a program.

@@ -11,8 +11,8 @@ import seqzoo
 from seqzoo.config import schema
 from seqzoo.errors import CheckpointError, ConfigError
 from seqzoo.train.evaluate import evaluate
-from seqzoo.train.folder import read_metrics
 from seqzoo.train.loop import Result
+from seqzoo.train.run_files import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from seqzoo.errors import ConfigError, LockedError, NotFiniteError, Preempted
 from seqzoo.eval import records
 from seqzoo.eval.records import read_lines
 from seqzoo.train import checkpoint
-from seqzoo.train.folder import RunFolder, read_metrics, read_status
+from seqzoo.train.folder import RunFolder
 from seqzoo.train.hooks import Hook
+from seqzoo.train.run_files import read_metrics, read_status
 from seqzoo.train.session import Session
 from seqzoo.train.setup import build_data
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seqzoo.train.folder import read_metrics
+from seqzoo.train.run_files import read_metrics
 
 WORDS = (
     "trainer.steps=50",

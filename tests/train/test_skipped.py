@@ -8,7 +8,7 @@ import pytest
 from seqzoo.errors import NotFiniteError
 from seqzoo.train import mesh as meshes
 from seqzoo.train import session
-from seqzoo.train.folder import read_metrics
+from seqzoo.train.run_files import read_metrics
 from seqzoo.train.setup import initial_state, setup
 from seqzoo.train.step import train_step
 

@@ -11,7 +11,7 @@ import pytest
 
 from seqzoo.eval.evaluate import evaluate_run
 from seqzoo.load import load
-from seqzoo.train.folder import read_metrics, read_status
+from seqzoo.train.run_files import read_metrics, read_status
 
 SCRIPT = pathlib.Path(__file__).with_name("logged_train.py")
 WORDS = ("trainer.steps=30", "trainer.log_every=1", "trainer.eval_every=15",
