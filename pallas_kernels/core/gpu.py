@@ -19,6 +19,7 @@ except ImportError:  # jax 0.10 has it, under a private name
 WARPGROUP = 128  # threads that work as one
 SHARED_MEMORY = 232_448  # bytes that a block may have on Hopper
 REGISTERS = 255  # per thread, at most
+HIDDEN_ZERO = "hidden_zero"  # name of a scope
 MOST_BLOCKS = 65_535  # along every axis of CUDA's grid but x, which ends at 2**31 - 1
 # Those with wgmma, by jax's device kind. Blackwell has another matrix unit.
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
@@ -112,6 +113,16 @@ def startable(
 
 def _starts(grid: tuple[int, ...]) -> bool:
     return all(math.prod(part) <= MOST_BLOCKS for part in (grid[-2:-1], grid[:-2]))
+
+
+def hidden_zero(x: jax.Array) -> jax.Array:
+    """A floating 0 that was read, as a whole number: the compiler does not know that it is 0.
+
+    What hangs on it is found where it is wanted, rather than before a loop, and then spilled. Who
+    follows copies in a traced body (core/touches.py) knows it by the name of the scope.
+    """
+    with jax.named_scope(HIDDEN_ZERO):
+        return x.astype(jnp.int32)
 
 
 def _named(body: Callable, name: str) -> Callable:

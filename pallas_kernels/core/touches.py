@@ -7,7 +7,7 @@ it) is an array of one number per block, and where a branch hangs on such an arr
 walked by the blocks that take it.
 
 Whole numbers that pass through scratch memory are followed too: kernels read a constant from there
-to hide it from the compiler.
+to hide it from the compiler. So is a zero that comes with data, if it says so (gpu.hidden_zero).
 """
 
 import math
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import pallas as pl
 
-from pallas_kernels.core import copies
+from pallas_kernels.core import copies, gpu
 
 _READS = ("get", "load", "copy_gmem_to_smem")
 _WRITES = ("swap", "copy_smem_to_gmem")
@@ -190,6 +190,8 @@ class _Walk:
             return self.run(found[0], given)
         if found or any(isinstance(x, _Ref) and x.number is not None for x in given):
             raise UnknownPlace(f"{equation.primitive.name} is not followed")
+        if equation.primitive.name == "convert_element_type" and given[0] is None:
+            return [0] if gpu.HIDDEN_ZERO in str(equation.source_info.name_stack) else None
         return _computed(equation, given)
 
     def _copy(

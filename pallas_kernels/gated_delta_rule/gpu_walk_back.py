@@ -190,7 +190,7 @@ def _body(*given, how: How, memories: bool, **scratch):
         slot = chunk % 2
         plgpu.barrier_wait(loaded)
         plgpu.barrier_wait(keys.at[slot])
-        zero = lambda: scratch["numbers"][slot, THROUGH, 1].astype(jnp.int32)
+        zero = lambda: gpu.hidden_zero(scratch["numbers"][slot, THROUGH, 1])
 
         @pl.when(half == 0)
         def _():

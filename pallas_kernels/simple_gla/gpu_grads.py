@@ -123,7 +123,7 @@ def _body(q, k, v, dy, starts, dends, gates, dq, dk, sums, *, how: How, halves: 
         plgpu.barrier_wait(scratch["told"].at[turn % 2])
         of = numbers.at[turn % 2]
         # Read anew: a place that does not hang on the head is found before the loop, and spilled.
-        zero = lambda: of[THROUGH, 1].astype(jnp.int32)
+        zero = lambda: gpu.hidden_zero(of[THROUGH, 1])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # sums of the head before are out
         rows[BY_STATE] = by_state
         of_query = how.scale * down(of[START]) * of_query

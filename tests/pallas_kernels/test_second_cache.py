@@ -154,6 +154,13 @@ def test_numbers_that_pass_through_scratch_are_followed():
     whole = plgpu.SMEM((1,), jnp.int32)
     assert count(call(hidden, 4, out=[1], scratch=[whole])) == (2, 1)
 
+    def with_data(x_ref, y_ref, tile_s, barrier):
+        fetch(x_ref, 1, tile_s, barrier)
+        fetch(x_ref, 3 + gpu.hidden_zero(tile_s[0, 0]), tile_s, barrier)
+        store(y_ref, 0, tile_s)
+
+    assert count(call(with_data, 4, out=[1])) == (2, 1)
+
 
 def test_where_a_copy_cannot_be_followed_there_is_no_figure():
     def by_data(x_ref, at_ref, y_ref, tile_s, barrier):
