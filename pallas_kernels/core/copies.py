@@ -102,16 +102,11 @@ def _cells(sizes: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
     return [tuple(int(x) for x in np.unravel_index(i, sizes)) for i in at]
 
 
-class _Walk:
-    """One warpgroup's way through a body: bytes read and written."""
+class Walker:
+    """Follows whole numbers through a body; what an equation does is told by who inherits."""
 
-    def __init__(self, axes: dict[str, int], sizes: dict[str, int], sampled: bool):
-        self.axes, self.sizes, self.sampled = axes, sizes, sampled
-        self.read = self.written = 0.0
-        self.unsure = False
-        self.steps = 0
+    def __init__(self) -> None:
         self._useful: dict[int, list] = {}
-        self._moving: dict[int, bool] = {}
 
     def run(self, jaxpr: Any, given: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
         """Walks a jaxpr with what is known of its arguments; gives what is known of its results."""
@@ -121,20 +116,39 @@ class _Walk:
         known.update(zip(jaxpr.invars, given, strict=True))
         value = lambda v: whole(v.val) if hasattr(v, "val") else known.get(v)
         for equation in self._of_use(jaxpr):
-            self.steps += 1
-            if self.steps > _MOST_STEPS:
-                raise UnknownBody("the loops of a kernel's body are too long to follow")
             found = self._equation(equation, [value(v) for v in equation.invars])
             if found is not None:
                 known.update(zip(equation.outvars, found, strict=False))
         return [value(v) for v in jaxpr.outvars]
 
     def _of_use(self, jaxpr: Any) -> list:
-        """The equations that move something or make whole numbers."""
+        """The equations that make whole numbers, or that are wanted."""
         if id(jaxpr) not in self._useful:
-            kept = [e for e in jaxpr.eqns if _moves(e) or is_scalar(e)]
+            kept = [e for e in jaxpr.eqns if is_scalar(e) or self._wants(e)]
             self._useful[id(jaxpr)] = kept
         return self._useful[id(jaxpr)]
+
+    def _wants(self, equation: Any) -> bool:
+        raise NotImplementedError
+
+    def _equation(self, equation: Any, given: list[Any]) -> list[Any] | None:
+        """What is known of its results."""
+        raise NotImplementedError
+
+
+class _Walk(Walker):
+    """One warpgroup's way through a body: bytes read and written."""
+
+    def __init__(self, axes: dict[str, int], sizes: dict[str, int], sampled: bool):
+        super().__init__()
+        self.axes, self.sizes, self.sampled = axes, sizes, sampled
+        self.read = self.written = 0.0
+        self.unsure = False
+        self.steps = 0
+        self._moving: dict[int, bool] = {}
+
+    def _wants(self, equation: Any) -> bool:
+        return _moves(equation)
 
     def _inside_moves(self, jaxpr: Any) -> bool:
         key = id(opened(jaxpr))
@@ -143,6 +157,9 @@ class _Walk:
         return self._moving[key]
 
     def _equation(self, equation: Any, given: list[Any]) -> list[Any] | None:
+        self.steps += 1
+        if self.steps > _MOST_STEPS:
+            raise UnknownBody("the loops of a kernel's body are too long to follow")
         name, params = equation.primitive.name, equation.params
         if name == "axis_index":
             return [self.axes.get(params["axis_name"])]

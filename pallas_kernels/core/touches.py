@@ -105,13 +105,13 @@ class _Ref:
         self.kept: dict[tuple[int, ...], Any] = {}
 
 
-class _Walk:
+class _Walk(copies.Walker):
     """The way of all blocks through a body."""
 
     def __init__(self, axes: dict[str, Any], blocks: int):
+        super().__init__()
         self.grid, self.blocks = axes, blocks
         self.count = 0
-        self._useful: dict[int, list] = {}
         self._wanted: dict[int, bool] = {}
         self._plans: dict[tuple[int, int], list] = {}
 
@@ -125,25 +125,6 @@ class _Walk:
         """Blocks that walk on."""
         self.mask, self.all = mask, bool(mask.all())
         self.here = np.flatnonzero(mask)
-
-    def run(self, jaxpr: Any, given: Sequence[Any], consts: Sequence[Any] = ()) -> list[Any]:
-        """Walks a jaxpr with what is known of its arguments; gives what is known of its results."""
-        consts = consts or [copies.whole(x) for x in getattr(jaxpr, "consts", ())]
-        jaxpr = copies.opened(jaxpr)
-        known = dict(zip(jaxpr.constvars, consts, strict=False))
-        known.update(zip(jaxpr.invars, given, strict=True))
-        value = lambda v: copies.whole(v.val) if hasattr(v, "val") else known.get(v)
-        for equation in self._of_use(jaxpr):
-            found = self._equation(equation, [value(v) for v in equation.invars])
-            if found is not None:
-                known.update(zip(equation.outvars, found, strict=False))
-        return [value(v) for v in jaxpr.outvars]
-
-    def _of_use(self, jaxpr: Any) -> list:
-        if id(jaxpr) not in self._useful:
-            kept = [e for e in jaxpr.eqns if copies.is_scalar(e) or self._wants(e)]
-            self._useful[id(jaxpr)] = kept
-        return self._useful[id(jaxpr)]
 
     def _wants(self, equation: Any) -> bool:
         """Whether it touches memory, or whole numbers in scratch, itself or within."""
